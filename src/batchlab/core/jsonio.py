@@ -1,0 +1,133 @@
+"""JSON both ways for the frozen nouns: strict JSON on disk, non-finite floats as strings.
+
+Every noun is a dataclass of numbers, strings, mappings, tuples and other such dataclasses; `to_plain`
+and `from_plain` walk its type hints, so that a new field needs no code here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+from batchlab.core.errors import InputError
+
+T = TypeVar("T")
+_NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+def to_plain(value: Any) -> Any:
+    """Dataclasses, mappings, sequences and numbers as what `json.dumps(allow_nan=False)` takes."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): to_plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_plain(item) for item in value]
+    if isinstance(value, bool) or value is None or isinstance(value, (str, int)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"cannot be written as JSON: {type(value).__name__} {value!r}")
+
+
+def dumps(value: Any, *, indent: int | None = None) -> str:
+    """Strict JSON text of `to_plain(value)`, on one line unless `indent` is given."""
+    return json.dumps(to_plain(value), allow_nan=False, ensure_ascii=False, indent=indent)
+
+
+def loads(text: str | bytes, *, source: str = "JSON") -> Any:
+    """The value of a JSON text; `InputError` naming `source` where it is none."""
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise InputError(f"{source} is not valid JSON: {error}") from None
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def from_plain(cls: type[T], plain: Any, *, source: str = "JSON") -> T:
+    """A dataclass from what `to_plain` made; unknown and missing fields are refused by name."""
+    if not isinstance(plain, Mapping):
+        raise InputError(f"{source}: expected an object for {cls.__name__}, got {type(plain).__name__}")
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    if unknown := sorted(set(plain) - set(fields)):
+        raise InputError(f"{source}: {cls.__name__} has no field {unknown[0]!r}")
+    required = {
+        name
+        for name, field in fields.items()
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    }
+    if missing := sorted(required - set(plain)):
+        raise InputError(f"{source}: {cls.__name__} lacks the field {missing[0]!r}")
+    values = {name: _convert(_hints(cls)[name], item, f"{source}: {cls.__name__}.{name}") for name, item in plain.items()}
+    return cls(**values)
+
+
+def _convert(hint: Any, item: Any, where: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return item
+    if origin in (typing.Union, types.UnionType):
+        return _convert_union(arguments, item, where)
+    if origin is typing.Literal:
+        if item not in arguments:
+            raise InputError(f"{where} must be one of {list(arguments)}, got {item!r}")
+        return item
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return from_plain(hint, item, source=where)
+    if origin is tuple:
+        if not isinstance(item, list):
+            raise InputError(f"{where} must be a list, got {item!r}")
+        inner = arguments[:1] * len(item) if len(arguments) == 2 and arguments[1] is Ellipsis else arguments
+        if len(inner) != len(item):
+            raise InputError(f"{where} must hold {len(inner)} values, got {len(item)}")
+        return tuple(_convert(each, part, where) for each, part in zip(inner, item, strict=True))
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        if not isinstance(item, Mapping):
+            raise InputError(f"{where} must be an object, got {item!r}")
+        return {key: _convert(arguments[1], part, where) for key, part in item.items()}
+    if hint is float:
+        if isinstance(item, str) and item in _NON_FINITE:
+            return _NON_FINITE[item]
+        if isinstance(item, bool) or not isinstance(item, (int, float)):
+            raise InputError(f"{where} must be a number, got {item!r}")
+        return float(item)
+    if hint in (int, str, bool, type(None)):
+        if type(item) is not hint:
+            raise InputError(f"{where} must be {hint.__name__}, got {item!r}")
+        return item
+    raise TypeError(f"{where}: no JSON form for the type {hint!r}")
+
+
+def _convert_union(options: tuple[Any, ...], item: Any, where: str) -> Any:
+    for option in options:
+        try:
+            return _convert(option, item, where)
+        except InputError:
+            continue
+    raise InputError(f"{where} does not fit its type, got {item!r}")
+
+
+class JsonNoun:
+    """Gives a frozen dataclass `to_json`/`from_json`. Reading back what was written gives an equal value."""
+
+    def to_json(self, *, indent: int | None = 2) -> str:
+        """Strict JSON text."""
+        return dumps(self, indent=indent)
+
+    @classmethod
+    def from_json(cls: type[T], text: str | bytes, *, source: str = "JSON") -> T:
+        """The noun that `to_json` wrote; `InputError` naming `source` and the field where it does not fit."""
+        return from_plain(cls, loads(text, source=source), source=source)

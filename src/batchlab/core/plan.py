@@ -1,0 +1,120 @@
+"""`Plan`: what to run. Frozen, JSON both ways, and every number carries its `Reason`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from batchlab.core.errors import InputError
+from batchlab.core.facts import Estimate
+from batchlab.core.job import Target
+from batchlab.core.jsonio import JsonNoun
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Reason(JsonNoun):
+    """Why a number is what it is. rule: the rule's name or formula. source: paper, sheet or "user".
+
+    inputs: the facts it used, by name. value: the number itself.
+    """
+
+    rule: str
+    source: str
+    inputs: Mapping[str, Any]
+    value: Any
+
+
+@dataclass(frozen=True)
+class FrontierRow(JsonNoun):
+    """One choice: what a batch size on so many devices is predicted to take to the target.
+
+    steps: updates to the target. time: seconds. cost: device-seconds. picked: the plan's own choice.
+    """
+
+    batch_size: int
+    devices: int
+    steps: float
+    time: float
+    cost: float
+    picked: bool = False
+
+
+@dataclass(frozen=True)
+class Plan(JsonNoun):
+    """What to run. Counts of examples are global, over all devices; schedules are counted in examples.
+
+    batch_size: examples an update, over all devices. micro_batch: examples of one forward and backward pass.
+    accumulation: such passes on one device for one update, the last one possibly smaller.
+    steps: the most updates to run. predicted_steps: updates to the target, with its interval.
+    learning_rate: the peak. hyperparameters: the optimizer's others, by torch's names.
+    warmup_examples: linear warm-up of the learning rate. schedule: what follows it, over `steps * batch_size`.
+    batch_schedule: "fixed", or "adaptive", which follows the measured noise scale between `min_batch_size`
+        and `max_batch_size` and moves the learning rate by `learning_rate_rule` ("sqrt", "linear", "surge"
+        or "saturating", evaluated at `noise_scale`).
+    ema_half_life: half-life of the weights' moving average in examples, evaluated in place of the weights;
+        None for no average.
+    evaluate_every, checkpoint_every: in updates at `batch_size`. clip_norm: gradient norm limit, or None.
+    precision: "float32", or "bf16" autocast. compile: whether the model goes through `torch.compile`.
+    """
+
+    job: str
+    goal: str
+    batch_size: int
+    micro_batch: int
+    accumulation: int
+    world_size: int
+    steps: int
+    optimizer: str
+    learning_rate: float
+    hyperparameters: Mapping[str, float | tuple[float, float]] = field(default_factory=dict)
+    predicted_steps: Estimate | None = None
+    predicted_step_seconds: float | None = None
+    noise_scale: Estimate | None = None
+    warmup_examples: int = 0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    batch_schedule: Literal["fixed", "adaptive"] = "fixed"
+    min_batch_size: int = 1
+    max_batch_size: int | None = None
+    learning_rate_rule: Literal["none", "sqrt", "linear", "surge", "saturating"] = "none"
+    ema_half_life: float | None = None
+    clip_norm: float | None = None
+    precision: Literal["float32", "bf16"] = "float32"
+    compile: bool = False
+    evaluate_every: int = 10
+    checkpoint_every: int = 100
+    target: Target | None = None
+    reasons: Mapping[str, Reason] = field(default_factory=dict)
+    frontier: tuple[FrontierRow, ...] = ()
+    notes: tuple[str, ...] = ()
+    schema: int = SCHEMA
+
+    def __post_init__(self) -> None:
+        if self.schema > SCHEMA:
+            raise InputError(f"a plan of schema {self.schema} comes from a newer batchlab; this one reads up to {SCHEMA}")
+        for name in ("batch_size", "micro_batch", "accumulation", "world_size", "steps", "evaluate_every", "checkpoint_every"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InputError(f"plan {name} must be an integer of at least 1, got {value!r}")
+        if self.batch_size < self.world_size:
+            raise InputError(f"plan batch_size {self.batch_size} is smaller than world_size {self.world_size}: every device needs an example")
+        if not 0 < self.learning_rate < float("inf"):
+            raise InputError(f"plan learning_rate must be finite and > 0, got {self.learning_rate!r}")
+        if self.ema_half_life is not None and not self.ema_half_life > 0:
+            raise InputError(f"plan ema_half_life must be > 0 examples, got {self.ema_half_life!r}")
+        if self.warmup_examples < 0:
+            raise InputError(f"plan warmup_examples must not be negative, got {self.warmup_examples!r}")
+
+    def explain(self) -> list[tuple[str, str, str, str]]:
+        """Rows (name, value, rule with its inputs, source) of every number that has a reason."""
+        rows = []
+        for name, reason in self.reasons.items():
+            inputs = ", ".join(f"{key} = {_short(value)}" for key, value in reason.inputs.items())
+            rows.append((name, _short(reason.value), f"{reason.rule}" + (f"; {inputs}" if inputs else ""), reason.source))
+        return rows
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
