@@ -170,6 +170,8 @@ class Facts(JsonNoun):
         it was not measured.
         """
         if batch_size < devices or devices < 1:
-            raise InputError(f"batch_size must be at least devices >= 1, got batch_size={batch_size}, devices={devices}")
+            raise InputError(
+                f"batch_size must be at least devices >= 1, got batch_size={batch_size}, devices={devices}"
+            )
         share = math.ceil(batch_size / devices)
         return self._pass_seconds(share, micro_batch or self.best_micro_batch(share)) + self.update_seconds.value

@@ -63,9 +63,10 @@ class Job:
 
     >>> from torch import nn
     >>> data = [(float(i), 2.0 * i) for i in range(8)]
-    >>> job = Job("line", lambda: nn.Linear(1, 1), lambda m, b: (m(b[0].float()[:, None]) - b[1][:, None]).square().mean(),
-    ...           train=data, valid=data)
-    >>> job.unit
+    >>> def squared_error(model, batch):
+    ...     x, y = batch
+    ...     return (model(x.float()[:, None]) - y[:, None]).square().mean()
+    >>> Job("line", lambda: nn.Linear(1, 1), squared_error, train=data, valid=data).unit
     'example'
     """
 

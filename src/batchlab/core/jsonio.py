@@ -53,7 +53,7 @@ def loads(text: str | bytes, *, source: str = "JSON") -> Any:
 
 
 @cache
-def _hints(cls: type) -> dict[str, Any]:
+def _hints(cls: Any) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
@@ -71,7 +71,9 @@ def from_plain(cls: type[T], plain: Any, *, source: str = "JSON") -> T:
     }
     if missing := sorted(required - set(plain)):
         raise InputError(f"{source}: {cls.__name__} lacks the field {missing[0]!r}")
-    values = {name: _convert(_hints(cls)[name], item, f"{source}: {cls.__name__}.{name}") for name, item in plain.items()}
+    values = {
+        name: _convert(_hints(cls)[name], item, f"{source}: {cls.__name__}.{name}") for name, item in plain.items()
+    }
     return cls(**values)
 
 

@@ -56,7 +56,9 @@ class Plan(JsonNoun):
         or "saturating", evaluated at `noise_scale`).
     ema_half_life: half-life of the weights' moving average in examples, evaluated in place of the weights;
         None for no average.
-    evaluate_every, checkpoint_every: in updates at `batch_size`. clip_norm: gradient norm limit, or None.
+    evaluation_batch: examples of one forward pass in evaluation; the micro-batch if None.
+    measure_noise: whether the noise scale is measured along the run, which takes two pieces an update.
+    evaluate_every, checkpoint_every: in updates. clip_norm: gradient norm limit, or None.
     precision: "float32", or "bf16" autocast. compile: whether the model goes through `torch.compile`.
     """
 
@@ -83,6 +85,8 @@ class Plan(JsonNoun):
     clip_norm: float | None = None
     precision: Literal["float32", "bf16"] = "float32"
     compile: bool = False
+    evaluation_batch: int | None = None
+    measure_noise: bool = True
     evaluate_every: int = 10
     checkpoint_every: int = 100
     target: Target | None = None
@@ -93,13 +97,26 @@ class Plan(JsonNoun):
 
     def __post_init__(self) -> None:
         if self.schema > SCHEMA:
-            raise InputError(f"a plan of schema {self.schema} comes from a newer batchlab; this one reads up to {SCHEMA}")
-        for name in ("batch_size", "micro_batch", "accumulation", "world_size", "steps", "evaluate_every", "checkpoint_every"):
+            raise InputError(
+                f"a plan of schema {self.schema} comes from a newer batchlab; this one reads up to {SCHEMA}"
+            )
+        for name in (
+            "batch_size",
+            "micro_batch",
+            "accumulation",
+            "world_size",
+            "steps",
+            "evaluate_every",
+            "checkpoint_every",
+        ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InputError(f"plan {name} must be an integer of at least 1, got {value!r}")
         if self.batch_size < self.world_size:
-            raise InputError(f"plan batch_size {self.batch_size} is smaller than world_size {self.world_size}: every device needs an example")
+            raise InputError(
+                f"plan batch_size {self.batch_size} is smaller than world_size {self.world_size}: "
+                "every device needs an example"
+            )
         if not 0 < self.learning_rate < float("inf"):
             raise InputError(f"plan learning_rate must be finite and > 0, got {self.learning_rate!r}")
         if self.ema_half_life is not None and not self.ema_half_life > 0:
@@ -112,7 +129,9 @@ class Plan(JsonNoun):
         rows = []
         for name, reason in self.reasons.items():
             inputs = ", ".join(f"{key} = {_short(value)}" for key, value in reason.inputs.items())
-            rows.append((name, _short(reason.value), f"{reason.rule}" + (f"; {inputs}" if inputs else ""), reason.source))
+            rows.append(
+                (name, _short(reason.value), f"{reason.rule}" + (f"; {inputs}" if inputs else ""), reason.source)
+            )
         return rows
 
 

@@ -39,7 +39,9 @@ class Run:
         if not isinstance(meta, dict) or not isinstance(meta.get("schema"), int) or "plan" not in meta:
             raise InputError(f"{file} does not describe a run")
         if meta["schema"] > SCHEMA:
-            raise InputError(f"{file} has schema {meta['schema']}, from a newer batchlab; this one reads up to {SCHEMA}")
+            raise InputError(
+                f"{file} has schema {meta['schema']}, from a newer batchlab; this one reads up to {SCHEMA}"
+            )
         return cls(path, meta)
 
     @cached_property
@@ -100,7 +102,7 @@ def summarize(steps: Iterator[dict[str, Any]], plan: Plan, status: str) -> dict[
             continue
         summary["final"] = line["valid"]
         measured = line["valid"].get(plan.target.metric) if plan.target else None
-        if plan.target and summary["target_step"] is None and isinstance(measured, float | int):
-            if plan.target.reached(measured):
-                summary["target_step"], summary["target_seconds"] = line["step"], summary["seconds"]
+        reached = plan.target is not None and isinstance(measured, float | int) and plan.target.reached(measured)
+        if reached and summary["target_step"] is None:
+            summary["target_step"], summary["target_seconds"] = line["step"], summary["seconds"]
     return summary

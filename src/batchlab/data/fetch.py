@@ -1,0 +1,38 @@
+"""From example indices to a batch on a device, by torch's own data set protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.utils.data import TensorDataset, default_collate
+
+from batchlab.core.job import MapDataset
+
+
+def fetch(data: MapDataset, indices: list[int], collate: Callable[[list[Any]], Any] | None = None) -> Any:
+    """The examples at `indices`, collated: `data.__getitems__` where it exists, else one by one.
+
+    >>> fetch(TensorDataset(torch.arange(4)), [2, 0])
+    [tensor([2, 0])]
+    """
+    if type(data) is TensorDataset and collate is None:
+        return [tensor[indices] for tensor in data.tensors]
+    many = getattr(data, "__getitems__", None)
+    examples = many(indices) if many is not None else [data[index] for index in indices]
+    return (collate or default_collate)(examples)
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The batch with every tensor in it on `device`; containers keep their type."""
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        moved = {key: to_device(value, device) for key, value in batch.items()}
+        return moved if type(batch) is dict else type(batch)(moved)  # type: ignore[call-arg]
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(to_device(value, device) for value in batch))
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(to_device(value, device) for value in batch)
+    return batch.to(device) if hasattr(batch, "to") else batch

@@ -1,0 +1,177 @@
+"""The run folder as all ranks see it: the first rank writes, and a refused write is told to the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from batchlab.core.checkpoint import drop_old, newest_whole, save_checkpoint
+from batchlab.core.errors import BatchlabError, CheckpointError, InputError, StorageError
+from batchlab.core.facts import Facts
+from batchlab.core.files import replace_atomic
+from batchlab.core.job import Job
+from batchlab.core.jsonio import to_plain
+from batchlab.core.plan import Plan
+from batchlab.core.provenance import git_commit, machine, versions
+from batchlab.core.run import CHECKPOINTS, SCHEMA, Run, summarize
+from batchlab.core.store import RunWriter
+from batchlab.parallel.torchrun import agree_max, is_main
+from batchlab.spine.learner import Learner
+
+WEIGHTS_FILE = "model.safetensors"
+WRITE_FAILED = 255
+_SAME_ON_RESUME = (
+    "job",
+    "optimizer",
+    "learning_rate",
+    "hyperparameters",
+    "batch_size",
+    "batch_schedule",
+    "warmup_examples",
+    "schedule",
+    "ema_half_life",
+    "clip_norm",
+    "precision",
+)
+
+
+class RunFolder:
+    """What `train` writes. Every method is called on every rank; `failed` is non-zero where a write was refused.
+
+    A refused write is remembered, not raised, until the ranks have agreed on it: then `give_up` raises on all.
+    """
+
+    def __init__(self, out: str | Path, meta: dict[str, Any], *, resume: bool) -> None:
+        self.path = Path(out)
+        self.failed = 0
+        self._error: BatchlabError | None = None
+        self._writer: RunWriter | None = None
+        if is_main():
+            try:
+                self._writer = RunWriter(out, meta, resume=resume)
+            except BatchlabError as error:
+                self._error = error
+        if agree_max(int(self._error is not None)):
+            raise self._error or BatchlabError("the first rank could not open the run folder")
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def restore(self, learner: Learner) -> str:
+        """Brings the learner to the newest whole checkpoint and cuts off the lines after it; returns the status.
+
+        With no checkpoint yet, the run starts again from the beginning. The status is "reached" where the run
+        had met its target by then, else "running".
+        """
+        state, problems = newest_whole(self.path / CHECKPOINTS)
+        if state is None and problems:
+            raise CheckpointError(f"no whole checkpoint is left: {problems[0]}")
+        if state is not None:
+            _check_same(state["plan"], to_plain(learner.plan))
+            learner.load_state_dict(state["learner"])
+        self._write(lambda writer: writer.keep_steps(learner.step))
+        self._agree()
+        summary = summarize(Run.open(self.path).steps(), learner.plan, "running")
+        return "running" if summary["target_step"] is None else "reached"
+
+    def note_initial(self, values: dict[str, float]) -> None:
+        """Records the evaluation before the first update."""
+        self._write(lambda writer: writer.write_meta(initial=to_plain(values)))
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Adds a line to `steps.jsonl`."""
+        self._write(lambda writer: writer.append_step(line))
+
+    def save(self, learner: Learner) -> None:
+        """Writes a checkpoint; when it returns, on any rank, the checkpoint is durable."""
+        if is_main():
+            state = {"plan": to_plain(learner.plan), "learner": learner.state_dict()}
+            self._write(lambda writer: save_checkpoint(writer.checkpoints, learner.step, state))
+            self._write(lambda writer: drop_old(writer.checkpoints))
+        self._agree()
+
+    def save_weights(self, learner: Learner) -> None:
+        """Writes the weights that evaluation sees, the average where there is one, for use elsewhere."""
+        from safetensors.torch import save_model
+
+        path = self.path / WEIGHTS_FILE
+        self._write(lambda _: replace_atomic(path, lambda file: save_model(learner.evaluated, str(file))))
+        self._agree()
+
+    def finish(self, status: str) -> None:
+        """Writes what came of the run."""
+
+        def write(writer: RunWriter) -> None:
+            run = writer.run()
+            summary = summarize(run.steps(), run.plan, status)
+            if status == "reached" and summary["target_step"] is None:
+                summary |= {"target_step": 0, "target_seconds": 0.0, "final": run.meta["initial"]}
+            writer.write_meta(status=status, summary=to_plain(summary))
+
+        self._write(write)
+        self._agree()
+
+    def give_up(self) -> None:
+        """Ends the run on this rank after a write was refused; what was written before stays."""
+        raise self._error or StorageError("the first rank could not write the run folder")
+
+    def _agree(self) -> None:
+        if agree_max(self.failed):
+            self.give_up()
+
+    def _write(self, action: Callable[[RunWriter], object]) -> None:
+        if self._writer is None or self.failed:
+            return
+        try:
+            action(self._writer)
+        except StorageError as error:
+            self.failed, self._error = WRITE_FAILED, error
+
+
+def describe(job: Job, plan: Plan, learner: Learner, *, seed: int, facts: Facts | None) -> dict[str, Any]:
+    """What `run.json` says of a run that begins."""
+    per_example = job.units_per_example
+    meta: dict[str, Any] = {
+        "schema": SCHEMA,
+        "name": job.name,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "job": {
+            "name": job.name,
+            "unit": job.unit,
+            "units_per_example": None if callable(per_example) else per_example,
+            "optimizer": plan.optimizer,
+            "train_examples": len(job.train),
+            "valid_examples": len(job.valid),
+            "parameters": sum(p.numel() for p in learner.model.parameters()),
+        },
+        "seed": seed,
+        "git_commit": git_commit(),
+    }
+    return meta | describe_again(plan, learner) | ({} if facts is None else {"facts": to_plain(facts)})
+
+
+def describe_again(plan: Plan, learner: Learner) -> dict[str, Any]:
+    """What a resumed run says anew: how and where it goes on."""
+    return {
+        "status": "running",
+        "plan": to_plain(plan),
+        "device": str(learner.device),
+        "world_size": learner.world,
+        "versions": versions(),
+        "machine": machine(),
+        "summary": None,
+    }
+
+
+def _check_same(before: dict[str, Any], now: dict[str, Any]) -> None:
+    for name in _SAME_ON_RESUME:
+        if before.get(name) != now[name]:
+            raise InputError(
+                f"cannot resume with another {name}: the run has {before.get(name)!r}, the plan says {now[name]!r}"
+            )

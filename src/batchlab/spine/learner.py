@@ -1,0 +1,337 @@
+"""One model in training, in memory: the exact batch gradient, its noise, the update, the average, the evaluation.
+
+`train` adds files, signals and targets; `probe` and `sweep` use it bare.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+
+from batchlab.core.errors import InputError
+from batchlab.core.facts import Estimate
+from batchlab.core.job import Job
+from batchlab.core.plan import Plan
+from batchlab.core.random import derive_seed, reseed
+from batchlab.data.fetch import fetch, to_device
+from batchlab.data.stream import SampleStream
+from batchlab.measure.noise import GradientNoise
+from batchlab.optim.create import create
+from batchlab.rules.learning_rate import rescale
+from batchlab.schedule.by_examples import lr_factor
+from batchlab.schedule.noise_scale_batch import NoiseScaleBatch
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one update did. step: updates so far, this one included. position: examples seen so far.
+
+    loss: mean over the batch's units before the update. grad_norm: of the batch gradient, before clipping.
+    noise: the running noise scale, in examples. skipped: nothing was changed, for the loss or gradient was not finite.
+    """
+
+    step: int
+    position: int
+    batch_size: int
+    learning_rate: float
+    loss: float
+    grad_norm: float
+    noise: Estimate | None
+    skipped: bool
+    seconds: float
+
+
+class _Loss(nn.Module):
+    """The job's loss as a module, so that DDP and the compiler see one forward and the job sees its own model."""
+
+    def __init__(self, job: Job, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self._loss = job.loss
+
+    def forward(self, batch: Any) -> Tensor:
+        return self._loss(self.model, batch)
+
+
+class Learner:
+    """Everything that training changes, and the one way to change it.
+
+    job, plan: what and how. seed: of the weights, of the sample stream and of every update's randomness.
+    device: where; the first GPU if there is one. Under an initialised default process group every rank makes
+    one Learner, and a batch is spread over the ranks in contiguous shares that differ by at most one example.
+
+    The global generators are set at each update from (seed, step, rank): nothing random outlives an update.
+    """
+
+    def __init__(self, job: Job, plan: Plan, *, seed: int = 0, device: str | torch.device | None = None) -> None:
+        self.job, self.plan, self.seed = job, plan, seed
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.world, self.rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+        self.stream = SampleStream(len(job.train), derive_seed(seed, "stream"))
+        reseed(derive_seed(seed, "weights"))
+        model = job.model()
+        if not isinstance(model, nn.Module):
+            raise InputError(f"job model must return a torch.nn.Module, got {type(model).__name__}")
+        self.model = model.to(self.device).train()
+        self.optimizer = create(plan.optimizer, self.model, lr=plan.learning_rate, **plan.hyperparameters)
+        self.average = None if plan.ema_half_life is None else AveragedModel(self.model, multi_avg_fn=self._lerp)
+        self.noise = GradientNoise(self.model) if plan.measure_noise else None
+        self.controller = _controller(plan, len(job.train), self.world)
+        self.step, self.position, self.batch_size = 0, 0, plan.batch_size
+        self.skipped_in_a_row = 0
+        self._average_weight, self._average_share = 0.0, 1.0
+        self._last_noise: Estimate | None = None
+        self._forward = self._wrapped(_Loss(job, self.model))
+
+    def _wrapped(self, loss: _Loss) -> nn.Module:
+        wrapped: nn.Module = loss
+        if self.world > 1:
+            wrapped = DistributedDataParallel(loss, device_ids=[self.device] if self.device.type == "cuda" else None)
+        if self.plan.compile:
+            wrapped.compile()
+        return wrapped
+
+    def update(self, batch_size: int | None = None) -> Update:
+        """One update with the next `batch_size` examples of the stream (the learner's own size if None).
+
+        The gradient is the exact mean over all units of the batch, whatever the micro-batches and ranks.
+        """
+        started = time.perf_counter()
+        size = self.batch_size if batch_size is None else batch_size
+        if size < self.world:
+            raise InputError(f"batch_size {size} is smaller than the {self.world} ranks: each needs an example")
+        reseed(derive_seed(self.seed, "update", self.step, self.rank))
+        buffers = [buffer.clone() for buffer in self.model.buffers()]
+        loss, norm = self._backward(size)
+        self.step += 1
+        self.position += size
+        learning_rate = self._set_learning_rate(size)
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        if finite:
+            self._apply(norm, size)
+        else:
+            self._undo(buffers)
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        self.optimizer.zero_grad(set_to_none=True)
+        seconds = time.perf_counter() - started
+        noise = self._last_noise if self.noise is not None else None
+        if self.controller is not None:
+            self.batch_size = self.controller.next_batch(noise if finite else None)
+        return Update(self.step, self.position, size, learning_rate, loss, norm, noise, not finite, seconds)
+
+    def _backward(self, size: int) -> tuple[float, float]:
+        """Leaves the mean gradient over `size` examples in `.grad`; returns the mean loss and the gradient's norm."""
+        pieces = self._pieces(size)
+        batches = [to_device(fetch(self.job.train, piece, self.job.collate), self.device) for piece in pieces]
+        units = [self._units(batch, len(piece)) for batch, piece in zip(batches, pieces, strict=True)]
+        total = self._total_units(units, size)
+        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        for index, (batch, piece) in enumerate(zip(batches, pieces, strict=True)):
+            with self._sync_only(index == len(pieces) - 1), self._observed(len(piece)):
+                part = self._scalar(self._forward_loss(batch)) * (units[index] * self.world / total)
+                part.backward()  # type: ignore[no-untyped-call]
+            loss += part.detach()
+        if self.world > 1:
+            dist.all_reduce(loss)
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        return loss.item() / self.world, norm.item()
+
+    def _pieces(self, size: int) -> list[list[int]]:
+        """This rank's micro-batches of the next `size` examples, as example indices."""
+        share = np.array_split(self.stream.indices(self.position, size), self.world)[self.rank]
+        return [share[i : i + self.plan.micro_batch].tolist() for i in range(0, len(share), self.plan.micro_batch)]
+
+    def _units(self, batch: Any, examples: int) -> int:
+        per_example = self.job.units_per_example
+        return per_example(batch) if callable(per_example) else per_example * examples
+
+    def _total_units(self, units: list[int], size: int) -> int:
+        if not callable(self.job.units_per_example):
+            return self.job.units_per_example * size
+        total = torch.tensor(sum(units), device=self.device)
+        if self.world > 1:
+            dist.all_reduce(total)
+        return max(int(total), 1)
+
+    def _forward_loss(self, batch: Any) -> Tensor:
+        if self.plan.precision == "bf16":
+            with torch.autocast(self.device.type, dtype=torch.bfloat16):
+                return self._forward(batch)
+        return self._forward(batch)
+
+    @staticmethod
+    def _scalar(loss: Any) -> Tensor:
+        if not isinstance(loss, Tensor) or loss.ndim != 0:
+            got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise InputError(f"job loss must return a scalar tensor, the mean over the batch, got {got}")
+        return loss
+
+    def _sync_only(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        if isinstance(self._forward, DistributedDataParallel) and not last:
+            return self._forward.no_sync()
+        return contextlib.nullcontext()
+
+    def _observed(self, examples: int) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if self.noise is None else self.noise.micro_batch(examples)
+
+    def _set_learning_rate(self, size: int) -> float:
+        plan = self.plan
+        factor = lr_factor(
+            self.position,
+            total_examples=plan.steps * plan.batch_size,
+            warmup_examples=plan.warmup_examples,
+            schedule=plan.schedule,
+        )
+        peak = plan.learning_rate
+        if size != plan.batch_size:
+            noise_scale = plan.noise_scale.value if plan.noise_scale else None
+            peak = rescale(peak, plan.batch_size, size, rule=plan.learning_rate_rule, noise_scale=noise_scale)
+        for group in self.optimizer.param_groups:
+            group["lr"] = peak * factor
+        return peak * factor
+
+    def _apply(self, norm: float, size: int) -> None:
+        if self.noise is not None:
+            self._last_noise = self.noise.step(grad_sq_norm=norm**2)
+        if self.plan.clip_norm is not None and norm > self.plan.clip_norm:
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), self.plan.clip_norm, torch.tensor(norm))
+        self.optimizer.step()
+        if self.average is not None and self.plan.ema_half_life is not None:
+            decay = 0.5 ** (size / self.plan.ema_half_life)
+            self._average_weight = decay * self._average_weight + (1.0 - decay)
+            self._average_share = (1.0 - decay) / self._average_weight
+            self.average.update_parameters(self.model)
+
+    def _undo(self, buffers: list[Tensor]) -> None:
+        """Puts back what a forward pass changed, and forgets the pieces it measured."""
+        if self.noise is not None:
+            self.noise.skip()
+        for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+
+    @torch.no_grad()
+    def _lerp(self, averages: Any, weights: Any, _: Any) -> None:
+        """ζ ← ζ + (θ − ζ)(1 − ρⁿ)/W with W = Σ of all weights so far: no trace of the initial weights."""
+        torch._foreach_lerp_(list(averages), list(weights), self._average_share)
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The module that evaluation sees: the average where there is one, else the model itself."""
+        return self.model if self.average is None or self._average_weight == 0.0 else self.average.module
+
+    def first_loss(self) -> float:
+        """The loss on this rank's first micro-batch, in evaluation mode; changes nothing."""
+        piece = self._pieces(max(self.batch_size, self.world))[0]
+        reseed(derive_seed(self.seed, "first loss"))
+        with _evaluating(self.model):
+            batch = to_device(fetch(self.job.train, piece, self.job.collate), self.device)
+            return float(self._scalar(self.job.loss(self.model, batch)))
+
+    def evaluate(self) -> dict[str, float]:
+        """Means over the units of the validation data: "loss" and the job's metrics, the same on every rank."""
+        module = self.evaluated
+        size = self.plan.evaluation_batch or self.plan.micro_batch
+        share = np.array_split(np.arange(len(self.job.valid)), self.world)[self.rank].tolist()
+        reseed(derive_seed(self.seed, "evaluation", self.step, self.rank))
+        sums: dict[str, Tensor] = {}
+        with _evaluating(module):
+            for i in range(0, len(share), size):
+                for name, value in self._measured(module, share[i : i + size]).items():
+                    sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64, device=self.device)) + value
+        return self._means(sums)
+
+    def _measured(self, module: nn.Module, indices: list[int]) -> dict[str, Any]:
+        batch = to_device(fetch(self.job.valid, indices, self.job.collate), self.device)
+        units = self._units(batch, len(indices))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.plan.precision == "bf16"):
+            values = {"loss": self._scalar(self.job.loss(module, batch))}
+            values |= {} if self.job.metric is None else dict(self.job.metric(module, batch))
+        return {name: torch.as_tensor(value).double() * units for name, value in values.items()} | {"": float(units)}
+
+    def _means(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        names = list(sums)
+        packed = torch.stack([sums[name] for name in names]) if names else torch.zeros(0, dtype=torch.float64)
+        if self.world > 1:
+            if len(self.job.valid) < self.world:
+                raise InputError(f"{len(self.job.valid)} validation examples are too few for {self.world} ranks")
+            dist.all_reduce(packed)
+        values = dict(zip(names, packed.tolist(), strict=True))
+        units = values.pop("")
+        return {name: value / units for name, value in values.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next update depends on, as nested dicts of tensors and plain values."""
+        return {
+            "step": self.step,
+            "position": self.position,
+            "batch_size": self.batch_size,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "seed": self.seed,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "average_weight": self._average_weight,
+            "noise": None if self.noise is None else self.noise.state_dict(),
+            "last_noise": None if self._last_noise is None else self._last_noise.to_json(),
+            "controller": None if self.controller is None else self.controller.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over what `state_dict` gave, on any number of ranks and with any micro-batch."""
+        if state["seed"] != self.seed:
+            raise InputError(f"the state was made with seed {state['seed']}, this run has seed {self.seed}")
+        self.step, self.position = state["step"], state["position"]
+        self.skipped_in_a_row = state["skipped_in_a_row"]
+        self.batch_size = self.plan.batch_size if self.controller is None else state["batch_size"]
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.average is not None and state["average"] is not None:
+            self.average.load_state_dict(state["average"])
+            self._average_weight = state["average_weight"]
+        if self.noise is not None and state["noise"] is not None:
+            self.noise.load_state_dict(state["noise"])
+            self._last_noise = Estimate.from_json(state["last_noise"]) if state["last_noise"] else None
+        if self.controller is not None and state["controller"] is not None:
+            self.controller.load_state_dict(state["controller"])
+
+    def close(self) -> None:
+        """Takes the hooks off the model."""
+        if self.noise is not None:
+            self.noise.close()
+
+
+def _controller(plan: Plan, examples: int, world: int) -> NoiseScaleBatch | None:
+    if plan.batch_schedule == "fixed":
+        return None
+    if plan.noise_scale is None or not plan.noise_scale.defined:
+        raise InputError("an adaptive batch schedule needs plan.noise_scale, the noise scale that it was planned with")
+    maximum = min(plan.max_batch_size or examples, examples)
+    return NoiseScaleBatch(
+        plan.batch_size,
+        exchange_rate=plan.batch_size**2 / plan.noise_scale.value,
+        minimum=max(plan.min_batch_size, world),
+        maximum=maximum,
+    )
+
+
+@contextlib.contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    was_training = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        module.train(was_training)

@@ -1,0 +1,165 @@
+"""`train`: the one training loop. It runs a plan, writes a run folder, and resumes exactly."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from batchlab.core.errors import InputError, Interrupted, NonFiniteError
+from batchlab.core.facts import Facts
+from batchlab.core.job import Job
+from batchlab.core.jsonio import to_plain
+from batchlab.core.plan import Plan
+from batchlab.core.random import preserved_generators
+from batchlab.core.run import Run
+from batchlab.parallel.torchrun import agree_max
+from batchlab.spine.folder import WRITE_FAILED, RunFolder, describe, describe_again
+from batchlab.spine.learner import Learner, Update
+from batchlab.spine.signals import StopSignals
+
+MAX_SKIPPED_IN_A_ROW = 5
+
+StepCallback = Callable[[dict[str, Any]], None]
+
+
+def train(
+    job: Job,
+    plan: Plan,
+    *,
+    out: str | Path,
+    seed: int = 0,
+    resume: bool = False,
+    callbacks: Iterable[StepCallback] = (),
+    device: str | None = None,
+    facts: Facts | None = None,
+) -> Run:
+    """Trains `job` as `plan` says and writes the folder `out`, until the target is met or the steps are done.
+
+    seed: of the weights, the sample stream and all else that is random. resume: go on from the newest whole
+    checkpoint in `out`; micro-batch, world size, number of steps and evaluation may differ from before.
+    callbacks: each is called on every rank with each line of `steps.jsonl`, a dict, after it was written.
+    device: where to compute; the first GPU if there is one. facts: stored with the run, for its report.
+
+    Under an initialised process group every rank calls it with the same arguments; the first rank writes, and all
+    read checkpoints from the same folder. The batch is the plan's, whatever the number of ranks.
+
+    A step whose loss or gradient is not finite changes nothing and is recorded; after 5 in a row the run stops with
+    `NonFiniteError`. SIGINT and SIGTERM end it after the present step and a checkpoint, with `Interrupted`.
+    Raises `InputError` for a job or plan that cannot run (nothing is written then), `RunLockedError` if another
+    process is writing in `out`, `StorageError` if the disk refuses.
+    """
+    _check(job, plan, seed)
+    with preserved_generators(), StopSignals() as signals:
+        learner = Learner(job, plan, seed=seed, device=device)
+        try:
+            if not resume:
+                _check_first_loss(learner)
+            meta = describe_again(plan, learner) if resume else describe(job, plan, learner, seed=seed, facts=facts)
+            with RunFolder(out, meta, resume=resume) as folder:
+                status = folder.restore(learner) if resume else "running"
+                if learner.step == 0:
+                    status = _initial_status(learner, folder)
+                status = _run(learner, folder, signals, tuple(callbacks), status)
+                folder.save_weights(learner)
+                folder.finish(status)
+        finally:
+            learner.close()
+    return Run.open(out)
+
+
+def _run(
+    learner: Learner, folder: RunFolder, signals: StopSignals, callbacks: Sequence[StepCallback], status: str
+) -> str:
+    """Update, evaluate when due, write the line, save when due; until the target, the last step, or a signal."""
+    plan = learner.plan
+    while learner.step < plan.steps and status == "running":
+        update = learner.update()
+        line = _line(update)
+        if update.step % plan.evaluate_every == 0 or update.step == plan.steps:
+            line["valid"] = learner.evaluate()
+            status = _status(line["valid"], plan)
+        folder.append(line)
+        for callback in callbacks:
+            callback(to_plain(line))
+        stop = agree_max(folder.failed or signals.requested)
+        if stop == WRITE_FAILED:
+            folder.give_up()
+        hopeless = learner.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW
+        if stop or hopeless or status != "running" or update.step in (plan.steps, _next_save(update.step, plan)):
+            folder.save(learner)
+        if hopeless:
+            _stop_hopeless(folder, update)
+        if stop and status == "running":
+            folder.finish("interrupted")
+            raise Interrupted(f"stopped by signal {stop} after step {update.step}; go on with --resume", stop)
+    return status if status != "running" else "not reached" if plan.target else "finished"
+
+
+def _next_save(step: int, plan: Plan) -> int:
+    return step if step % plan.checkpoint_every == 0 else -1
+
+
+def _stop_hopeless(folder: RunFolder, update: Update) -> None:
+    folder.finish("stopped")
+    raise NonFiniteError(
+        f"{MAX_SKIPPED_IN_A_ROW} updates in a row had a loss or gradient that is not finite, the last at step "
+        f"{update.step} (loss {update.loss}, gradient norm {update.grad_norm}); nothing of them was applied"
+    )
+
+
+def _initial_status(learner: Learner, folder: RunFolder) -> str:
+    """Evaluates before the first update, so that a target that is met already is said so."""
+    if learner.plan.target is None:
+        return "running"
+    values = learner.evaluate()
+    folder.note_initial(values)
+    return _status(values, learner.plan)
+
+
+def _status(values: dict[str, float], plan: Plan) -> str:
+    if plan.target is None:
+        return "running"
+    if plan.target.metric not in values:
+        raise InputError(f"target metric {plan.target.metric!r} is not among the measured {sorted(values)}")
+    return "reached" if plan.target.reached(values[plan.target.metric]) else "running"
+
+
+def _line(update: Update) -> dict[str, Any]:
+    noise = update.noise if update.noise is not None and update.noise.defined else None
+    return {
+        "step": update.step,
+        "position": update.position,
+        "batch_size": update.batch_size,
+        "lr": update.learning_rate,
+        "loss": update.loss,
+        "grad_norm": update.grad_norm,
+        "noise_scale": noise and {"value": noise.value, "low": noise.low, "high": noise.high},
+        "seconds": update.seconds,
+        "examples_per_second": update.batch_size / update.seconds,
+        "skipped": update.skipped,
+    }
+
+
+def _check(job: Job, plan: Plan, seed: int) -> None:
+    if plan.job != job.name:
+        raise InputError(f"the plan is for the job {plan.job!r}, this job is {job.name!r}")
+    if plan.batch_size > len(job.train):
+        raise InputError(f"plan batch_size {plan.batch_size} is larger than the data set of {len(job.train)} examples")
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if plan.batch_size < world:
+        raise InputError(f"plan batch_size {plan.batch_size} is smaller than the {world} ranks: each needs an example")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise InputError(f"seed must be an integer, got {seed!r}")
+
+
+def _check_first_loss(learner: Learner) -> None:
+    """Refuses a job whose loss is not finite before anything was learned, while nothing is written yet."""
+    loss = learner.first_loss()
+    if agree_max(int(not math.isfinite(loss))):
+        raise InputError(
+            f"job loss is {loss} on the first micro-batch, before any update: check the data and the model"
+        )
