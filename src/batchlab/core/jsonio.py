@@ -71,9 +71,8 @@ def from_plain(cls: type[T], plain: Any, *, source: str = "JSON") -> T:
     }
     if missing := sorted(required - set(plain)):
         raise InputError(f"{source}: {cls.__name__} lacks the field {missing[0]!r}")
-    values = {
-        name: _convert(_hints(cls)[name], item, f"{source}: {cls.__name__}.{name}") for name, item in plain.items()
-    }
+    hints = _hints(cls)  # type: ignore[arg-type]
+    values = {name: _convert(hints[name], item, f"{source}: {cls.__name__}.{name}") for name, item in plain.items()}
     return cls(**values)
 
 

@@ -56,13 +56,14 @@ def train(
     with preserved_generators(), StopSignals() as signals:
         learner = Learner(job, plan, seed=seed, device=device)
         try:
-            if not resume:
-                _check_first_loss(learner)
+            initial = {} if resume else _first_look(learner)
             meta = describe_again(plan, learner) if resume else describe(job, plan, learner, seed=seed, facts=facts)
             with RunFolder(out, meta, resume=resume) as folder:
                 status = folder.restore(learner) if resume else "running"
                 if learner.step == 0:
-                    status = _initial_status(learner, folder)
+                    initial = initial or learner.evaluate()
+                    folder.note_initial(initial)
+                    status = _status(initial, plan)
                 status = _run(learner, folder, signals, tuple(callbacks), status)
                 folder.save_weights(learner)
                 folder.finish(status)
@@ -111,15 +112,6 @@ def _stop_hopeless(folder: RunFolder, update: Update) -> None:
     )
 
 
-def _initial_status(learner: Learner, folder: RunFolder) -> str:
-    """Evaluates before the first update, so that a target that is met already is said so."""
-    if learner.plan.target is None:
-        return "running"
-    values = learner.evaluate()
-    folder.note_initial(values)
-    return _status(values, learner.plan)
-
-
 def _status(values: dict[str, float], plan: Plan) -> str:
     if plan.target is None:
         return "running"
@@ -156,10 +148,13 @@ def _check(job: Job, plan: Plan, seed: int) -> None:
         raise InputError(f"seed must be an integer, got {seed!r}")
 
 
-def _check_first_loss(learner: Learner) -> None:
-    """Refuses a job whose loss is not finite before anything was learned, while nothing is written yet."""
+def _first_look(learner: Learner) -> dict[str, float]:
+    """Evaluates before the first update, and refuses, while nothing is written yet, what cannot be trained."""
     loss = learner.first_loss()
     if agree_max(int(not math.isfinite(loss))):
         raise InputError(
             f"job loss is {loss} on the first micro-batch, before any update: check the data and the model"
         )
+    values = learner.evaluate()
+    _status(values, learner.plan)
+    return values

@@ -1,0 +1,42 @@
+"""Running a function in a forked child, which may be killed: torch is imported already, so that it is quick."""
+
+import multiprocessing
+
+import torch
+
+
+def in_child(function, *arguments, timeout=60):
+    """Runs `function(*arguments)` in a child; returns its exit code, negative for the signal that killed it."""
+    torch.set_num_threads(1)
+    child = multiprocessing.get_context("fork").Process(target=function, args=arguments)
+    child.start()
+    child.join(timeout)
+    assert child.exitcode is not None, "the child hangs"
+    return child.exitcode
+
+
+def _join(rank, world, store, function, arguments):
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    try:
+        function(*arguments)
+    finally:
+        dist.destroy_process_group()
+
+
+def in_ranks(world, folder, function, *arguments, timeout=90):
+    """Runs `function(*arguments)` in `world` forked gloo ranks; returns their exit codes."""
+    torch.set_num_threads(1)
+    store = folder / f"store-{len(list(folder.glob('store-*')))}"
+    context = multiprocessing.get_context("fork")
+    children = [context.Process(target=_join, args=(rank, world, store, function, arguments)) for rank in range(world)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(timeout)
+    hanging = [child for child in children if child.exitcode is None]
+    for child in hanging:
+        child.kill()
+    assert not hanging, "a rank hangs"
+    return [child.exitcode for child in children]
