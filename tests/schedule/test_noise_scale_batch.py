@@ -20,7 +20,7 @@ def test_any_input_keeps_the_bounds_and_the_growth_limit(values):
     before = 64
     for value in values:
         size = control.next_batch(_noise(value))
-        assert 8 <= size <= 512 and 0.5 <= (size + 0.5) / before and (size - 0.5) / before <= 2.0
+        assert 8 <= size <= 512 and (size + 0.5) / before >= 0.5 and (size - 0.5) / before <= 2.0
         if not 0 < value < math.inf:
             assert size == before
         before = size
