@@ -154,6 +154,21 @@ def test_the_average_is_the_weighted_mean_of_all_weights_so_far():
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("power", [0.0, 3.0])
+def test_the_polynomial_average_is_its_closed_form(power):
+    """ζ = Σ wₜθₜ with wₜ the growth of (position/end)^(p+1) over update t."""
+    learner = Learner(toy_job(), toy_plan(average_power=power), device="cpu")
+    history, ends = [], []
+    for size in (64, 32, 7, 90, 64):
+        update = learner.update(size)
+        history.append(_weights(learner))
+        ends.append(update.position)
+    shares = (torch.tensor([0, *ends], dtype=torch.float64) / ends[-1]) ** (power + 1)
+    expected = (torch.stack(history) * shares.diff()[:, None]).sum(0)
+    got = torch.cat([p.flatten() for p in learner.evaluated.parameters()])
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+
+
 def test_evaluation_is_the_mean_over_all_examples_whatever_its_batch():
     job = toy_job(metric=lambda module, batch: {"mae": (module(batch[0]).squeeze(1) - batch[1]).abs().mean()})
     learner = _trained(job, toy_plan(), steps=2)

@@ -84,6 +84,7 @@ class Reference(JsonNoun):
     """The reference run: what training at the base batch size and learning rate did.
 
     steps_to_target: updates until the target was first met, or None if it was not met in `steps` updates.
+    warmup_examples, average_power: how it was run, as in `Plan`; a prediction from it holds for runs like it.
     evaluations: (steps, value of the target's metric on the validation data).
     """
 
@@ -93,6 +94,8 @@ class Reference(JsonNoun):
     seconds: float
     steps_to_target: int | None
     evaluations: tuple[tuple[int, float], ...]
+    warmup_examples: int = 0
+    average_power: float | None = None
 
 
 @dataclass(frozen=True)

@@ -54,8 +54,9 @@ class Plan(JsonNoun):
     batch_schedule: "fixed", or "adaptive", which follows the measured noise scale between `min_batch_size`
         and `max_batch_size` and moves the learning rate by `learning_rate_rule` ("sqrt", "linear", "surge"
         or "saturating", evaluated at `noise_scale`).
-    ema_half_life: half-life of the weights' moving average in examples, evaluated in place of the weights;
-        None for no average.
+    ema_half_life: half-life of the weights' moving average in examples, evaluated in place of the weights.
+    average_power: in its place, the power p of an average that weighs the weights by (examples seen)^p: about the
+        last 1/(p + 1) of the run, at any batch size and length (Shamir and Zhang 2013). Both None for no average.
     evaluation_batch: examples of one forward pass in evaluation; the micro-batch if None.
     measure_noise: whether the noise scale is measured along the run, which takes two pieces an update.
     evaluate_every, checkpoint_every: in updates. clip_norm: gradient norm limit, or None.
@@ -82,6 +83,7 @@ class Plan(JsonNoun):
     max_batch_size: int | None = None
     learning_rate_rule: Literal["none", "sqrt", "linear", "surge", "saturating"] = "none"
     ema_half_life: float | None = None
+    average_power: float | None = None
     clip_norm: float | None = None
     precision: Literal["float32", "bf16"] = "float32"
     compile: bool = False
@@ -121,6 +123,10 @@ class Plan(JsonNoun):
             raise InputError(f"plan learning_rate must be finite and > 0, got {self.learning_rate!r}")
         if self.ema_half_life is not None and not self.ema_half_life > 0:
             raise InputError(f"plan ema_half_life must be > 0 examples, got {self.ema_half_life!r}")
+        if self.average_power is not None and not 0 <= self.average_power < float("inf"):
+            raise InputError(f"plan average_power must be finite and >= 0, got {self.average_power!r}")
+        if self.ema_half_life is not None and self.average_power is not None:
+            raise InputError("plan ema_half_life and average_power are two averages: give one of them")
         if self.warmup_examples < 0:
             raise InputError(f"plan warmup_examples must not be negative, got {self.warmup_examples!r}")
 

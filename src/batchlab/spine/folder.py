@@ -32,6 +32,7 @@ _SAME_ON_RESUME = (
     "warmup_examples",
     "schedule",
     "ema_half_life",
+    "average_power",
     "clip_norm",
     "precision",
 )

@@ -85,7 +85,8 @@ class Learner:
             raise InputError(f"job model must return a torch.nn.Module, got {type(model).__name__}")
         self.model = model.to(self.device).train()
         self.optimizer = create(plan.optimizer, self.model, lr=plan.learning_rate, **plan.hyperparameters)
-        self.average = None if plan.ema_half_life is None else AveragedModel(self.model, multi_avg_fn=self._lerp)
+        averaged = plan.ema_half_life is not None or plan.average_power is not None
+        self.average = AveragedModel(self.model, multi_avg_fn=self._lerp) if averaged else None
         self.noise = GradientNoise(self.model) if plan.measure_noise else None
         self.controller = _controller(plan, len(job.train), self.world)
         self.step, self.position, self.batch_size = 0, 0, plan.batch_size
@@ -208,11 +209,17 @@ class Learner:
         if self.plan.clip_norm is not None and norm > self.plan.clip_norm:
             nn.utils.clip_grads_with_norm_(self.model.parameters(), self.plan.clip_norm, torch.tensor(norm))
         self.optimizer.step()
-        if self.average is not None and self.plan.ema_half_life is not None:
-            decay = 0.5 ** (size / self.plan.ema_half_life)
-            self._average_weight = decay * self._average_weight + (1.0 - decay)
-            self._average_share = (1.0 - decay) / self._average_weight
+        if self.average is not None:
+            kept = self._kept(size)
+            self._average_weight = kept * self._average_weight + (1.0 - kept)
+            self._average_share = (1.0 - kept) / self._average_weight
             self.average.update_parameters(self.model)
+
+    def _kept(self, size: int) -> float:
+        """What the average keeps of itself when `size` more examples were seen; two halves keep as much as one whole."""
+        if self.plan.ema_half_life is not None:
+            return 0.5 ** (size / self.plan.ema_half_life)
+        return (1.0 - size / self.position) ** ((self.plan.average_power or 0.0) + 1.0)
 
     def _undo(self, buffers: list[Tensor]) -> None:
         """Puts back what a forward pass changed, and forgets the pieces it measured."""

@@ -22,7 +22,6 @@ from batchlab.rules.tradeoff import steps_ratio
 MCCANDLISH = "McCandlish et al. 2018, arXiv 1812.06162"
 POWER_LINES = "Bergsma et al. 2025, arXiv 2505.13738"
 MEASURED, OURS, USER, TORCH = "measured", "batchlab", "user", "torch default"
-WARMUP_SHARE = 0.05
 SPLIT_COST = 1.05
 
 
@@ -244,20 +243,15 @@ def _optimizer(why: _Reasons, facts: Facts, known: _Known, chosen: FrontierRow) 
         choice.source,
         **(inputs if noise is None else inputs | {"noise_scale": noise}),
     )
-    raised = choice.learning_rate > rate
-    warmup = math.ceil(WARMUP_SHARE * chosen.steps * size) if raised else 0
-    why.keep(
-        "warmup_examples",
-        warmup,
-        "5 % of the predicted examples where the learning rate is above the one measured, else none",
-        OURS,
-        learning_rate=choice.learning_rate,
-        base_learning_rate=rate,
-    )
+    warmup, power = facts.reference.warmup_examples, facts.reference.average_power
+    why.keep("warmup_examples", warmup, "as many examples as in the reference run", OURS)
+    if power is not None:
+        why.keep("average_power", power, "the weights' average of the reference run, the same at any batch size", OURS)
     return {
         "learning_rate": choice.learning_rate,
         "learning_rate_rule": choice.rule,
         "warmup_examples": warmup,
+        "average_power": power,
         "hyperparameters": _hyperparameters(why, facts, known, chosen, choice.learning_rate),
     }
 
