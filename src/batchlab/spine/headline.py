@@ -1,0 +1,132 @@
+"""What a run says in a few lines: what to use, what was predicted and what happened, and the verdict."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+from batchlab.core.plan import Plan
+from batchlab.core.run import Run
+from batchlab.spine.words import aim, duration, figure, plural
+
+Line = tuple[str, str, str]  # name, value, remark
+CLOSE = 1.25
+
+
+class Verdict(NamedTuple):
+    """What came of a run, in words; "good", "bad", or "open" where nothing can be said yet."""
+
+    text: str
+    tone: Literal["good", "bad", "open"]
+
+
+def settings(plan: Plan, unit: str = "example", units_per_example: float | None = 1) -> list[Line]:
+    """The three lines: batch size, micro-batch times accumulation, learning rate."""
+    tokens = (
+        f", {figure(plan.batch_size * units_per_example)} {unit}s"
+        if unit != "example" and units_per_example is not None
+        else ""
+    )
+    batch = "follows the measured noise scale during the run" if plan.batch_schedule == "adaptive" else "in each step"
+    passes = f"{plan.accumulation:,} pass{'' if plan.accumulation == 1 else 'es'}"
+    devices = plural(plan.world_size, "device")
+    ends = {"constant": "then constant", "linear": "then falling linearly", "cosine": "then falling as a cosine"}
+    warm = f"warm-up over {plural(plan.warmup_examples, 'example')}, " if plan.warmup_examples else "no warm-up, "
+    return [
+        ("Batch size", f"{plural(plan.batch_size, 'example')}{tokens}", batch),
+        ("Micro-batch", f"{plan.micro_batch:,} × {plan.accumulation:,}", f"{passes} per step on {devices}"),
+        ("Learning rate", figure(plan.learning_rate), f"{plan.optimizer}; {warm}{ends[plan.schedule]}"),
+    ]
+
+
+def outcome(plan: Plan, summary: Mapping[str, Any]) -> list[Line]:
+    """Predicted beside actual: steps and time to the target; without a target, what the run took in all."""
+    if plan.target is None:
+        return [
+            ("Steps", f"{summary['steps']:,}", f"of {plan.steps:,} planned"),
+            ("Time", duration(summary["seconds"]), "evaluations left out"),
+        ]
+    predicted, reached = plan.predicted_steps, summary["target_step"]
+    said = "unknown" if predicted is None else figure(round(predicted.value) if predicted.defined else math.nan)
+    range_ = (
+        "" if predicted is None else f"{100 * predicted.coverage:.4g} % interval {_ends(predicted.low, predicted.high)}"
+    )
+    took = f"{reached:,}" if reached is not None else "not met"
+    lines = [
+        ("Predicted steps to target", said, range_ or "the plan predicted none"),
+        ("Actual steps to target", took, _actual_remark(plan, summary)),
+    ]
+    if plan.predicted_step_seconds and predicted is not None and predicted.defined:
+        lines.append(("Predicted time", duration(predicted.value * plan.predicted_step_seconds), "steps × step time"))
+    if summary["target_seconds"] is not None:
+        lines.append(("Actual time", duration(summary["target_seconds"]), "evaluations left out"))
+    return lines
+
+
+def verdict(plan: Plan, summary: Mapping[str, Any]) -> Verdict:
+    """The outcome as a sentence."""
+    status, steps = summary["status"], summary["steps"]
+    if status == "running":
+        return Verdict(
+            f"Still running, or ended without a word: {plural(steps, 'step')} of {plan.steps:,} so far.", "open"
+        )
+    if status == "interrupted":
+        return Verdict(f"Interrupted after {plural(steps, 'step')} of {plan.steps:,}; resume it to go on.", "open")
+    if status == "stopped":
+        return Verdict(f"Stopped after {plural(steps, 'step')}: {_skipped(summary)}.", "bad")
+    if plan.target is None:
+        return Verdict(f"Finished {plural(steps, 'step')}; there was no target to hold a prediction against.", "open")
+    if summary["target_step"] is None:
+        ended = f"it ended at {_final(plan, summary)}"
+        return Verdict(f"The target, {aim(plan.target)}, was not met in {plural(steps, 'step')}; {ended}.", "bad")
+    return _held(plan, summary["target_step"])
+
+
+def _held(plan: Plan, reached: int) -> Verdict:
+    assert plan.target is not None
+    met = f"Met the target, {aim(plan.target)}, after {plural(reached, 'step')}"
+    predicted = plan.predicted_steps
+    if predicted is None or not predicted.defined or reached == 0:
+        return Verdict(f"{met}; there was no prediction to hold it against.", "open")
+    ratio = reached / predicted.value if predicted.value > 0 else math.inf
+    said = f"{met}: {figure(float(f'{ratio:.3g}'))} times the {figure(round(predicted.value))} predicted"
+    inside = predicted.low <= reached <= predicted.high
+    if inside and math.isfinite(predicted.high):
+        return Verdict(f"{said}, inside the prediction's interval.", "good")
+    if inside:
+        return Verdict(f"{said}; the prediction's interval has no upper end, so it could not have missed.", "open")
+    close = 1 / CLOSE <= ratio <= CLOSE
+    return Verdict(f"{said}, {'just ' if close else ''}outside the prediction's interval.", "open" if close else "bad")
+
+
+def _actual_remark(plan: Plan, summary: Mapping[str, Any]) -> str:
+    assert plan.target is not None
+    if summary["target_step"] is not None:
+        every = plan.evaluate_every
+        return f"to {aim(plan.target)}" + (f"; evaluated every {every} steps" if every > 1 else "")
+    return f"in {plural(summary['steps'], 'step')}; {aim(plan.target)} is the target"
+
+
+def _final(plan: Plan, summary: Mapping[str, Any]) -> str:
+    value = summary["final"].get(plan.target.metric) if plan.target else None
+    return "an unknown value" if value is None else figure(float(value))
+
+
+def _skipped(summary: Mapping[str, Any]) -> str:
+    count = summary["skipped_steps"]
+    return f"{plural(count, 'step')} had a loss or gradient that is not finite" if count else "an error ended the run"
+
+
+def _ends(low: float, high: float) -> str:
+    return (
+        f"{figure(round(low) if math.isfinite(low) else low)} to {figure(round(high) if math.isfinite(high) else high)}"
+    )
+
+
+def of_run(run: Run) -> list[Line]:
+    """The lines for a terminal: settings, outcome, verdict."""
+    job = run.meta.get("job") or {}
+    lines = settings(run.plan, str(job.get("unit", "example")), job.get("units_per_example"))
+    summary = run.summary
+    return [*lines, *outcome(run.plan, summary), ("Verdict", verdict(run.plan, summary).text, "")]

@@ -1,0 +1,70 @@
+"""`report`: one self-contained HTML page of a run or a study, and the same in a few lines for a terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from batchlab.core.errors import InputError
+from batchlab.core.files import write_atomic
+from batchlab.core.run import Run
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from batchlab.core.study import Study
+    from batchlab.viz.blocks import Section
+
+
+def report(run_or_study: Run | Study, path: str | Path) -> Path:
+    """Writes the page to the file `path`, whole or not at all, and returns it. It opens with no network.
+
+    run_or_study: as read from its folder, also while it is being written: what is there is shown, and what is
+    missing is said, with how to get it. A run is shown with the sweep in its own folder, if it has one. Traces of
+    more than 2,000 steps are thinned; first, last and extreme steps stay.
+
+    Raises `InputError` for anything else or if `path` is a folder, `StorageError` if the disk refuses.
+    """
+    target = Path(path)
+    if target.is_dir():
+        raise InputError(f"path must name the file to write, got the folder {str(target)!r}: {target / 'report.html'}")
+    if not isinstance(run_or_study, Run):
+        raise InputError(f"report takes a Run or a Study, got {type(run_or_study).__name__}")
+    from batchlab.viz.page import page
+
+    title, subtitle, sections = _run_page(run_or_study)
+    write_atomic(target, page(title, sections, subtitle=subtitle))
+    return target
+
+
+def terminal_report(run_or_study: Run | Study) -> Table:
+    """What the page's first part says, as a `rich` table."""
+    from batchlab.spine import headline
+    from batchlab.viz.table import terminal_table
+
+    assert isinstance(run_or_study, Run)
+    return terminal_table(run_or_study.name, headline.of_run(run_or_study))
+
+
+def _run_page(run: Run) -> tuple[str, str, list[Section]]:
+    from batchlab.spine import chapters
+    from batchlab.spine.columns import columns
+
+    plan, facts = run.plan, run.facts
+    taken = columns(run.steps(), run.meta.get("initial"))
+    sections = [
+        chapters.what_to_do(run),
+        chapters.frontier(plan),
+        chapters.noise(plan, facts, taken),
+        chapters.loss(run, taken),
+        chapters.machine_limits(plan, facts),
+        chapters.learning_rates(plan, facts),
+        chapters.reasons(plan),
+        chapters.limits(plan, facts),
+        chapters.provenance({**run.meta, "status": run.summary["status"]}),
+    ]
+    return (
+        f"batchlab: {run.name}",
+        f"Goal: {plan.goal}. Made {run.meta.get('created', 'at an unknown time')}.",
+        sections,
+    )

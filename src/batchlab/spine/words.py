@@ -1,0 +1,82 @@
+"""Numbers and outcomes in words, as reports and terminals show them."""
+
+from __future__ import annotations
+
+import math
+
+from batchlab.core.facts import Estimate
+from batchlab.core.job import Target
+
+
+def figure(value: float) -> str:
+    """Four significant digits, without an exponent where a reader can do without.
+
+    >>> figure(0.00012), figure(1437.0), figure(12345678.0), figure(float("inf"))
+    ('0.00012', '1437', '12,345,678', 'unbounded')
+    """
+    if math.isnan(value):
+        return "unknown"
+    if math.isinf(value):
+        return "unbounded"
+    if value and not 1e-4 <= abs(value) < 1e12:
+        return f"{value:.3e}"
+    return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.4g}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that suits them.
+
+    >>> duration(0.0021), duration(3.21), duration(125), duration(7300), duration(200_000)
+    ('2.1 ms', '3.21 s', '2 min 5 s', '2 h 2 min', '2 d 8 h')
+    """
+    if not math.isfinite(seconds):
+        return figure(seconds)
+    if seconds < 0.1:
+        return f"{seconds * 1e3:.3g} ms"
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    whole = round(seconds)
+    units = ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s"))
+    large, name, lesser, rest = next(unit for unit in units if whole >= unit[0])
+    return f"{whole // large} {name} {whole % large // lesser} {rest}"
+
+
+def size(count: float) -> str:
+    """Bytes in binary units.
+
+    >>> size(1536.0)
+    '1.5 KiB'
+    """
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.4g} TiB"
+
+
+def interval(estimate: Estimate) -> str:
+    """An estimate with its interval: value, ends, coverage.
+
+    >>> interval(Estimate(64.0, 40.0, float("inf"), "norms"))
+    '64 (95 % interval: 40 to unbounded)'
+    """
+    ends = f"{figure(estimate.low)} to {figure(estimate.high)}"
+    return f"{figure(estimate.value)} ({100 * estimate.coverage:.4g} % interval: {ends})"
+
+
+def aim(target: Target) -> str:
+    """A target in words.
+
+    >>> aim(Target("accuracy", 0.97, "max"))
+    'accuracy of at least 0.97'
+    """
+    return f"{target.metric} of at {'most' if target.direction == 'min' else 'least'} {figure(target.value)}"
+
+
+def plural(count: int, noun: str) -> str:
+    """A count with its noun.
+
+    >>> plural(1, "step"), plural(2, "step")
+    ('1 step', '2 steps')
+    """
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -1,0 +1,310 @@
+"""Pictures of a plan and its run, from numbers that others computed. Each function returns a figure and shows nothing.
+
+Sizes are in examples, times in seconds. Non-finite points are not drawn; a band's unbounded edge runs to the edge of
+the plot.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import plotly.graph_objects as go
+
+from batchlab.core.facts import Estimate, LearningRateTrial, MicroBatchTime
+from batchlab.core.job import Target
+from batchlab.core.plan import FrontierRow
+from batchlab.viz.style import (
+    BLUE,
+    BLUE_BAND,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    ORANGE_BAND,
+    PURPLE,
+    SERIES,
+    SURFACE,
+    SYMBOLS,
+    blank,
+    spread,
+)
+from batchlab.viz.text import label
+
+Numbers = Sequence[float]
+Interval = tuple[float, float, float, float]  # x, value, low, high
+MIB = 2.0**20
+
+
+def frontier(rows: Sequence[FrontierRow]) -> Any:
+    """Predicted time against cost to the target, log-log: a line for each number of devices, a point a batch size."""
+    figure = blank("cost to target (device-seconds)", "time to target (seconds)", log_x=True, log_y=True)
+    return _by_devices(figure, rows, "cost")
+
+
+def time_to_target(rows: Sequence[FrontierRow]) -> Any:
+    """Predicted time to the target against batch size, log-log: a line for each number of devices."""
+    figure = blank("batch size (examples)", "time to target (seconds)", log_x=True, log_y=True)
+    return _by_devices(figure, rows, "batch_size")
+
+
+def _by_devices(figure: Any, rows: Sequence[FrontierRow], x: str) -> Any:
+    drawable = [row for row in rows if 0 < row.time < math.inf and 0 < row.cost < math.inf]
+    counts = sorted({row.devices for row in drawable})
+    for place, count in enumerate(counts):
+        shown = [row for row in drawable if row.devices == count]
+        color, symbol = SERIES[place % len(SERIES)], SYMBOLS[place % len(SYMBOLS)]
+        trace = go.Scatter(x=[getattr(row, x) for row in shown], y=[row.time for row in shown], mode="lines+markers")
+        trace.update(line={"color": color, "width": 1.5}, marker={"color": color, "size": 8, "symbol": symbol})
+        figure.add_trace(trace.update(name=f"{count} device{'s' if count > 1 else ''}", **_frontier_hover(shown)))
+    picked = [row for row in drawable if row.picked]
+    trace = go.Scatter(x=[getattr(row, x) for row in picked], y=[row.time for row in picked], mode="markers+text")
+    trace.update(text=[f"batch {row.batch_size}" for row in picked], textposition="top right", cliponaxis=False)
+    trace.update(marker={"size": 18, "color": ORANGE, "symbol": "star", "line": {"color": SURFACE, "width": 1.5}})
+    figure.add_trace(trace.update(name="the plan", textfont={"color": INK, "size": 13}, **_frontier_hover(picked)))
+    return figure
+
+
+def _frontier_hover(rows: Sequence[FrontierRow]) -> dict[str, Any]:
+    template = "batch size %{customdata[0]} on %{customdata[1]}<br>%{customdata[2]:.4~g} steps<br>"
+    template += "%{customdata[3]:.4~g} s, %{customdata[4]:.4~g} device-seconds<extra></extra>"
+    return {
+        "customdata": [[row.batch_size, row.devices, row.steps, row.time, row.cost] for row in rows],
+        "hovertemplate": template,
+    }
+
+
+def noise_scale(
+    training: Mapping[str, Numbers],
+    *,
+    batch_size: Mapping[str, Numbers] | None = None,
+    probe: Sequence[Interval] = (),
+    planned: Estimate | None = None,
+) -> Any:
+    """The gradient noise scale along training with its band, log y.
+
+    training: columns `examples`, `value`, `low`, `high` of the run. batch_size: columns `examples`, `value` of what
+    was used. probe: (examples, value, low, high) of the reference run. planned: the value the plan was made from.
+    """
+    figure = blank("training examples seen", "noise scale (examples)", log_y=True)
+    figure.update_xaxes(rangemode="tozero")
+    inside = [*training["value"], *(point[1] for point in probe), *(batch_size["value"] if batch_size else ())]
+    floor, ceiling = _log_range(inside + ([planned.value] if planned else []))
+    _band(figure, training, floor, ceiling)
+    if training["value"]:
+        figure.add_trace(_line(training["examples"], training["value"], "in this run", BLUE))
+    if batch_size and batch_size["value"]:
+        figure.add_trace(_line(batch_size["examples"], batch_size["value"], "batch size used", ORANGE, shape="hv"))
+    if probe:
+        figure.add_trace(_points(probe, "in the probe", GREEN, "diamond"))
+    if planned is not None and planned.value > 0 and planned.defined:
+        figure.add_trace(_level(planned.value, "what the plan used", GREY))
+    if floor < ceiling:
+        figure.update_yaxes(range=[math.log10(floor), math.log10(ceiling)])
+    return figure
+
+
+def loss(
+    train: Mapping[str, Numbers], valid: Mapping[str, Numbers], *, axis: str, x_title: str, skipped: Numbers = ()
+) -> Any:
+    """Training and validation loss against one axis.
+
+    train, valid: columns `loss` and the one named by `axis`. skipped: where on that axis a step was left out
+    because its loss or gradient was not finite; marked along the foot.
+    """
+    positive = [value for value in [*train["loss"], *valid["loss"]] if value > 0]
+    wide = len(positive) == len(train["loss"]) + len(valid["loss"]) > 0 and max(positive) > 10 * min(positive)
+    figure = blank(x_title, "loss (the job's own unit)", log_y=wide)
+    figure.update_xaxes(rangemode="tozero")
+    if train["loss"]:
+        figure.add_trace(_line(train[axis], train["loss"], "training, each step", BLUE, width=1.2))
+    if valid["loss"]:
+        figure.add_trace(_line(valid[axis], valid["loss"], "validation", ORANGE, markers=True))
+    if skipped:
+        figure.add_trace(_foot(skipped, "skipped: not finite"))
+    return figure
+
+
+def target_metric(
+    steps: Numbers, values: Numbers, target: Target, *, predicted: Estimate | None = None, reached: int | None = None
+) -> Any:
+    """The target's metric on the validation data against steps, with where it was predicted to be met, and was."""
+    figure = blank("steps", f"{label(target.metric)} (validation)")
+    figure.update_xaxes(rangemode="tozero")
+    figure.add_trace(_line(steps, values, "measured", BLUE, markers=True))
+    figure.add_trace(_level(target.value, "target", GREY))
+    if predicted is not None and predicted.defined:
+        if math.isfinite(predicted.low) and math.isfinite(predicted.high):
+            figure.add_vrect(x0=predicted.low, x1=predicted.high, fillcolor=ORANGE_BAND, line_width=0, layer="below")
+        figure.add_trace(_upright(predicted.value, "predicted to meet it", ORANGE, "dash"))
+    if reached is not None:
+        figure.add_trace(_upright(reached, "met it", GREEN, "solid"))
+    return figure
+
+
+def micro_batch_time(points: Sequence[MicroBatchTime], chosen: int | None = None) -> Any:
+    """Seconds of one forward and backward pass against micro-batch, log-log, with intervals; the plan's is marked."""
+    figure = blank("micro-batch (examples)", "forward and backward (seconds)", log_x=True, log_y=True)
+    figure.add_trace(
+        _points(
+            [(p.examples, p.seconds.value, p.seconds.low, p.seconds.high) for p in points],
+            "measured",
+            BLUE,
+            "circle",
+            joined=True,
+        )
+    )
+    _mark(figure, [(p.examples, p.seconds.value) for p in points if p.examples == chosen])
+    return figure
+
+
+def micro_batch_memory(points: Sequence[MicroBatchTime], chosen: int | None = None) -> Any:
+    """Peak memory against micro-batch, log x."""
+    known = [(p.examples, p.memory_bytes / MIB) for p in points if p.memory_bytes is not None]
+    figure = blank("micro-batch (examples)", "memory (MiB)", log_x=True)
+    figure.update_yaxes(rangemode="tozero")
+    figure.add_trace(_line([x for x, _ in known], [y for _, y in known], "measured", PURPLE, markers=True))
+    _mark(figure, [point for point in known if point[0] == chosen])
+    return figure
+
+
+def learning_rate_trials(
+    trials: Sequence[LearningRateTrial], *, base: float | None = None, planned: float | None = None
+) -> Any:
+    """Training loss at the end of short runs against learning rate, log x; runs that diverged along the top."""
+    figure = blank("learning rate", "training loss after the trial", log_x=True)
+    ended = sorted((t.learning_rate, t.loss) for t in trials if math.isfinite(t.loss))
+    diverged = [t.learning_rate for t in trials if not math.isfinite(t.loss)]
+    figure.add_trace(_line([x for x, _ in ended], [y for _, y in ended], "trials", BLUE, markers=True))
+    if diverged:
+        top = go.Scatter(x=diverged, y=[0.96] * len(diverged), mode="markers", name="diverged", yaxis="y2")
+        figure.add_trace(top.update(marker={"symbol": "x", "size": 10, "color": ORANGE}, hovertemplate="%{x:.3g}"))
+    if base is not None:
+        figure.add_trace(_upright(base, "found good at the base batch", GREEN, "solid"))
+    if planned is not None:
+        figure.add_trace(_upright(planned, "the plan's", ORANGE, "dash"))
+    return figure
+
+
+def tradeoff(
+    measured: Sequence[Interval],
+    *,
+    fit: Sequence[tuple[float, float]] = (),
+    predicted: Sequence[Interval] = (),
+    run: tuple[float, float] | None = None,
+) -> Any:
+    """Steps to target against batch size, log-log: what was measured, the fit through it, and what was predicted.
+
+    measured, predicted: (batch size, steps, low, high). fit: (batch size, steps) along the fitted law. run: the
+    plan's own batch size and the steps it took.
+    """
+    figure = blank("batch size (examples)", "steps to target", log_x=True, log_y=True)
+    if predicted:
+        x, value, low, high = (list(column) for column in zip(*predicted, strict=True))
+        floor, ceiling = _log_range([*value, *(point[1] for point in measured)])
+        columns = {"examples": x, "value": value, "low": low, "high": high}
+        _band(figure, columns, floor, ceiling, color=ORANGE_BAND, name="interval of the prediction")
+        figure.add_trace(_line(x, value, "predicted", ORANGE, dash="dash"))
+    if fit:
+        figure.add_trace(_line([x for x, _ in fit], [y for _, y in fit], "fit to the sweep", GREY))
+    if measured:
+        figure.add_trace(_points(measured, "sweep", BLUE, "circle"))
+    if run is not None:
+        star = go.Scatter(x=[run[0]], y=[run[1]], mode="markers", name="the plan's run")
+        figure.add_trace(star.update(marker={"symbol": "star", "size": 15, "color": GREEN}))
+    return figure
+
+
+def _line(
+    x: Numbers,
+    y: Numbers,
+    name: str,
+    color: str,
+    *,
+    markers: bool = False,
+    width: float = 2,
+    dash: str = "solid",
+    shape: str = "linear",
+) -> Any:
+    return go.Scatter(
+        x=list(x),
+        y=list(y),
+        name=name,
+        mode="lines+markers" if markers or len(x) < 3 else "lines",
+        line={"color": color, "width": width, "dash": dash, "shape": shape},
+        marker={"color": color, "size": 7},
+        hovertemplate="%{x:.5~g}: %{y:.4~g}<extra>" + name + "</extra>",
+    )
+
+
+def _points(points: Sequence[Interval], name: str, color: str, symbol: str, *, joined: bool = False) -> Any:
+    x, value, low, high = (list(column) for column in zip(*points, strict=True))
+    return go.Scatter(
+        x=x,
+        y=value,
+        error_y=spread(value, low, high, color),
+        mode="lines+markers" if joined else "markers",
+        marker={"color": color, "size": 8, "symbol": symbol},
+        line={"color": color, "width": 1.5},
+        name=name,
+        hovertemplate="%{x:.5~g}: %{y:.4~g}<extra>" + name + "</extra>",
+    )
+
+
+def _band(
+    figure: Any,
+    columns: Mapping[str, Numbers],
+    floor: float,
+    ceiling: float,
+    *,
+    color: str = BLUE_BAND,
+    name: str = "its interval",
+) -> None:
+    """The area between `low` and `high`; an edge beyond what a log axis shows is drawn at the plot's own edge."""
+    if len(columns["value"]) < 2 or not floor < ceiling:
+        return
+    x = list(columns["examples"])
+    high = [min(bound, ceiling * 10) for bound in columns["high"]]
+    low = [max(bound, floor / 10) for bound in columns["low"]]
+    figure.add_trace(
+        go.Scatter(
+            x=x + x[::-1],
+            y=high + low[::-1],
+            fill="toself",
+            fillcolor=color,
+            line={"width": 0, "color": color},
+            mode="lines",
+            hoverinfo="skip",
+            name=name,
+        )
+    )
+
+
+def _log_range(values: Sequence[float]) -> tuple[float, float]:
+    """Axis ends around what is positive and finite; (0, 0) where nothing is."""
+    shown = [value for value in values if 0 < value < math.inf]
+    return (min(shown) / 3, max(shown) * 3) if shown else (0.0, 0.0)
+
+
+def _level(y: float, name: str, color: str) -> Any:
+    """A level line across the plot that has a place in the legend."""
+    line = go.Scatter(x=[0, 1], y=[y, y], xaxis="x2", mode="lines", name=name)
+    return line.update(line={"color": color, "dash": "dot", "width": 2}, hovertemplate="%{y:.4~g}<extra></extra>")
+
+
+def _upright(x: float, name: str, color: str, dash: str) -> Any:
+    """An upright line over the whole height that has a place in the legend."""
+    line = go.Scatter(x=[x, x], y=[0, 1], yaxis="y2", mode="lines", name=name)
+    return line.update(line={"color": color, "dash": dash, "width": 2}, hovertemplate="%{x:.5~g}<extra></extra>")
+
+
+def _foot(x: Numbers, name: str) -> Any:
+    marks = go.Scatter(x=list(x), y=[0.02] * len(x), yaxis="y2", mode="markers", name=name)
+    return marks.update(marker={"symbol": "x", "size": 9, "color": PURPLE}, hovertemplate="%{x:.5~g}<extra></extra>")
+
+
+def _mark(figure: Any, points: Sequence[tuple[float, float]]) -> None:
+    if points:
+        star = go.Scatter(x=[x for x, _ in points], y=[y for _, y in points], mode="markers", name="the plan")
+        figure.add_trace(star.update(marker={"symbol": "star", "size": 15, "color": ORANGE}))
