@@ -79,7 +79,7 @@ def adaptive_gamma(noise_scales: Sequence[float]) -> float:
     With B(s) = √(r·𝓑) the front is (S/S_min - 1)(E/E_min - 1) = γ; at r = E_min/S_min both are 1 + √γ times their
     least, against 2 with a constant batch. 1 means that adapting gains nothing.
     """
-    if not noise_scales:
+    if len(noise_scales) == 0:
         raise InputError("noise_scales must hold at least one value, got none")
     for value in noise_scales:
         check_positive(noise_scales=value)

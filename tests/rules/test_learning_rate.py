@@ -1,0 +1,122 @@
+"""Learning-rate rules: composition, identity, limits, the peak of the surge law, the choice for an optimizer."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from batchlab.core.errors import InputError
+from batchlab.optim.create import names
+from batchlab.rules import learning_rate as rules
+
+sizes = st.floats(0.1, 1e7)
+rates = st.floats(1e-7, 10.0)
+noises = st.floats(0.1, 1e7) | st.just(math.inf)
+RULES = ["none", "linear", "sqrt", "saturating", "surge"]
+
+
+@pytest.mark.parametrize("rule", RULES)
+@given(rate=rates, a=sizes, b=sizes, c=sizes, noise=noises)
+def test_moving_twice_is_moving_once(rule, rate, a, b, c, noise):
+    def move(value, start, end):
+        return rules.rescale(value, start, end, rule=rule, noise_scale=noise)
+
+    assert move(move(rate, a, b), b, c) == pytest.approx(move(rate, a, c), rel=1e-9)
+    assert move(rate, a, a) == pytest.approx(rate, rel=1e-12)
+    assert move(rate, a, b) > 0
+
+
+@pytest.mark.parametrize("rule", RULES)
+@given(rate=rates, a=sizes, b=sizes, c=sizes, noise=noises)
+def test_never_falls_with_batch_size(rule, rate, a, b, c, noise):
+    small, large = sorted((b, c))
+    at = [rules.rescale(rate, a, size, rule=rule, noise_scale=noise) for size in (small, large)]
+    assert at[0] <= at[1] * (1 + 1e-12)
+
+
+@given(rates, sizes, sizes)
+def test_limits_far_below_the_noise_scale(rate, a, b):
+    far = max(a, b) * 1e9
+    assert rules.saturating(rate, a, b, noise_scale=far) == pytest.approx(rules.linear(rate, a, b), rel=1e-8)
+    assert rules.surge(rate, a, b, noise_scale=far) == pytest.approx(rules.sqrt(rate, a, b), rel=1e-8)
+    assert rules.saturating(rate, a, b, noise_scale=math.inf) == pytest.approx(rules.linear(rate, a, b), rel=1e-12)
+    assert rules.saturating(rate, a, b, noise_scale=math.inf, exponent=0.5) == pytest.approx(
+        rules.sqrt(rate, a, b), rel=1e-12
+    )
+
+
+@given(noise=st.floats(1.0, 1e6), k=st.floats(1.0, 1e3))
+def test_surge_is_symmetric_about_its_peak(noise, k):
+    """Sheet check 3: ε(k·B_n) = ε(B_n/k), and no size beats B_n."""
+    up, down = (
+        rules.surge(1e-3, noise, size, noise_scale=noise, beyond_peak="fall") for size in (noise * k, noise / k)
+    )
+    assert up == pytest.approx(down, rel=1e-9)
+    assert up <= 1e-3 * (1 + 1e-12)
+
+
+def test_surge_peaks_at_the_noise_scale():
+    from scipy.optimize import minimize_scalar
+
+    found = minimize_scalar(
+        lambda log_b: -rules.surge(1e-3, 32, math.exp(log_b), noise_scale=500.0, beyond_peak="fall"),
+        bracket=(math.log(50), math.log(600), math.log(5000)),
+        tol=1e-12,
+    )
+    assert math.exp(found.x) == pytest.approx(500.0, rel=1e-6)
+
+
+@given(noise=st.floats(1.0, 1e6), k=st.floats(1.0, 1e6), base=sizes)
+def test_surge_holds_its_peak(noise, k, base):
+    at_peak = rules.surge(1e-3, base, noise, noise_scale=noise)
+    assert rules.surge(1e-3, base, noise * k, noise_scale=noise) == pytest.approx(at_peak, rel=1e-12)
+
+
+def test_saturating_published_fit():
+    """SVHN with SGD, ε = 0.27·B/(96 + B) (McCandlish et al. 2018)."""
+    for batch in (8, 96, 1024):
+        assert rules.saturating(0.27 * 32 / 128, 32, batch, noise_scale=96) == pytest.approx(
+            0.27 * batch / (96 + batch)
+        )
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "noise_scale", "rule"),
+    [
+        ("sgd", 100.0, "saturating"),
+        ("sgd", None, "linear"),
+        ("sgd", math.inf, "linear"),
+        ("adamw", 100.0, "surge"),
+        ("adam", math.inf, "sqrt"),
+        ("rmsprop", None, "sqrt"),
+    ],
+)
+def test_rule_for_an_optimizer(optimizer, noise_scale, rule):
+    choice = rules.for_optimizer(optimizer, 1e-3, 32, 128, noise_scale=noise_scale)
+    assert choice.rule == rule
+    assert choice.learning_rate == rules.rescale(1e-3, 32, 128, rule=rule, noise_scale=noise_scale)
+    assert choice.formula and "arXiv" in choice.source
+
+
+def test_every_optimizer_has_a_family():
+    assert set(names()) <= set(rules.FAMILY)
+
+
+def test_errors_name_what_is_wrong():
+    with pytest.raises(InputError, match=r"batch_size must be finite and > 0, got nan"):
+        rules.sqrt(1e-3, 32, math.nan)
+    with pytest.raises(InputError, match=r"learning_rate must be finite and > 0, got 0"):
+        rules.rescale(0, 32, 64, rule="none")
+    with pytest.raises(InputError, match=r"noise_scale must be > 0, got nan"):
+        rules.surge(1e-3, 32, 64, noise_scale=math.nan)
+    with pytest.raises(InputError, match=r"noise_scale must be > 0, got -1"):
+        rules.saturating(1e-3, 32, 64, noise_scale=-1)
+    with pytest.raises(InputError, match=r"the rule 'surge' needs noise_scale, got None"):
+        rules.rescale(1e-3, 32, 64, rule="surge")
+    with pytest.raises(InputError, match=r"rule must be one of \['linear', 'none', .*got 'cubic'"):
+        rules.rescale(1e-3, 32, 64, rule="cubic")
+    with pytest.raises(InputError, match=r"optimizer must be one of .*'sgd'\], got 'lion': no learning-rate rule"):
+        rules.for_optimizer("lion", 1e-3, 32, 64)
+    with pytest.raises(InputError, match='beyond_peak must be "hold" or "fall", got'):
+        rules.surge(1e-3, 32, 64, noise_scale=10, beyond_peak="rise")
