@@ -7,7 +7,6 @@ from torch.utils.data import TensorDataset
 from batchlab.core.facts import Estimate, Facts, LearningRateTrial, MicroBatchTime, NoisePoint, Reference
 from batchlab.core.job import Job, Target
 
-
 NOISE_SCALE = Estimate(64.0, 40.0, 100.0, "set by hand")
 
 
@@ -40,13 +39,15 @@ def hand_facts(
     reached=True,
     optimizer="adamw",
     examples=4096,
+    true_b_crit=None,
     **changes,
 ):
     """Facts of a device whose pass takes pass_seconds + examples·example_seconds, and an update update_seconds more.
 
-    The reference run takes S_min·(1 + B_crit/B₀) updates with B_crit the noise scale's value, 64 if that is undefined.
+    The reference run takes S_min·(1 + B_crit/B₀) updates; B_crit is `true_b_crit`, by default the noise scale's value,
+    or 64 where that is undefined.
     """
-    b_crit = noise_scale.value if noise_scale.defined else 64.0
+    b_crit = true_b_crit or (noise_scale.value if noise_scale.defined else 64.0)
     steps = round(s_min * (1 + b_crit / base_batch_size))
     settings = {
         "job": "by hand",

@@ -1,7 +1,7 @@
 """What each batch size on each number of devices is predicted to take: time to the target against device-seconds.
 
-T(B, n) = S(B)·t(B, n) and C = n·T, with S(B) = S(B₀)·(1 + B_crit/B)/(1 + B_crit/B₀) from one reference run (B₀, S(B₀))
-and t the measured time of an update. Communication between devices was not measured and is not in t.
+T(B, n) = S(B)·t(B, n) and C = n·T, with S the predicted updates and t the measured time of one. Communication between
+devices was not measured and is not in t.
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ from collections.abc import Sequence
 from batchlab.core.errors import InputError
 from batchlab.core.facts import Facts
 from batchlab.core.plan import FrontierRow
-from batchlab.rules.checks import check_not_negative, check_positive
-from batchlab.rules.tradeoff import steps_ratio
+from batchlab.planner.prediction import Prediction
+from batchlab.rules.checks import check_positive
 
-LEAST_OVER_CRITICAL, MOST_OVER_CRITICAL = 1 / 8, 4.0
+REACH = 16
 
 
 def size_range(b_crit: float, examples: int) -> tuple[int, int]:
-    """The batch sizes worth predicting: B_crit/8 to 4·B_crit, within 1 and the data set.
+    """The batch sizes worth predicting: B_crit/16 to 16·B_crit, within 1 and the data set.
 
-    At the lower end E = 1.125·E_min: at most an eighth more examples can be saved by going further. At the upper
-    end S = 1.25·S_min: at most a fifth of the updates. Outside, the rules extrapolate for next to nothing.
+    At the lower end E = 1.06·E_min and at the upper end S = 1.06·S_min: further out there is a sixteenth left to gain,
+    and the rules extrapolate. If B_crit is wrong by 2 it is an eighth.
 
     >>> size_range(64, 10_000)
-    (8, 256)
+    (4, 1024)
     """
     check_positive(b_crit=b_crit, examples=examples)
-    lowest = min(max(1, math.ceil(b_crit * LEAST_OVER_CRITICAL)), examples)
-    return lowest, max(lowest, min(math.floor(b_crit * MOST_OVER_CRITICAL), examples))
+    lowest = min(max(1, math.ceil(b_crit / REACH)), examples)
+    return lowest, max(lowest, min(math.floor(b_crit * REACH), examples))
 
 
 def size_grid(lowest: int, highest: int) -> list[int]:
@@ -55,28 +55,24 @@ def device_grid(devices: int) -> list[int]:
 
 
 def frontier(
-    facts: Facts,
-    *,
-    b_crit: float,
-    base_steps: float,
-    batch_sizes: Sequence[int],
-    devices: Sequence[int] = (1,),
+    facts: Facts, prediction: Prediction, *, batch_sizes: Sequence[int], devices: Sequence[int] = (1,)
 ) -> tuple[FrontierRow, ...]:
     """One row for each batch size on each number of devices that it can be spread over, none picked.
 
-    b_crit: in examples, 0 to infinity. base_steps: updates to the target at `facts.base_batch_size`.
-    Rows are sorted by devices, then by batch size.
+    prediction: of the updates to the target. Rows are sorted by devices, then by batch size.
     """
-    check_positive(base_steps=base_steps)
-    check_not_negative(b_crit=b_crit)
-    rows = []
-    for count in sorted(set(devices)):
-        for size in sorted(set(batch_sizes)):
-            if size < count:
-                continue
-            steps = base_steps * steps_ratio(size, facts.base_batch_size, b_crit=b_crit)
-            time = steps * facts.step_time(size, count)
-            rows.append(FrontierRow(size, count, steps, time, count * time))
+    rows = [
+        _row(facts, prediction, size, count)
+        for count in sorted(set(devices))
+        for size in sorted(set(batch_sizes))
+        if size >= count
+    ]
     if not rows:
-        raise InputError(f"no batch size of {sorted(set(batch_sizes))} gives each of {min(devices)} devices an example")
+        raise InputError(f"batch_sizes must hold one of at least {min(devices)}, an example for each device")
     return tuple(rows)
+
+
+def _row(facts: Facts, prediction: Prediction, batch_size: int, devices: int) -> FrontierRow:
+    steps = prediction.steps(batch_size)
+    time = steps * facts.step_time(batch_size, devices)
+    return FrontierRow(batch_size, devices, steps, time, devices * time)

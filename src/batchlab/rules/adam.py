@@ -3,7 +3,8 @@
 The gradient of a κ times larger batch has 1/κ of the variance, so √v shrinks by √κ and η̂ = √κ·η, ε̂ = ε/√κ. The
 averages keep their memory in examples: exactly by β̂ = β^κ ("half_life", Grendel-GS, Zhao et al. 2024, arXiv
 2406.18533), to first order in κ(1 - β) by β̂ = 1 - κ(1 - β) ("sde", Malladi et al. 2022, arXiv 2205.10287; Busbridge
-et al. 2023, arXiv 2307.13813). Holds where noise dominates the gradient: far below the noise scale.
+et al. 2023, arXiv 2307.13813). Holds where noise dominates the gradient: far below the noise scale. Near it and above,
+β₁ also carries speed from update to update, and moving it with the batch costs updates: there keep the betas.
 """
 
 from __future__ import annotations

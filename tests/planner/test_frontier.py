@@ -1,0 +1,114 @@
+"""Predicted steps with their interval, and the rows made of them."""
+
+import itertools
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from batchlab.core.errors import InputError
+from batchlab.core.facts import Estimate, Reference
+from batchlab.planner.frontier import device_grid, frontier, size_grid, size_range
+from batchlab.planner.prediction import Prediction
+from batchlab.rules import tradeoff
+from tests.spine.facts_fixture import exact, hand_facts
+
+UNKNOWN = Estimate(math.nan, -math.inf, math.inf, "no signal")
+
+
+@given(st.integers(1, 4096))
+def test_steps_are_the_law_through_the_reference(size):
+    prediction = Prediction.of(hand_facts(s_min=100.0))
+    assert prediction.steps(size) == pytest.approx(tradeoff.steps(size, s_min=100.0, b_crit=64.0), rel=1e-12)
+
+
+@given(st.integers(1, 4096), st.floats(1, 1e3), st.floats(1, 10), st.floats(1, 10))
+def test_interval_holds_every_step_count_that_the_noise_interval_allows(size, value, down, up):
+    noise = Estimate(value, value / down, value * up, "set by hand")
+    prediction = Prediction.of(hand_facts(noise_scale=noise))
+    found = prediction.estimate(size)
+    assert found.low <= found.value <= found.high
+    for b_crit in (noise.low, math.sqrt(noise.low * noise.high), noise.high):
+        steps = prediction.base_steps * tradeoff.steps_ratio(size, prediction.base_batch_size, b_crit=b_crit)
+        assert found.low <= steps * (1 + 1e-12) and (steps <= found.high * (1 + 1e-12))
+
+
+def test_interval_at_the_base_is_the_spacing_of_evaluations():
+    found = Prediction.of(hand_facts()).estimate(32)
+    assert (found.low, found.value, found.high) == (291, 300, 300)
+    assert "not the spread between seeds" in found.method
+
+
+def test_unbounded_noise_still_bounds_the_steps():
+    noise = Estimate(64.0, 16.0, math.inf, "set by hand")
+    found = Prediction.of(hand_facts(noise_scale=noise)).estimate(128)
+    assert found.low == pytest.approx(291 * 32 / 128)
+    assert found.high == pytest.approx(300 * (1 + 16 / 128) / (1 + 16 / 32))
+
+
+@pytest.mark.parametrize("noise", [UNKNOWN, Estimate(math.inf, 10.0, math.inf, "no signal"), exact(-3.0)])
+def test_unknown_noise_is_the_limit_of_much_noise(noise):
+    prediction = Prediction.of(hand_facts(noise_scale=noise, true_b_crit=64.0))
+    assert not prediction.noise_known and prediction.b_crit == math.inf
+    assert prediction.steps(64) == prediction.base_steps / 2
+
+
+def test_reference_at_another_batch_is_moved_to_the_base():
+    reference = Reference(64, 1e-3, 200, 1.0, 200, ((190, 1.0), (200, 0.5)))
+    prediction = Prediction.of(hand_facts(reference=reference, s_min=100.0))
+    assert prediction.base_steps == pytest.approx(300) and prediction.base_steps_low == pytest.approx(1.5 * 191)
+
+
+def test_a_target_not_met_gives_a_lower_bound():
+    prediction = Prediction.of(hand_facts(reached=False))
+    assert not prediction.reached and prediction.base_steps == 300
+
+
+def test_a_target_met_untrained_is_refused():
+    reference = Reference(32, 1e-3, 10, 1.0, 0, ((0, 0.1),))
+    with pytest.raises(InputError, match="the target is met before any training: choose a harder target"):
+        Prediction.of(hand_facts(reference=reference))
+
+
+def test_an_update_is_the_least():
+    reference = Reference(32, 1e-3, 2, 1.0, 2, ((1, 1.0), (2, 0.5)))
+    found = Prediction.of(hand_facts(reference=reference, noise_scale=exact(1e4))).estimate(4096)
+    assert (found.low, found.value) == (1.0, 1.0)
+
+
+def test_rows_are_steps_times_step_time():
+    facts = hand_facts()
+    prediction = Prediction.of(facts)
+    rows = frontier(facts, prediction, batch_sizes=[64, 8], devices=[16, 1, 2])
+    assert [(row.devices, row.batch_size) for row in rows] == [(1, 8), (1, 64), (2, 8), (2, 64), (16, 64)]
+    for row in rows:
+        assert row.time == pytest.approx(
+            prediction.steps(row.batch_size) * facts.step_time(row.batch_size, row.devices)
+        )
+        assert row.cost == pytest.approx(row.devices * row.time) and not row.picked
+    with pytest.raises(InputError, match="batch_sizes must hold one of at least 16"):
+        frontier(facts, prediction, batch_sizes=[8], devices=[16])
+
+
+@given(st.integers(1, 10**6), st.integers(1, 10**6))
+def test_size_grid(first, second):
+    lowest, highest = sorted((first, second))
+    grid = size_grid(lowest, highest)
+    assert all(lowest <= size <= highest for size in grid)
+    assert all(1 < b / a <= 2 for a, b in itertools.pairwise(grid))
+    if highest >= 2 * lowest:
+        assert grid and grid[0] / lowest < 2 and highest / grid[-1] < 2
+
+
+def test_size_range_stays_within_the_data():
+    assert size_range(64, 100) == (4, 100)
+    assert size_range(0.5, 100) == (1, 8)
+    assert size_range(1e6, 100) == (100, 100)
+    with pytest.raises(InputError, match="b_crit must be finite and > 0, got inf"):
+        size_range(math.inf, 100)
+
+
+@pytest.mark.parametrize(("devices", "grid"), [(1, [1]), (8, [1, 2, 4, 8]), (12, [1, 2, 4, 8, 12])])
+def test_device_grid(devices, grid):
+    assert device_grid(devices) == grid

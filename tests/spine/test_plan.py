@@ -1,0 +1,225 @@
+"""The plan: every number has its reason, what moves with the batch, what is given and what is refused."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+from batchlab.core.errors import InputError
+from batchlab.core.facts import Estimate, Reference
+from batchlab.core.job import Target
+from batchlab.core.plan import Plan
+from batchlab.rules import learning_rate as lr_rules
+from batchlab.rules import weight_decay
+from batchlab.spine.plan import plan
+from tests.spine.facts_fixture import exact, hand_facts, hand_job
+
+UNKNOWN = Estimate(math.nan, -math.inf, math.inf, "no signal in 12 updates")
+CASES = {
+    "balanced": ({}, {}),
+    "time on 64": ({}, {"goal": "time", "devices": 64}),
+    "cost on 3": ({}, {"goal": "cost", "devices": 3}),
+    "batch given": ({}, {"batch_size": 200, "devices": 8}),
+    "sgd": ({"optimizer": "sgd"}, {}),
+    "adam": ({"optimizer": "adam"}, {}),
+    "rmsprop": ({"optimizer": "rmsprop"}, {}),
+    "noise unknown": ({"noise_scale": UNKNOWN}, {"devices": 4}),
+    "noise unbounded": ({"noise_scale": Estimate(64.0, 10.0, math.inf, "short run")}, {}),
+    "target not reached": ({"reached": False}, {}),
+}
+
+
+def made(facts_changes=None, plan_changes=None):
+    facts = hand_facts(**(facts_changes or {}))
+    return plan(hand_job(optimizer=facts.optimizer, examples=facts.train_examples), facts, **(plan_changes or {}))
+
+
+def numbers(plain, name=""):
+    """The names of the fields that hold a number, the hyperparameters among them."""
+    for key, value in plain.items():
+        if key in ("schema", "target", "reasons", "frontier"):
+            continue
+        if key == "hyperparameters":
+            yield from numbers(value)
+        elif isinstance(value, dict) or (isinstance(value, (int, float, list)) and not isinstance(value, bool)):
+            yield key
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_number_has_its_reason(case):
+    result = made(*CASES[case])
+    plain = json.loads(result.to_json())
+    named = set(numbers(plain)) - {"notes"}
+    assert named <= set(result.reasons)
+    assert {"batch_size", "steps", "learning_rate", "weight_decay", "warmup_examples", "evaluate_every"} <= (
+        named | {"weight_decay"}
+    )
+    for name in named:
+        reason, value = plain["reasons"][name], plain.get(name, plain["hyperparameters"].get(name))
+        assert reason["rule"] and reason["source"]
+        assert reason["value"] == (value["value"] if isinstance(value, dict) else value)
+    assert len(result.explain()) == len(result.reasons)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_json_round_trip_and_determinism(case):
+    result = made(*CASES[case])
+    assert Plan.from_json(result.to_json()) == result
+    assert made(*CASES[case]) == result
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_shape_of_the_plan(case):
+    result = made(*CASES[case])
+    share = math.ceil(result.batch_size / result.world_size)
+    assert result.micro_batch <= min(share, 256)
+    assert (result.accumulation - 1) * result.micro_batch < share <= result.accumulation * result.micro_batch
+    assert result.measure_noise == (result.accumulation * result.world_size > 1)
+    picked = [row for row in result.frontier if row.picked]
+    assert [(row.batch_size, row.devices) for row in picked] == [(result.batch_size, result.world_size)]
+    assert result.min_batch_size <= result.batch_size <= result.max_batch_size <= 4096
+    assert result.checkpoint_every % result.evaluate_every == 0
+    assert result.steps == math.ceil(4 * picked[0].steps)
+
+
+def test_one_device_takes_the_fastest_batch():
+    """t₀ = 4 ms, c = 1 ms, B_crit = 64: B = √(4·64) = 16, for every goal."""
+    for goal in ("time", "cost", "balanced"):
+        assert made({}, {"goal": goal}).batch_size == 16
+
+
+def test_balanced_with_devices_to_spare_takes_the_knee():
+    result = made({}, {"devices": 64})
+    assert (result.batch_size, result.world_size) == (64, 16)
+    assert "16 of 64 devices serve this goal best" in result.notes
+
+
+def test_goals_order_time_and_cost():
+    rows = {
+        goal: next(r for r in made({}, {"goal": goal, "devices": 64}).frontier if r.picked)
+        for goal in ("time", "balanced", "cost")
+    }
+    assert rows["time"].time < rows["balanced"].time < rows["cost"].time
+    assert rows["time"].cost > rows["balanced"].cost > rows["cost"].cost
+
+
+def test_given_batch_is_taken_on_all_devices():
+    result = made({}, {"batch_size": 200, "devices": 8})
+    assert (result.batch_size, result.world_size) == (200, 8)
+    assert result.reasons["batch_size"].rule == "given by the user"
+    far = made({}, {"batch_size": 4000})
+    assert any("lies outside 4..1024" in note for note in far.notes)
+
+
+def test_learning_rate_is_the_rules_from_the_base():
+    adam = made({}, {"batch_size": 256})
+    assert adam.learning_rate == lr_rules.surge(1e-3, 32, 256, noise_scale=64.0)
+    assert (adam.learning_rate_rule, adam.learning_rate) == ("surge", made({}, {"batch_size": 64}).learning_rate)
+    sgd = made({"optimizer": "sgd"}, {"batch_size": 256})
+    assert sgd.learning_rate == lr_rules.saturating(1e-3, 32, 256, noise_scale=64.0)
+    assert sgd.hyperparameters["momentum"] == 0.9
+
+
+def test_at_the_base_nothing_moves():
+    result = made({}, {"batch_size": 32})
+    assert result.learning_rate == 1e-3 and result.warmup_examples == 0
+    assert result.hyperparameters["weight_decay"] == pytest.approx(0.01, rel=1e-12)
+    assert result.predicted_steps.value == 300
+
+
+def test_weight_decay_keeps_its_timescale():
+    taus = []
+    for size in (8, 32, 64, 512):
+        result = made({}, {"batch_size": size})
+        taus.append(
+            weight_decay.timescale(
+                batch_size=size,
+                learning_rate=result.learning_rate,
+                weight_decay=result.hyperparameters["weight_decay"],
+                total_examples=result.predicted_steps.value * size,
+            )
+        )
+    assert taus == pytest.approx([taus[0]] * 4, rel=1e-12)
+    assert made({"optimizer": "adam"}, {"batch_size": 512}).hyperparameters["weight_decay"] == 0
+
+
+def test_warm_up_only_where_the_learning_rate_rises():
+    raised = made({}, {"batch_size": 64})
+    assert raised.warmup_examples == math.ceil(0.05 * raised.predicted_steps.value * 64)
+    assert made({}, {"batch_size": 16}).warmup_examples == 0
+
+
+def test_unknown_noise_stays_at_the_base():
+    result = made({"noise_scale": UNKNOWN})
+    assert result.batch_size == 32 and result.noise_scale is None
+    assert result.learning_rate == 1e-3 and result.learning_rate_rule == "sqrt"
+    assert any("no signal in 12 updates" in note for note in result.notes)
+    assert made({"noise_scale": UNKNOWN, "optimizer": "sgd"}, {"batch_size": 64}).learning_rate == pytest.approx(2e-3)
+
+
+def test_unreached_target_is_said():
+    result = made({"reached": False})
+    assert result.predicted_steps is None
+    assert any("did not reach the target in 300 updates" in note for note in result.notes)
+
+
+def test_noise_is_measured_where_splitting_is_cheap():
+    cheap = made({"pass_seconds": 0.0}, {"batch_size": 64})
+    dear = made({"pass_seconds": 0.05}, {"batch_size": 64})
+    assert cheap.measure_noise and cheap.accumulation >= 2
+    assert not dear.measure_noise and (dear.micro_batch, dear.accumulation) == (64, 1)
+
+
+def test_share_larger_than_memory_is_accumulated():
+    result = made({"pass_seconds": 1e-3, "micro_batches": (1, 8, 32)}, {"batch_size": 500, "devices": 2})
+    assert (result.micro_batch, result.accumulation) == (32, 8)
+
+
+def test_more_devices_than_examples():
+    result = made({"examples": 40}, {"goal": "time", "devices": 64})
+    assert result.world_size == 32 and result.batch_size <= 40
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"goal": "speed"}, r"goal must be one of \['balanced', 'cost', 'time'\], got 'speed'"),
+        ({"devices": 0}, "devices must be an integer of at least 1, got 0"),
+        ({"devices": 1.5}, "devices must be an integer of at least 1, got 1.5"),
+        ({"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
+        ({"batch_size": True}, "batch_size must be an integer of at least 1, got True"),
+        ({"batch_size": math.nan}, "batch_size must be an integer of at least 1, got nan"),
+        ({"batch_size": 5000}, r"batch_size must lie in 1\.\.4096, .*no more than the data set holds, got 5000"),
+        ({"batch_size": 4, "devices": 8}, r"batch_size must lie in 8\.\.4096, an example for each device"),
+    ],
+)
+def test_bad_arguments(changes, text):
+    with pytest.raises(InputError, match=text):
+        made({}, changes)
+
+
+@pytest.mark.parametrize(
+    ("job", "text"),
+    [
+        ({"name": "other"}, "facts were measured with the name 'by hand', this job has 'other': probe it again"),
+        ({"optimizer": "sgd"}, "facts were measured with the optimizer 'adamw', this job has 'sgd'"),
+        ({"examples": 10}, "facts were measured with the number of train examples 4096, this job has 10"),
+        ({"target": Target("loss", 0.1)}, "facts were measured with the target Target"),
+    ],
+)
+def test_facts_of_another_job(job, text):
+    with pytest.raises(InputError, match=text):
+        plan(hand_job(**job), hand_facts())
+
+
+def test_target_met_untrained():
+    facts = dataclasses.replace(hand_facts(), reference=Reference(32, 1e-3, 10, 1.0, 0, ((0, 0.1),)))
+    with pytest.raises(InputError, match="the target is met before any training"):
+        plan(hand_job(), facts)
+
+
+def test_exact_noise_scale_gives_an_interval_of_the_evaluations_alone():
+    found = made({"noise_scale": exact(64.0)}, {"batch_size": 64}).predicted_steps
+    assert found.high == found.value == pytest.approx(200)
+    assert found.low == pytest.approx(200 * 291 / 300)
