@@ -98,7 +98,7 @@ def test_one_bad_micro_batch_changes_nothing_but_the_position(bad, micro_batch):
     job = toy_job(loss=loss, batch_norm=True)
     learner = _trained(job, toy_plan(ema_half_life=100.0), steps=3)
     before = learner.state_dict()
-    before = {name: _copied(before[name]) for name in ("model", "optimizer", "average", "average_weight", "noise")}
+    before = {name: _copied(before[name]) for name in ("model", "optimizer", "average", "noise")}
     update = learner.update()
     assert update.skipped and not math.isfinite(update.loss)
     after = learner.state_dict()

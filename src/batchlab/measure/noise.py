@@ -83,7 +83,7 @@ class GradientNoise:
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         if not self._parameters:
             raise InputError("the model has no parameter that requires a gradient")
-        self._hooks = [p.register_hook(self._see) for p in self._parameters]
+        self._hooks = [p.register_hook(self._see) for p in self._parameters]  # type: ignore[no-untyped-call]
         self._seen: list[Tensor] | None = None
         self._pieces: list[tuple[int, list[Tensor]]] = []
 
@@ -181,4 +181,5 @@ def _sq_norm(gradient: Tensor) -> Tensor:
     flat = gradient.detach().reshape(-1)
     if flat.dtype in (torch.float32, torch.float64):
         return torch.dot(flat, flat)
-    return torch.linalg.vector_norm(flat, dtype=torch.float32).square()
+    norm: Tensor = torch.linalg.vector_norm(flat, dtype=torch.float32)
+    return norm.square()

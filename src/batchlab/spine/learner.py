@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel
 
 from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate
@@ -27,10 +25,12 @@ from batchlab.core.random import derive_seed, reseed
 from batchlab.data.fetch import fetch, to_device
 from batchlab.data.stream import SampleStream
 from batchlab.measure.noise import GradientNoise
+from batchlab.optim.average import WeightAverage
 from batchlab.optim.create import create
 from batchlab.rules.learning_rate import rescale
 from batchlab.schedule.by_examples import lr_factor
 from batchlab.schedule.noise_scale_batch import NoiseScaleBatch
+from batchlab.spine.evaluate import evaluate, evaluating, scalar, units_of
 
 
 @dataclass(frozen=True)
@@ -85,13 +85,12 @@ class Learner:
             raise InputError(f"job model must return a torch.nn.Module, got {type(model).__name__}")
         self.model = model.to(self.device).train()
         self.optimizer = create(plan.optimizer, self.model, lr=plan.learning_rate, **plan.hyperparameters)
-        averaged = plan.ema_half_life is not None or plan.average_power is not None
-        self.average = AveragedModel(self.model, multi_avg_fn=self._lerp) if averaged else None
+        averages = {"half_life": plan.ema_half_life, "power": plan.average_power}
+        self.average = WeightAverage(self.model, **averages) if any(v is not None for v in averages.values()) else None
         self.noise = GradientNoise(self.model) if plan.measure_noise else None
         self.controller = _controller(plan, len(job.train), self.world)
         self.step, self.position, self.batch_size = 0, 0, plan.batch_size
         self.skipped_in_a_row = 0
-        self._average_weight, self._average_share = 0.0, 1.0
         self._last_noise: Estimate | None = None
         self._forward = self._wrapped(_Loss(job, self.model))
 
@@ -135,12 +134,12 @@ class Learner:
         """Leaves the mean gradient over `size` examples in `.grad`; returns the mean loss and the gradient's norm."""
         pieces = self._pieces(size)
         batches = [to_device(fetch(self.job.train, piece, self.job.collate), self.device) for piece in pieces]
-        units = [self._units(batch, len(piece)) for batch, piece in zip(batches, pieces, strict=True)]
+        units = [units_of(self.job, batch, len(piece)) for batch, piece in zip(batches, pieces, strict=True)]
         total = self._total_units(units, size)
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         for index, (batch, piece) in enumerate(zip(batches, pieces, strict=True)):
             with self._sync_only(index == len(pieces) - 1), self._observed(len(piece)):
-                part = self._scalar(self._forward_loss(batch)) * (units[index] * self.world / total)
+                part = self._forward_loss(batch) * (units[index] * self.world / total)
                 part.backward()  # type: ignore[no-untyped-call]
             loss += part.detach()
         if self.world > 1:
@@ -154,10 +153,6 @@ class Learner:
         share = np.array_split(self.stream.indices(self.position, size), self.world)[self.rank]
         return [share[i : i + self.plan.micro_batch].tolist() for i in range(0, len(share), self.plan.micro_batch)]
 
-    def _units(self, batch: Any, examples: int) -> int:
-        per_example = self.job.units_per_example
-        return per_example(batch) if callable(per_example) else per_example * examples
-
     def _total_units(self, units: list[int], size: int) -> int:
         if not callable(self.job.units_per_example):
             return self.job.units_per_example * size
@@ -167,17 +162,8 @@ class Learner:
         return max(int(total), 1)
 
     def _forward_loss(self, batch: Any) -> Tensor:
-        if self.plan.precision == "bf16":
-            with torch.autocast(self.device.type, dtype=torch.bfloat16):
-                return self._forward(batch)
-        return self._forward(batch)
-
-    @staticmethod
-    def _scalar(loss: Any) -> Tensor:
-        if not isinstance(loss, Tensor) or loss.ndim != 0:
-            got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise InputError(f"job loss must return a scalar tensor, the mean over the batch, got {got}")
-        return loss
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.plan.precision == "bf16"):
+            return scalar(self._forward(batch))
 
     def _sync_only(self, last: bool) -> contextlib.AbstractContextManager[None]:
         if isinstance(self._forward, DistributedDataParallel) and not last:
@@ -210,16 +196,7 @@ class Learner:
             nn.utils.clip_grads_with_norm_(self.model.parameters(), self.plan.clip_norm, torch.tensor(norm))
         self.optimizer.step()
         if self.average is not None:
-            kept = self._kept(size)
-            self._average_weight = kept * self._average_weight + (1.0 - kept)
-            self._average_share = (1.0 - kept) / self._average_weight
-            self.average.update_parameters(self.model)
-
-    def _kept(self, size: int) -> float:
-        """What the average keeps of itself when `size` more examples were seen; two halves keep as much as one whole."""
-        if self.plan.ema_half_life is not None:
-            return 0.5 ** (size / self.plan.ema_half_life)
-        return (1.0 - size / self.position) ** ((self.plan.average_power or 0.0) + 1.0)
+            self.average.update(self.model, size)
 
     def _undo(self, buffers: list[Tensor]) -> None:
         """Puts back what a forward pass changed, and forgets the pieces it measured."""
@@ -228,55 +205,24 @@ class Learner:
         for buffer, before in zip(self.model.buffers(), buffers, strict=True):
             buffer.copy_(before)
 
-    @torch.no_grad()
-    def _lerp(self, averages: Any, weights: Any, _: Any) -> None:
-        """ζ ← ζ + (θ − ζ)(1 − ρⁿ)/W with W = Σ of all weights so far: no trace of the initial weights."""
-        torch._foreach_lerp_(list(averages), list(weights), self._average_share)
-
     @property
     def evaluated(self) -> nn.Module:
         """The module that evaluation sees: the average where there is one, else the model itself."""
-        return self.model if self.average is None or self._average_weight == 0.0 else self.average.module
+        return self.model if self.average is None or self.average.empty else self.average.module
 
     def first_loss(self) -> float:
         """The loss on this rank's first micro-batch, in evaluation mode; changes nothing."""
         piece = self._pieces(max(self.batch_size, self.world))[0]
         reseed(derive_seed(self.seed, "first loss"))
-        with _evaluating(self.model):
+        with evaluating(self.model):
             batch = to_device(fetch(self.job.train, piece, self.job.collate), self.device)
-            return float(self._scalar(self.job.loss(self.model, batch)))
+            return float(scalar(self.job.loss(self.model, batch)))
 
     def evaluate(self) -> dict[str, float]:
         """Means over the units of the validation data: "loss" and the job's metrics, the same on every rank."""
-        module = self.evaluated
-        size = self.plan.evaluation_batch or self.plan.micro_batch
-        share = np.array_split(np.arange(len(self.job.valid)), self.world)[self.rank].tolist()
         reseed(derive_seed(self.seed, "evaluation", self.step, self.rank))
-        sums: dict[str, Tensor] = {}
-        with _evaluating(module):
-            for i in range(0, len(share), size):
-                for name, value in self._measured(module, share[i : i + size]).items():
-                    sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64, device=self.device)) + value
-        return self._means(sums)
-
-    def _measured(self, module: nn.Module, indices: list[int]) -> dict[str, Any]:
-        batch = to_device(fetch(self.job.valid, indices, self.job.collate), self.device)
-        units = self._units(batch, len(indices))
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.plan.precision == "bf16"):
-            values = {"loss": self._scalar(self.job.loss(module, batch))}
-            values |= {} if self.job.metric is None else dict(self.job.metric(module, batch))
-        return {name: torch.as_tensor(value).double() * units for name, value in values.items()} | {"": float(units)}
-
-    def _means(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        names = list(sums)
-        packed = torch.stack([sums[name] for name in names]) if names else torch.zeros(0, dtype=torch.float64)
-        if self.world > 1:
-            if len(self.job.valid) < self.world:
-                raise InputError(f"{len(self.job.valid)} validation examples are too few for {self.world} ranks")
-            dist.all_reduce(packed)
-        values = dict(zip(names, packed.tolist(), strict=True))
-        units = values.pop("")
-        return {name: value / units for name, value in values.items()}
+        size, precision = self.plan.evaluation_batch or self.plan.micro_batch, self.plan.precision
+        return evaluate(self.job, self.evaluated, batch_size=size, device=self.device, precision=precision)
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next update depends on, as nested dicts of tensors and plain values."""
@@ -289,7 +235,6 @@ class Learner:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
-            "average_weight": self._average_weight,
             "noise": None if self.noise is None else self.noise.state_dict(),
             "last_noise": None if self._last_noise is None else self._last_noise.to_json(),
             "controller": None if self.controller is None else self.controller.state_dict(),
@@ -306,7 +251,6 @@ class Learner:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average is not None and state["average"] is not None:
             self.average.load_state_dict(state["average"])
-            self._average_weight = state["average_weight"]
         if self.noise is not None and state["noise"] is not None:
             self.noise.load_state_dict(state["noise"])
             self._last_noise = Estimate.from_json(state["last_noise"]) if state["last_noise"] else None
@@ -331,14 +275,3 @@ def _controller(plan: Plan, examples: int, world: int) -> NoiseScaleBatch | None
         minimum=max(plan.min_batch_size, world),
         maximum=maximum,
     )
-
-
-@contextlib.contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    was_training = module.training
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        module.train(was_training)

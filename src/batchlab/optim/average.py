@@ -1,0 +1,81 @@
+"""Averages of the weights along training, counted in examples, so that they mean the same at any batch size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from batchlab.core.errors import InputError
+
+
+class WeightAverage:
+    """ζ, a weighted mean of the weights after each update; the weights before the first one have no part in it.
+
+    half_life: examples after which a contribution has lost half its weight (an exponential average); an update
+    with n examples keeps 2^(-n/half_life), the scaling rule ρ̂ = ρ^κ of Busbridge et al. 2023. power: in its place,
+    the p of a polynomial average, Σ (xₜ^(p+1) - xₜ₋₁^(p+1))·θₜ over positions x: about the last 1/(p + 1) of the run,
+    whatever its length (Shamir and Zhang 2013).
+
+    `module` is a copy of the model that holds ζ; integer buffers and running statistics are copied, not averaged.
+
+    >>> model = nn.Linear(1, 1, bias=False)
+    >>> average = WeightAverage(model, power=0.0)
+    >>> for value in (1.0, 2.0, 6.0):
+    ...     _ = nn.init.constant_(model.weight, value)
+    ...     average.update(model, examples=8)
+    >>> average.module.weight.item()
+    3.0
+    """
+
+    def __init__(self, model: nn.Module, *, half_life: float | None = None, power: float | None = None) -> None:
+        if (half_life is None) == (power is None):
+            raise InputError(f"give one of half_life and power, got half_life={half_life!r}, power={power!r}")
+        if half_life is not None and not half_life > 0:
+            raise InputError(f"half_life must be > 0 examples, got {half_life!r}")
+        if power is not None and not 0 <= power < float("inf"):
+            raise InputError(f"power must be finite and >= 0, got {power!r}")
+        self.half_life, self.power = half_life, power
+        self._averaged = AveragedModel(model, multi_avg_fn=self._lerp)
+        self._weight, self._position, self._share = 0.0, 0, 1.0
+
+    @property
+    def module(self) -> nn.Module:
+        """The copy that holds the average."""
+        inner: nn.Module = self._averaged.module
+        return inner
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was averaged yet."""
+        return self._weight == 0.0
+
+    def update(self, model: nn.Module, examples: int) -> None:
+        """Takes in the weights after an update with `examples` examples."""
+        self._position += examples
+        kept = self._kept(examples)
+        self._weight = kept * self._weight + (1.0 - kept)
+        self._share = (1.0 - kept) / self._weight
+        self._averaged.update_parameters(model)
+
+    def _kept(self, examples: int) -> float:
+        if self.half_life is not None:
+            return float(0.5 ** (examples / self.half_life))
+        assert self.power is not None
+        return float((1.0 - examples / self._position) ** (self.power + 1.0))
+
+    @torch.no_grad()
+    def _lerp(self, averages: Any, weights: Any, _: Tensor | int) -> None:
+        """ζ ← ζ + (θ - ζ)·(1 - kept)/W, W the sum of all contributions' weights so far."""
+        torch._foreach_lerp_(list(averages), list(weights), self._share)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The average, its weight and its position."""
+        return {"averaged": self._averaged.state_dict(), "weight": self._weight, "position": self._position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over what `state_dict` gave."""
+        self._averaged.load_state_dict(state["averaged"])
+        self._weight, self._position = state["weight"], state["position"]
