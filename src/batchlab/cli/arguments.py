@@ -1,0 +1,116 @@
+"""What is written on the command line, as what the Python verbs take."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import re
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from batchlab.core.errors import InputError
+
+if TYPE_CHECKING:
+    from batchlab.core.facts import Facts
+    from batchlab.core.job import Job, Target
+    from batchlab.core.plan import Plan
+    from batchlab.core.run import Run
+    from batchlab.core.study import Study
+
+
+def learning_target(at_least: str | None, at_most: str | None) -> Target | None:
+    """The target that `--at-least METRIC=VALUE` or `--at-most METRIC=VALUE` names; None if neither was given.
+
+    >>> learning_target("accuracy=0.97", None)
+    Target(metric='accuracy', value=0.97, direction='max')
+    """
+    from batchlab.core.job import Target
+
+    if at_least is not None and at_most is not None:
+        raise InputError("give --at-least or --at-most, not both")
+    if at_least is not None:
+        return Target(*_metric_and_value("--at-least", at_least), "max")
+    return None if at_most is None else Target(*_metric_and_value("--at-most", at_most), "min")
+
+
+def _metric_and_value(option: str, text: str) -> tuple[str, float]:
+    metric, _, value = text.rpartition("=")
+    with contextlib.suppress(ValueError):
+        if metric.strip() and math.isfinite(float(value)):
+            return metric.strip(), float(value)
+    raise InputError(f"{option} must be METRIC=VALUE with a finite number, got {text!r}")
+
+
+def load(spec: str, column: str | None = None, target: Target | None = None) -> Job:
+    """The job that JOB names. column: what `--target` names, for table jobs. target: replaces the job's own."""
+    import dataclasses
+
+    from batchlab.workloads.resolve import load_job
+
+    options: dict[str, Any] = {} if column is None else {"target": column}
+    job = load_job(spec, **options)
+    return job if target is None else dataclasses.replace(job, target=target)
+
+
+def run_folder(out: Path | None, job: Job) -> Path:
+    """`--out`, or `runs/<job>-<time>`; under torchrun the ranks' clocks differ, so there it must be given."""
+    if out is not None:
+        return out
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        raise InputError("under torchrun, --out must say where the run goes: it must be the same on every rank")
+    name = re.sub(r"[^\w.-]+", "-", job.name).strip("-.") or "job"
+    return Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def facts_in(path: Path) -> Facts:
+    """The facts in a file."""
+    from batchlab.core.facts import Facts
+
+    return Facts.from_json(read(path, "facts"), source=str(path))
+
+
+def read(path: Path, what: str) -> bytes:
+    """A file that the command line names; `InputError` where it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read the {what} {path}: {error.strerror}") from None
+
+
+def check_file(out: Path | None) -> None:
+    """Refuses, before anything is computed, an output file that is a folder or whose folder is a file."""
+    if out is None:
+        return
+    if out.is_dir():
+        raise InputError(f"--out must name a file, {out} is a folder")
+    parent = next(folder for folder in out.absolute().parents if folder.exists())
+    if not parent.is_dir():
+        raise InputError(f"--out cannot be {out}: {parent} is not a folder")
+
+
+def chosen_plan(path: Path | None, out: Path | None, changes: Mapping[str, Any]) -> Plan:
+    """The plan in a file, or with no file the one of the run in `out`; `changes` that are not None are made to it."""
+    import dataclasses
+
+    from batchlab.core.plan import Plan
+    from batchlab.core.run import Run
+
+    if path is not None:
+        plan = Plan.from_json(read(path, "plan"), source=str(path))
+    else:
+        assert out is not None
+        plan = Run.open(out).plan
+    return dataclasses.replace(plan, **{name: value for name, value in changes.items() if value is not None})
+
+
+def opened(folder: Path) -> Run | Study:
+    """The run or the study in a folder; `InputError` where there is neither."""
+    from batchlab.core.run import RUN_FILE, Run
+    from batchlab.core.study import Study
+
+    if not folder.is_dir():
+        raise InputError(f"no such folder: {folder}")
+    return Run.open(folder) if (folder / RUN_FILE).exists() else Study.open(folder)

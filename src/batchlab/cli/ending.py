@@ -1,0 +1,116 @@
+"""How the command ends: signals and exceptions as exit codes, each with at most one line unless it is a defect."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import NoReturn
+
+BAD_INPUT, FAILURE = 2, 1
+
+
+class Ended(SystemExit):
+    """A signal came while there was nothing to save; `finally` blocks still run."""
+
+
+def exit_code(command: Callable[[], int]) -> int:
+    """Runs `command` and answers whatever comes of it with an exit code and, where there is something to say, a line.
+
+    0 to 2 as the command says; bad input 2; foreseen failures 1; anything unforeseen 1 with its traceback.
+    A signal's 128 + number ends the process here and now: no thread and no exit handler can hold it up.
+    """
+    try:
+        with _signals_end_at_once():
+            code = _answer(command)
+    except Ended as ended:
+        _leave(int(str(ended.code)))
+    return code
+
+
+@contextlib.contextmanager
+def _signals_end_at_once() -> Iterator[None]:
+    """The first SIGINT or SIGTERM unwinds with `Ended`; a second one leaves without unwinding."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    seen: list[int] = []
+
+    def end(number: int, _: FrameType | None) -> None:
+        if seen:
+            os._exit(128 + number)
+        seen.append(number)
+        raise Ended(128 + number)
+
+    end.ends_at_once = True  # type: ignore[attr-defined]  # `StopSignals` does not pass a signal on to such a handler
+    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _answer(command: Callable[[], int]) -> int:
+    try:
+        return command()
+    except Ended:
+        raise
+    except SystemExit as stop:
+        if stop.code is None or isinstance(stop.code, int):
+            return stop.code or 0
+        return _fail(str(stop.code), FAILURE)
+    except KeyboardInterrupt:
+        raise Ended(128 + signal.SIGINT) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return FAILURE
+    except Exception as error:
+        return _answer_error(error)
+
+
+def _answer_error(error: Exception) -> int:
+    from batchlab.core.errors import BatchlabError, InputError, Interrupted
+
+    if isinstance(error, InputError):
+        return _fail(str(error), BAD_INPUT)
+    if isinstance(error, Interrupted):
+        _fail(str(error), 0)
+        raise Ended(128 + error.signum) from None
+    if isinstance(error, BatchlabError):
+        return _fail(str(error), FAILURE)
+    traceback.print_exception(error)
+    return FAILURE
+
+
+def _fail(message: str, code: int) -> int:
+    rank = other_rank()
+    where = f" (rank {rank})" if rank else ""
+    print(f"batchlab: error{where}: {one_line(message)}", file=sys.stderr)
+    return code
+
+
+def one_line(message: str) -> str:
+    """A message on one line, with what would steer the terminal made visible.
+
+    >>> one_line("no such\\nfile: \\x1b[31m")
+    'no such file: \\\\x1b[31m'
+    """
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(message.split()))
+
+
+def other_rank() -> int:
+    """This process's rank under torchrun; 0 outside it, and on the rank that speaks for all."""
+    return int(os.environ.get("RANK", "0")) if "TORCHELASTIC_RUN_ID" in os.environ else 0
+
+
+def _leave(code: int) -> NoReturn:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # a closed pipe must not keep the process
+            stream.flush()
+    os._exit(code)
