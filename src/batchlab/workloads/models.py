@@ -1,0 +1,92 @@
+"""Small models of the ready jobs. None couples the examples of a batch, so that per-example gradients exist."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class ConvNet(nn.Module):
+    """3x3 convolutions, each group-normalised, that halve the map until its edge is 4 at most; one hidden layer.
+
+    Images (n, channels, size, size), float, or uint8 which is brought to [-1, 1]; logits (n, classes).
+    8 channels a group. Group and not batch normalisation (Wu and He 2018): an example's gradient is its own.
+    """
+
+    def __init__(self, channels: int, size: int, classes: int, *, hidden: int = 64) -> None:
+        super().__init__()
+        layers, width, edge = _convolution(channels, 16, stride=1), 16, size
+        while edge > 4:
+            wider = min(2 * width, 64)
+            layers += _convolution(width, wider, stride=2)
+            width, edge = wider, (edge + 1) // 2
+        self.features = nn.Sequential(*layers)
+        self.head = nn.Sequential(
+            nn.Flatten(), nn.Linear(width * edge**2, hidden), nn.ReLU(), nn.Linear(hidden, classes)
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        if images.dtype == torch.uint8:
+            images = images.float() / 127.5 - 1.0
+        logits: Tensor = self.head(self.features(images))
+        return logits
+
+
+def _convolution(inputs: int, outputs: int, *, stride: int) -> list[nn.Module]:
+    convolution = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+    return [convolution, nn.GroupNorm(outputs // 8, outputs), nn.ReLU()]
+
+
+def mlp(features: int, outputs: int, *, hidden: int = 64) -> nn.Sequential:
+    """Two hidden layers with ReLU: (n, features) -> (n, outputs)."""
+    return nn.Sequential(
+        nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, outputs)
+    )
+
+
+class _Block(nn.Module):
+    """x + attention(norm(x)), then x + feed-forward(norm(x))."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attention_norm, self.feed_forward_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.query_key_value = nn.Linear(width, 3 * width, bias=False)
+        self.attention_out = nn.Linear(width, width, bias=False)
+        self.feed_forward_in = nn.Linear(width, 4 * width, bias=False)
+        self.feed_forward_out = nn.Linear(4 * width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        split = self.query_key_value(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1))
+        query, key, value = split.permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        x = x + self.attention_out(mixed.transpose(1, 2).flatten(2))
+        hidden = F.gelu(self.feed_forward_in(self.feed_forward_norm(x)), approximate="tanh")
+        out: Tensor = x + self.feed_forward_out(hidden)
+        return out
+
+
+class ByteTransformer(nn.Module):
+    """A pre-norm decoder over bytes: tokens (n, up to context), int64 in [0, 256), to logits (n, length, 256).
+
+    Learned positions, no dropout, no biases in matrices, the output matrix its own. Weights are drawn with
+    deviation 0.02, the two matrices that write to the residual stream with 0.02/√(2·layers) (GPT-2, Radford et al.
+    2019), the output matrix as zero so that the first loss is log 256 exactly.
+    """
+
+    def __init__(self, context: int, *, width: int = 96, layers: int = 2, heads: int = 3) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(256, width), nn.Embedding(context, width)
+        self.blocks = nn.Sequential(*(_Block(width, heads) for _ in range(layers)))
+        self.norm, self.out = nn.LayerNorm(width), nn.Linear(width, 256, bias=False)
+        for name, weight in self.named_parameters():
+            if weight.ndim == 2:
+                residual = name.endswith(("attention_out.weight", "feed_forward_out.weight"))
+                nn.init.normal_(weight, std=0.02 / (2 * layers) ** 0.5 if residual else 0.02)
+        nn.init.zeros_(self.out.weight)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
+        logits: Tensor = self.out(self.norm(self.blocks(x)))
+        return logits
