@@ -103,7 +103,7 @@ class GradientNoise:
 
     def _see(self, gradient: Tensor) -> None:
         if self._seen is not None:
-            self._seen.append(_sq_norm(gradient))
+            self._seen.append(sq_norm(gradient))
 
     def step(self, grad_sq_norm: float | Tensor | None = None) -> Estimate:
         """The noise scale in examples, after the last piece's backward pass, before clipping and the optimizer.
@@ -144,7 +144,7 @@ class GradientNoise:
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         if not gradients:
             raise InputError("no parameter has a gradient: call step after backward and before zero_grad")
-        return torch.stack([_sq_norm(gradient) for gradient in gradients]).double().sum()
+        return torch.stack([sq_norm(gradient) for gradient in gradients]).double().sum()
 
     def skip(self) -> None:
         """Forgets the pieces of a step that the caller will not apply, and counts it."""
@@ -176,7 +176,7 @@ class GradientNoise:
         self.skipped = state["skipped"]
 
 
-def _sq_norm(gradient: Tensor) -> Tensor:
+def sq_norm(gradient: Tensor) -> Tensor:
     """|g|² in the gradient's own precision, float32 at least."""
     flat = gradient.detach().reshape(-1)
     if flat.dtype in (torch.float32, torch.float64):
