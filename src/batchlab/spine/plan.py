@@ -106,7 +106,8 @@ def _size(
     bounds, data = "the frontier's range, B_crit/16 to 16·B_crit", {"train_examples": facts.train_examples}
     noise = facts.noise_scale if prediction.noise_known else None
     if noise:
-        why.keep("noise_scale", noise, noise.method, MEASURED, low=prediction.b_crit_low, high=str(noise.high))
+        high = "unbounded" if math.isinf(prediction.b_crit_high) else prediction.b_crit_high
+        why.keep("noise_scale", noise, noise.method, MEASURED, low=prediction.b_crit_low, high=high)
     return {
         "batch_size": why.keep("batch_size", chosen.batch_size, rule, source, **inputs),
         "world_size": why.keep("world_size", chosen.devices, rule, source, **inputs),
