@@ -144,10 +144,13 @@ def test_weight_decay_keeps_its_timescale():
     assert made({"optimizer": "adam"}, {"batch_size": 512}).hyperparameters["weight_decay"] == 0
 
 
-def test_warm_up_only_where_the_learning_rate_rises():
-    raised = made({}, {"batch_size": 64})
-    assert raised.warmup_examples == math.ceil(0.05 * raised.predicted_steps.value * 64)
-    assert made({}, {"batch_size": 16}).warmup_examples == 0
+def test_warm_up_and_average_are_those_of_the_reference_run():
+    facts = hand_facts()
+    reference = dataclasses.replace(facts.reference, warmup_examples=480, average_power=4.0)
+    for size in (16, 64, 512):
+        result = plan(hand_job(), dataclasses.replace(facts, reference=reference), batch_size=size)
+        assert (result.warmup_examples, result.average_power) == (480, 4.0)
+        assert result.reasons["average_power"].value == 4.0
 
 
 def test_unknown_noise_stays_at_the_base():

@@ -19,10 +19,10 @@ from batchlab.planner.prediction import Prediction
 from batchlab.rules import learning_rate as lr_rules
 from batchlab.rules import weight_decay as decay_rules
 
+AVERAGE = "Shamir and Zhang 2013, arXiv 1212.1824"
 MCCANDLISH, POWER_LINES = "McCandlish et al. 2018, arXiv 1812.06162", "Bergsma et al. 2025, arXiv 2505.13738"
 MEASURED, OURS, USER, TORCH = "measured", "batchlab", "user", "torch default"
 KEPT = {"betas": "kept as in the reference run: beta^k holds only far below the noise scale (rules.adam)"}
-WARMUP_SHARE = 0.05
 SPLIT_COST = 1.05
 
 
@@ -175,9 +175,10 @@ def _optimizer(why: _Reasons, facts: Facts, prediction: Prediction, chosen: Fron
     choice = lr_rules.for_optimizer(facts.optimizer, rate, base, size, **noise)
     inputs = {"base_learning_rate": rate, "base_batch_size": base, "batch_size": size, **noise}
     why.keep("learning_rate", choice.learning_rate, f"{choice.rule}: {choice.formula}", choice.source, **inputs)
-    warmup = math.ceil(WARMUP_SHARE * chosen.steps * size) if choice.learning_rate > rate else 0
-    warmup_rule = "5 % of the predicted examples where the learning rate is above the measured one, else none"
-    why.keep("warmup_examples", warmup, warmup_rule, OURS, learning_rate=choice.learning_rate, base_learning_rate=rate)
+    warmup, power = facts.reference.warmup_examples, facts.reference.average_power
+    why.keep("warmup_examples", warmup, "as many examples as in the reference run", OURS)
+    if power is not None:
+        why.keep("average_power", power, "as in the reference run: it means the same at any batch size", AVERAGE)
     settings = defaults(facts.optimizer)
     for name, value in settings.items():
         why.keep(name, value, KEPT.get(name, "kept as in the reference run"), TORCH)
@@ -190,6 +191,7 @@ def _optimizer(why: _Reasons, facts: Facts, prediction: Prediction, chosen: Fron
         "learning_rate": choice.learning_rate,
         "learning_rate_rule": choice.rule,
         "warmup_examples": warmup,
+        "average_power": power,
         "hyperparameters": settings,
     }
 
