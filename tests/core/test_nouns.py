@@ -1,0 +1,155 @@
+"""Job, Target, Estimate, Facts, Plan: what they refuse, and that JSON goes both ways."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from batchlab.core.errors import BatchlabError, InputError
+from batchlab.core.facts import Estimate, Facts
+from batchlab.core.job import Job, Target
+from batchlab.core.plan import FrontierRow, Plan, Reason
+from tests.spine.facts_fixture import exact, hand_facts
+from tests.spine.jobs import squared_error, toy_data, toy_job, toy_plan
+
+ANY_FLOAT = st.floats(allow_nan=False)
+
+
+@given(value=st.floats(), ends=st.tuples(ANY_FLOAT, ANY_FLOAT), method=st.text(), coverage=st.floats(0.01, 0.99))
+def test_estimates_go_round_as_strict_json(value, ends, method, coverage):
+    estimate = Estimate(value, min(ends), max(ends), method, coverage)
+    text = estimate.to_json()
+    json.loads(text, parse_constant=pytest.fail)
+    back = Estimate.from_json(text)
+    assert repr(back) == repr(estimate) and (back == estimate or math.isnan(value))
+
+
+def test_facts_go_round():
+    facts = dataclasses.replace(
+        hand_facts(), notes=("one",), noise_scale=Estimate(math.inf, 3.0, math.inf, "unbounded")
+    )
+    assert Facts.from_json(facts.to_json()) == facts
+
+
+def test_plans_go_round():
+    plan = dataclasses.replace(
+        toy_plan(hyperparameters={"betas": (0.9, 0.95), "eps": 1e-8}),
+        target=Target("loss", 0.5),
+        predicted_steps=exact(12.0),
+        frontier=(FrontierRow(64, 1, 10.0, 1.0, 1.0, True),),
+        reasons={"batch_size": Reason("rule", "source", {"a": 1.5, "b": "x"}, 64)},
+    )
+    back = Plan.from_json(plan.to_json())
+    assert back == plan and isinstance(back.hyperparameters["betas"], tuple)
+    assert plan.explain() == [("batch_size", "64", "rule; a = 1.5, b = x", "source")]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "plan.json is not valid JSON"),
+        ("[]", "plan.json: expected an object for Plan, got list"),
+        ("{}", "plan.json: Plan lacks the field 'accumulation'"),
+        ('{"nonsense": 1}', "plan.json: Plan has no field 'nonsense'"),
+        ("[" * 100_000, "plan.json is not valid JSON"),
+        ("1" * 10_000, "plan.json"),
+    ],
+)
+def test_what_is_no_plan_is_said(text, message):
+    with pytest.raises(InputError, match=message):
+        Plan.from_json(text, source="plan.json")
+
+
+@pytest.mark.parametrize("field", ["batch_size", "learning_rate", "schedule", "target", "frontier"])
+@given(junk=st.one_of(st.none(), st.booleans(), st.floats(), st.text(max_size=5), st.lists(st.integers(), max_size=2)))
+def test_a_wrong_value_is_refused_by_name_or_is_a_value(field, junk):
+    plain = json.loads(toy_plan().to_json()) | {field: junk}
+    try:
+        plan = Plan.from_json(json.dumps(plain))
+    except InputError as error:
+        assert field in str(error)
+    else:
+        assert Plan.from_json(plan.to_json()) == plan
+
+
+def test_a_newer_schema_is_refused():
+    with pytest.raises(InputError, match="a plan of schema 99 comes from a newer batchlab; this one reads up to 1"):
+        Plan.from_json(json.dumps(json.loads(toy_plan().to_json()) | {"schema": 99}))
+    with pytest.raises(InputError, match="facts of schema 99 come from a newer batchlab"):
+        Facts.from_json(json.dumps(json.loads(hand_facts().to_json()) | {"schema": 99}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 0}, "plan batch_size must be an integer of at least 1, got 0"),
+        ({"steps": 2.5}, "plan steps must be an integer of at least 1, got 2.5"),
+        ({"world_size": 100}, "plan batch_size 64 is smaller than world_size 100"),
+        ({"learning_rate": math.nan}, "plan learning_rate must be finite and > 0, got nan"),
+        ({"ema_half_life": 0.0}, "plan ema_half_life must be > 0 examples, got 0.0"),
+        ({"average_power": -1.0}, "plan average_power must be finite and >= 0, got -1.0"),
+        ({"average_power": 1.0, "ema_half_life": 5.0}, "plan ema_half_life and average_power are two averages"),
+        ({"warmup_examples": -1}, "plan warmup_examples must not be negative, got -1"),
+    ],
+)
+def test_plans_that_cannot_be(changes, message):
+    with pytest.raises(InputError, match=message):
+        toy_plan(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": ""}, "job name must be a non-empty string, got ''"),
+        ({"model": 3}, "job model must be callable, got 3"),
+        ({"metric": 3}, "job metric must be callable or None, got 3"),
+        ({"train": iter([])}, "job train must be a map-style data set with len"),
+        ({"valid": []}, "job valid data set is empty"),
+        ({"unit": "word"}, 'job unit must be "example" or "token", got \'word\''),
+        ({"units_per_example": 0}, "job units_per_example must be at least 1, got 0"),
+        ({"target": 0.9}, "job target must be a batchlab.Target, got 0.9"),
+    ],
+)
+def test_jobs_that_cannot_be(changes, message):
+    settings = {"name": "j", "model": lambda: None, "loss": squared_error, "train": toy_data(4), "valid": toy_data(4)}
+    with pytest.raises(InputError, match=message):
+        Job(**(settings | changes))
+
+
+def test_nouns_are_frozen():
+    for noun, field in ((toy_job(), "name"), (toy_plan(), "steps"), (Target("a", 1.0), "value"), (exact(1.0), "low")):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(noun, field, 1)
+
+
+def test_the_target():
+    assert Target("loss", 0.5).reached(0.5) and not Target("loss", 0.5).reached(math.nan)
+    assert Target("accuracy", 0.5, "max").reached(0.5) and not Target("accuracy", 0.5, "max").reached(math.nan)
+    with pytest.raises(InputError, match='target direction must be "min" or "max"'):
+        Target("loss", 0.5, "down")
+    with pytest.raises(InputError, match="target value must be finite, got nan"):
+        Target("loss", math.nan)
+
+
+def test_step_time_is_passes_and_one_update():
+    facts = hand_facts(pass_seconds=1e-3, example_seconds=1e-3, update_seconds=5e-3, micro_batches=(8, 16, 32))
+    assert facts.step_time(32) == pytest.approx(0.038)
+    assert facts.step_time(72, micro_batch=32) == pytest.approx(2 * 0.033 + 0.009 + 0.005)
+    assert facts.step_time(64, devices=4) == facts.step_time(16)
+    assert facts.micro_batch_seconds(24) == pytest.approx(0.025)
+    for wrong in (0, 33):
+        with pytest.raises(InputError, match=r"examples must lie in 1..32 \(max_micro_batch\)"):
+            facts.micro_batch_seconds(wrong)
+    with pytest.raises(InputError, match="batch_size must be at least devices"):
+        facts.step_time(3, devices=4)
+
+
+def test_bad_input_is_a_value_error_and_ours():
+    assert issubclass(InputError, ValueError) and issubclass(InputError, BatchlabError)
+    with pytest.raises(InputError, match="coverage must lie in"):
+        Estimate(1.0, 0.0, 2.0, "x", coverage=1.0)
+    with pytest.raises(InputError, match="an interval's low must not exceed its high"):
+        Estimate(1.0, 3.0, 2.0, "x")

@@ -1,0 +1,44 @@
+from collections import namedtuple
+
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from batchlab.data.fetch import fetch, to_device
+
+
+class _Many:
+    def __init__(self):
+        self.asked = []
+
+    def __len__(self):
+        return 9
+
+    def __getitem__(self, i):
+        return i, 2.0 * i
+
+    def __getitems__(self, indices):
+        self.asked.append(indices)
+        return [self[i] for i in indices]
+
+
+def test_a_batch_is_what_torchs_loader_makes():
+    tensors = TensorDataset(torch.arange(12.0).view(6, 2), torch.arange(6))
+    plain = [{"x": torch.full((2,), float(i)), "y": i} for i in range(6)]
+    for data in (tensors, plain, _Many()):
+        expected = next(iter(DataLoader(data, sampler=[4, 1, 3], batch_size=3)))
+        got = fetch(data, [4, 1, 3])
+        assert repr(got) == repr(expected)
+
+
+def test_many_are_asked_for_at_once_and_collated_by_the_job():
+    data = _Many()
+    assert fetch(data, [2, 5], lambda examples: examples[::-1]) == [(5, 10.0), (2, 4.0)]
+    assert data.asked == [[2, 5]]
+
+
+def test_containers_keep_their_type_on_the_way_to_a_device():
+    pair = namedtuple("pair", "a b")
+    batch = {"t": torch.ones(2), "n": [pair(torch.ones(1), 3), (torch.zeros(1), "text")]}
+    moved = to_device(batch, torch.device("meta"))
+    assert moved["t"].device.type == moved["n"][0].a.device.type == "meta"
+    assert isinstance(moved["n"][0], pair) and moved["n"][0].b == 3 and moved["n"][1][1] == "text"
