@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,21 +23,22 @@ app = typer.Typer(
 )
 
 
-def run(given: Sequence[str] | None = None) -> int:
-    """Runs the verb that the arguments name; wrong usage is one line on stderr and 2."""
-    import sys
-
+def command() -> Any:
+    """The whole command, all verbs in it."""
     from batchlab.cli import verbs, views  # noqa: F401
 
-    command = typer.main.get_command(app)
+    return typer.main.get_command(app)
+
+
+def run(given: Sequence[str] | None = None) -> int:
+    """Runs the verb that the arguments name; wrong usage is one line on stderr and 2."""
+    arguments = list(sys.argv[1:] if given is None else given)
     try:
-        code = command.main(
-            args=list(sys.argv[1:] if given is None else given), prog_name="batchlab", standalone_mode=False
-        )
+        code = command().main(args=arguments, prog_name="batchlab", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except UsageError as error:
         if type(error).__name__ == "NoArgsIsHelpError":
-            typer.echo(error.format_message(), err=True)  # type: ignore[attr-defined]
+            typer.echo(str(error), err=True)
         elif not other_rank():
             typer.echo(f"batchlab: error: {one_line(error.format_message())}", err=True)  # type: ignore[attr-defined]
         return BAD_INPUT
@@ -44,12 +46,18 @@ def run(given: Sequence[str] | None = None) -> int:
         raise KeyboardInterrupt from None
 
 
-@app.callback()
-def _root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and end.", is_eager=True)] = False,
-) -> None:
-    if version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         import batchlab
 
         typer.echo(batchlab.__version__)
         raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and end.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Options of the command itself."""

@@ -27,13 +27,14 @@ def learning_target(at_least: str | None, at_most: str | None) -> Target | None:
     >>> learning_target("accuracy=0.97", None)
     Target(metric='accuracy', value=0.97, direction='max')
     """
-    from batchlab.core.job import Target
-
     if at_least is not None and at_most is not None:
         raise InputError("give --at-least or --at-most, not both")
-    if at_least is not None:
-        return Target(*_metric_and_value("--at-least", at_least), "max")
-    return None if at_most is None else Target(*_metric_and_value("--at-most", at_most), "min")
+    if at_least is None and at_most is None:
+        return None
+    metric, value = _metric_and_value("--at-least" if at_most is None else "--at-most", at_least or at_most or "")
+    from batchlab.core.job import Target
+
+    return Target(metric, value, "max" if at_most is None else "min")
 
 
 def _metric_and_value(option: str, text: str) -> tuple[str, float]:

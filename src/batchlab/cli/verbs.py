@@ -47,6 +47,7 @@ def tune(
 ) -> None:
     """Measure JOB, plan its run, train it, and write a report: the main road."""
     with output(as_json) as out_, progress_bar() as bar:
+        aim = arguments.learning_target(at_least, at_most)
         from batchlab.parallel.torchrun import process_group
         from batchlab.spine.report import terminal_report
         from batchlab.spine.tune import REPORT_FILE, STUDY_FOLDER
@@ -54,7 +55,7 @@ def tune(
 
         with process_group():
             with bar.waiting("load the job"):
-                what = arguments.load(job, target, arguments.learning_target(at_least, at_most))
+                what = arguments.load(job, target, aim)
             folder = arguments.run_folder(out, what)
             done = verb(
                 what,
@@ -94,6 +95,7 @@ def probe(
     """Measure JOB on this machine: speed, memory, noise scale, a good learning rate. Its model is not touched."""
     with output(as_json) as out_, progress_bar() as bar:
         arguments.check_file(out)
+        aim = arguments.learning_target(at_least, at_most)
         from batchlab.cli.tables import facts_table
         from batchlab.core.files import write_atomic
         from batchlab.parallel.torchrun import process_group
@@ -101,7 +103,7 @@ def probe(
 
         with process_group():
             with bar.waiting("load the job"):
-                what = arguments.load(job, target, arguments.learning_target(at_least, at_most))
+                what = arguments.load(job, target, aim)
             facts = verb(what, budget=budget, seed=seed, device=device, progress=bar)
         if out is not None and not other_rank():
             write_atomic(out, facts.to_json())
@@ -215,12 +217,13 @@ def sweep(
 ) -> None:
     """Measure steps to target against batch size, the learning rate tuned for each: the truth that a plan predicts."""
     with output(as_json) as out_, progress_bar() as bar:
+        aim = arguments.learning_target(at_least, at_most)
         measured = None if facts is None else arguments.facts_in(facts)
         from batchlab.spine.report import terminal_report
         from batchlab.spine.sweep import sweep as verb
 
         with bar.waiting("load the job"):
-            what = arguments.load(job, target, arguments.learning_target(at_least, at_most))
+            what = arguments.load(job, target, aim)
         folder = arguments.run_folder(out, what)
         study = verb(
             what,

@@ -1,0 +1,155 @@
+"""The verbs as users run them, in processes of their own, on a user's job file."""
+
+import json
+import sys
+
+import pytest
+
+from batchlab.cli import main
+from batchlab.core.plan import Plan
+from batchlab.core.run import Run
+from tests.cli.command import USER_JOB, batchlab
+from tests.spine.facts_fixture import hand_facts
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a job file, facts of it, a plan, and a finished run."""
+    folder = tmp_path_factory.mktemp("place")
+    (folder / "train.py").write_text(USER_JOB)
+    facts = hand_facts(examples=256, base_learning_rate=0.05, job="line", micro_batches=(8, 16, 32, 64))
+    (folder / "facts.json").write_text(facts.to_json())
+    planned = batchlab("plan train.py:job --facts facts.json --out plan.json --json", folder)
+    assert planned.returncode == 0, planned.stderr
+    (folder / "planned.json").write_text(planned.stdout)
+    trained = batchlab("train train.py:job --plan plan.json --out runs/a --json", folder)
+    assert trained.returncode == 0, trained.stderr
+    (folder / "trained.json").write_text(trained.stdout)
+    (folder / "trained.err").write_text(trained.stderr)
+    return folder
+
+
+def test_json_is_one_line_and_the_file_is_the_same_plan(place):
+    text = (place / "planned.json").read_text()
+    assert text.count("\n") == 1
+    assert Plan.from_json(text) == Plan.from_json((place / "plan.json").read_bytes())
+
+
+def test_what_the_job_prints_goes_to_stderr(place):
+    assert "hello from the job" in (place / "trained.err").read_text()
+    result = json.loads((place / "trained.json").read_text())
+    assert result["run"] == "runs/a" and result["summary"] == Run.open(place / "runs/a").summary
+
+
+def test_stderr_is_quiet_where_it_is_no_terminal(place):
+    assert (place / "trained.err").read_text() == "hello from the job\n"
+
+
+def test_tables_have_no_colours_in_a_pipe_and_explain_gives_reasons(place):
+    done = batchlab("plan train.py:job --facts facts.json --explain", place)
+    assert done.returncode == 0 and "\x1b" not in done.stdout
+    for name in Plan.from_json((place / "plan.json").read_bytes()).reasons:
+        assert name in done.stdout
+    assert "picked" in done.stdout
+
+
+def test_plan_takes_the_python_verbs_arguments(place):
+    words = "plan train.py:as_function --facts facts.json --devices 4 --goal time --batch-size 128 --json"
+    done = batchlab(words, place)
+    plan = Plan.from_json(done.stdout)
+    assert (plan.goal, plan.batch_size, plan.world_size) == ("time", 128, 4)
+
+
+def test_an_existing_run_is_refused_and_named(place):
+    done = batchlab("train train.py:job --plan plan.json --out runs/a", place)
+    assert done.returncode == 2 and done.stdout == ""
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("batchlab: error: ") and "runs/a" in last and "--resume" in last
+
+
+def test_a_target_never_reached_ends_well_and_says_so(place):
+    words = "train train.py:job --plan never.json --out runs/never --max-steps 5 --json"
+    plan = json.loads((place / "plan.json").read_text())
+    plan["target"]["value"] = -1.0
+    (place / "never.json").write_text(json.dumps(plan))
+    done = batchlab(words, place)
+    assert done.returncode == 0
+    summary = json.loads(done.stdout)["summary"]
+    assert (summary["status"], summary["steps"], summary["target_step"]) == ("not reached", 5, None)
+
+
+def test_resume_goes_on_with_the_runs_own_plan(place):
+    first = batchlab("train train.py:job --plan never.json --out runs/more --max-steps 3", place)
+    assert first.returncode == 0, first.stderr
+    more = batchlab("train train.py:job --out runs/more --resume --max-steps 6 --json", place)
+    assert more.returncode == 0, more.stderr
+    assert json.loads(more.stdout)["summary"]["steps"] == 6
+
+
+def test_report_writes_the_page_beside_the_run(place):
+    done = batchlab("report runs/a --json", place)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"report": "runs/a/report.html"}
+    assert (place / "runs/a/report.html").read_text().lstrip().lower().startswith("<!doctype html>")
+
+
+def test_runs_lists_them_and_answers_sql(place):
+    done = batchlab("runs runs --json", place)
+    rows = {row["run"]: row for row in json.loads(done.stdout)["rows"]}
+    assert rows["a"]["job"] == "line"
+    assert rows["a"]["steps"] == Run.open(place / "runs/a").summary["steps"]
+    counted = batchlab("""runs runs --json --sql "SELECT count(*) AS n FROM steps WHERE run = 'a'" """, place)
+    assert json.loads(counted.stdout) == {"rows": [{"n": rows["a"]["steps"]}]}
+
+
+BAD_INPUT = [
+    ("tune nothing", "there is no job 'nothing'"),
+    ("tune text:nothing", "nothing"),
+    ("tune nothing.py:job", "nothing.py is not a file"),
+    ("tune train.py:number", "train.py:number must be a batchlab.Job"),
+    ("tune train.py:nothing", "train.py has no 'nothing'"),
+    ("tune train.py:nothing_to_learn_from", "job train data set is empty"),
+    ("tune train.py:not_a_number", "nan"),
+    ("train train.py:not_a_number --plan nan.json", "nan"),
+    ("plan train.py:job --facts facts.json --batch-size 257", "257"),
+    ("plan train.py:job --facts train.py", "train.py is not valid JSON"),
+    ("plan digits --facts facts.json", "line"),
+    ("train digits --plan plan.json", "the plan is for the job 'line'"),
+    ("tune digits --target price", "has no option 'target'"),
+    ("tune table:data.csv --target price", "price"),
+    ("tune images:one", "class"),
+    ("sweep train.py:job --batch-sizes 5..7", "5..7"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), BAD_INPUT)
+def test_bad_input_is_one_line_and_2_and_nothing_is_written(words, message, place, tmp_path, monkeypatch, capfd):
+    for name in ("train.py", "facts.json", "plan.json"):
+        (tmp_path / name).write_bytes((place / name).read_bytes())
+    plan = json.loads((place / "plan.json").read_text())
+    (tmp_path / "nan.json").write_text(json.dumps(plan | {"job": "nan"}))
+    (tmp_path / "data.csv").write_text("rooms,size\n" + "3,50\n" * 50)
+    (tmp_path / "one/cats").mkdir(parents=True)
+    before = sorted(path for path in tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    code = main(words.split())
+    said = capfd.readouterr()
+    lines = [line for line in said.err.splitlines() if line != "hello from the job"]
+    assert code == 2, said.err
+    assert said.out == ""
+    assert len(lines) == 1 and lines[0].startswith("batchlab: error: ") and message in lines[0]
+    assert sorted(path for path in tmp_path.rglob("*")) == before
+
+
+def test_a_defect_has_a_traceback_and_1(place):
+    (place / "broken.py").write_text("raise RuntimeError('the job is broken')\n")
+    done = batchlab("tune broken.py:job", place)
+    assert done.returncode == 1 and done.stdout == ""
+    assert "Traceback" in done.stderr and done.stderr.splitlines()[-1] == "RuntimeError: the job is broken"
+
+
+def test_only_the_first_rank_speaks(place):
+    words = "plan train.py:job --facts facts.json --json"
+    done = batchlab(words, place, TORCHELASTIC_RUN_ID="x", RANK="1", LOCAL_RANK="1", LOCAL_WORLD_SIZE="2")
+    assert done.returncode == 0 and done.stdout == ""
