@@ -68,6 +68,7 @@ class GradientNoise:
 
     Under an initialised process group the pieces of all ranks count. One piece in all gives an undefined estimate:
     there is nothing to compare. A step that is not finite is skipped on all ranks and counted in `skipped`.
+    `pair` holds the last step's own two parts, None where it gave none.
 
     An example is whatever is drawn independently: for language models a sequence. With batch normalisation the
     pieces' gradients depend on each other, and the estimate with them.
@@ -80,6 +81,7 @@ class GradientNoise:
             raise InputError(f'method must be "micro_batch" or "ranks", got {method!r}')
         self.statistics = RatioOfMeans(ema=ema, coverage=coverage)
         self.method, self.skipped = method, 0
+        self.pair: NoisePair | None = None
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         if not self._parameters:
             raise InputError("the model has no parameter that requires a gradient")
@@ -110,7 +112,7 @@ class GradientNoise:
 
         grad_sq_norm: |g|² of the whole batch's mean gradient if the caller knows it, so that no pass is spent on it.
         """
-        pieces, self._pieces = self._pieces, []
+        pieces, self._pieces, self.pair = self._pieces, [], None
         if not pieces:
             raise InputError("step needs at least one micro_batch before it")
         if grad_sq_norm is None:
@@ -122,8 +124,8 @@ class GradientNoise:
         if not (math.isfinite(shares) and math.isfinite(big_sq)):
             self.skipped += 1
             return self.estimate()
-        pair = unbiased_pair(shares * examples**2 / count, big_sq, count / inverse, examples)
-        self.statistics.update(pair.trace, pair.grad_sq)
+        self.pair = unbiased_pair(shares * examples**2 / count, big_sq, count / inverse, examples)
+        self.statistics.update(self.pair.trace, self.pair.grad_sq)
         return self.estimate()
 
     def _over_ranks(self, pieces: list[tuple[int, list[Tensor]]]) -> tuple[float, float, int, int]:

@@ -92,6 +92,8 @@ class Learner:
         self.step, self.position, self.batch_size = 0, 0, plan.batch_size
         self.skipped_in_a_row = 0
         self._last_noise: Estimate | None = None
+        self._parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self._has_buffers = any(True for _ in self.model.buffers())
         self._forward = self._wrapped(_Loss(job, self.model))
 
     def _wrapped(self, loss: _Loss) -> nn.Module:
@@ -112,7 +114,7 @@ class Learner:
         if size < self.world:
             raise InputError(f"batch_size {size} is smaller than the {self.world} ranks: each needs an example")
         reseed(derive_seed(self.seed, "update", self.step, self.rank))
-        buffers = [buffer.clone() for buffer in self.model.buffers()]
+        buffers = [buffer.clone() for buffer in self.model.buffers()] if self._has_buffers else []
         loss, norm = self._backward(size)
         self.step += 1
         self.position += size
@@ -144,7 +146,7 @@ class Learner:
             loss += part.detach()
         if self.world > 1:
             dist.all_reduce(loss)
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         return loss.item() / self.world, norm.item()
 
@@ -193,7 +195,7 @@ class Learner:
         if self.noise is not None:
             self._last_noise = self.noise.step(grad_sq_norm=norm**2)
         if self.plan.clip_norm is not None and norm > self.plan.clip_norm:
-            nn.utils.clip_grads_with_norm_(self.model.parameters(), self.plan.clip_norm, torch.tensor(norm))
+            nn.utils.clip_grads_with_norm_(self._parameters, self.plan.clip_norm, torch.tensor(norm))
         self.optimizer.step()
         if self.average is not None:
             self.average.update(self.model, size)
@@ -202,7 +204,7 @@ class Learner:
         """Puts back what a forward pass changed, and forgets the pieces it measured."""
         if self.noise is not None:
             self.noise.skip()
-        for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+        for buffer, before in zip(self.model.buffers() if buffers else (), buffers, strict=True):
             buffer.copy_(before)
 
     @property
