@@ -155,3 +155,82 @@ def reached_run(folder, **changes):
     made = plan(**changes)
     summary = summarize(iter(lines), made, "reached")
     return write_run(folder, lines, plan=made, facts=facts(), summary=summary)
+
+
+def trials(sizes=(16, 32, 64, 128, 256), s_min=60.0, b_crit=80.0, metric_end=0.97):
+    """Search and confirm trials whose best steps follow S_min (1 + B_crit/B) to within rounding."""
+    for size in sizes:
+        best = round(s_min * (1 + b_crit / size))
+        rate = 1e-3 * size**0.5
+        common = {"batch_size": size, "low_rate": rate / 8, "high_rate": rate * 8, "resolution": 5, "evaluations": []}
+        for number, power in enumerate((-2, -1, 0, 1, 2, 3)):
+            bad, steps = power == 3, round(best * 1.35 ** abs(power))
+            yield common | {
+                "id": f"{size}-search-{number}",
+                "kind": "search",
+                "number": number,
+                "learning_rate": rate * 2.0**power,
+                "seed": 0,
+                "status": "diverged" if bad else "reached",
+                "steps_to_target": None if bad else steps,
+                "steps": steps,
+                "examples": steps * size,
+                "seconds": steps * (1e-3 + 5e-5 * size),
+                "metric": math.nan if bad else metric_end,
+            }
+        for number, (seed, factor) in enumerate(((1, 0.95), (2, 1.0), (3, 1.08))):
+            steps = round(best * factor)
+            yield common | {
+                "id": f"{size}-confirm-{number}",
+                "kind": "confirm",
+                "number": number,
+                "learning_rate": rate,
+                "seed": seed,
+                "status": "reached",
+                "steps_to_target": steps,
+                "steps": steps,
+                "examples": steps * size,
+                "seconds": steps * (1e-3 + 5e-5 * size),
+                "metric": metric_end,
+            }
+
+
+def write_study(folder, lines=None, *, finished=True, made_from=None, name="digits", metric="accuracy", notes=()):
+    """Writes what `sweep` writes, and opens it."""
+    from batchlab.core.study import SCHEMA as STUDY_SCHEMA
+    from batchlab.core.study import STUDY_FILE, TRIALS_FILE, Study
+    from batchlab.measure.tradeoff import fit_tradeoff
+
+    folder = Path(folder)
+    folder.mkdir(parents=True)
+    lines = list(trials() if lines is None else lines)
+    (folder / TRIALS_FILE).write_text("".join(json.dumps(to_plain(line), allow_nan=False) + "\n" for line in lines))
+    meta = {
+        "schema": STUDY_SCHEMA,
+        "name": name,
+        "created": "2026-11-24T13:00:00+00:00",
+        "status": "finished" if finished else "running",
+        "job": {"name": name, "unit": "example"},
+        "spec": {"batch_sizes": sorted({line["batch_size"] for line in lines}) or [16, 32]},
+        "target": to_plain(Target(metric, 0.97, "max")),
+        "seed": 0,
+        "versions": VERSIONS,
+        "machine": MACHINE,
+        "summary": None,
+        **({} if made_from is None else {"facts": to_plain(made_from)}),
+    }
+    if finished:
+        rows = Study(folder, meta).rows()
+        pairs = [(row["batch_size"], steps) for row in rows for steps in row["steps"]]
+        fit = fit_tradeoff(*zip(*pairs, strict=True))
+        meta["summary"] = {
+            "status": "finished",
+            "rows": rows,
+            "seconds": 60.0,
+            "tradeoff": to_plain(fit),
+            "predicted": to_plain(estimate(96.0)),
+            "ratio": fit.b_crit.value / 96.0,
+            "notes": list(notes),
+        }
+    (folder / STUDY_FILE).write_text(json.dumps(to_plain(meta), allow_nan=False))
+    return Study.open(folder)

@@ -18,6 +18,10 @@ from batchlab.viz import plots
 from batchlab.viz.blocks import Actions, Block, Bullets, Chart, Choice, Paragraph, Row, Section, Table, Tiles, Verdict
 
 TABLE_ROWS = 60
+HOW_TO_VERIFY = (
+    "No sweep was run, so the prediction is held against one run only. tune(..., verify=True), or "
+    "`batchlab tune ... --verify`, measures steps to target at several batch sizes and shows them here."
+)
 NO_FACTS = "Nothing was measured for this run: tune() does, and train(..., facts=facts) keeps what probe() measured."
 AXES = (
     ("step", "steps", "Steps"),
@@ -32,7 +36,10 @@ def what_to_do(run: Run) -> Section:
     lines = headline.settings(run.plan, str(job.get("unit", "example")), job.get("units_per_example"))
     said = headline.verdict(run.plan, run.summary)
     tiles = Tiles(headline.outcome(run.plan, run.summary))
-    return Section("what-to-do", "What to do", [Actions(lines), tiles, Verdict(said.text, said.tone)])
+    blocks: list[Block] = [Actions(lines), tiles, Verdict(said.text, said.tone)]
+    if run.meta.get("error"):
+        blocks.append(Paragraph(f"It ended with: {run.meta['error']}"))
+    return Section("what-to-do", "What to do", blocks)
 
 
 def frontier(plan: Plan) -> Section:
@@ -40,7 +47,7 @@ def frontier(plan: Plan) -> Section:
     rows = [row for row in plan.frontier if math.isfinite(row.time) and math.isfinite(row.cost)]
     if not rows:
         missing = "The plan carries no frontier: a plan made by plan() or tune() does."
-        return Section("frontier", "Time against cost", [Paragraph(missing, quiet=True)])
+        return Section("frontier", "Time and cost", [Paragraph(missing, quiet=True)])
     charts = [
         Chart(
             "frontier-cost",
@@ -61,7 +68,7 @@ def frontier(plan: Plan) -> Section:
     if {row.devices for row in rows} == {1}:
         note = "On one device the cost in device-seconds is the time itself; plan for several devices to see them part."
         blocks.append(Paragraph(note, quiet=True))
-    return Section("frontier", "Time against cost", blocks)
+    return Section("frontier", "Time and cost", blocks)
 
 
 def _frontier_table(rows: Sequence[FrontierRow]) -> Table:
@@ -106,7 +113,9 @@ def noise(plan: Plan, facts: Facts | None, taken: Columns) -> Section:
     )
     blocks: list[Block] = [chart]
     if plan.noise_scale is not None:
-        said = f"The plan used {interval(plan.noise_scale)} examples; {plan.noise_scale.method}."
+        known = plan.noise_scale.defined
+        said = f"The plan used {interval(plan.noise_scale)} examples" if known else "The plan knew of no noise scale"
+        said += f"; {plan.noise_scale.method}."
         blocks.append(Paragraph(said, quiet=True))
     return Section("noise-scale", "Gradient noise scale", blocks)
 
@@ -181,7 +190,7 @@ def _target_chart(run: Run, measured: Mapping[str, Column]) -> Chart:
 
 def machine_limits(plan: Plan, facts: Facts | None) -> Section:
     """Step time and memory against micro-batch."""
-    title = "Step time and memory"
+    title = "Speed and memory"
     if facts is None:
         return Section("step-time", title, [Paragraph(NO_FACTS, quiet=True)])
     points = facts.micro_batches
@@ -211,7 +220,7 @@ def machine_limits(plan: Plan, facts: Facts | None) -> Section:
 
 def learning_rates(plan: Plan, facts: Facts | None) -> Section:
     """The short runs that the base learning rate was found by."""
-    title = "Learning rate trials"
+    title = "Learning rate"
     if facts is None or not facts.learning_rate_trials:
         why = NO_FACTS if facts is None else "No trials were run."
         return Section("learning-rate", title, [Paragraph(why, quiet=True)])
@@ -235,9 +244,14 @@ def reasons(plan: Plan) -> Section:
     rows = [(name, *rest) for name, *rest in plan.explain()]
     if not rows:
         missing = "This plan carries no reasons: it was not made by plan()."
-        return Section("reasons", "Every number and its reason", [Paragraph(missing, quiet=True)])
+        return Section("reasons", "Reasons", [Paragraph(missing, quiet=True)])
     table = Table("The plan's numbers", ("Number", "Value", "Rule and what it used", "Source"), rows)
-    return Section("reasons", "Every number and its reason", [table])
+    return Section("reasons", "Reasons", [table])
+
+
+def not_verified() -> Section:
+    """How to get a sweep to hold the plan against."""
+    return Section("measured", "Measured against predicted", [Paragraph(HOW_TO_VERIFY, quiet=True)])
 
 
 def limits(plan: Plan, facts: Facts | None) -> Section:
@@ -258,7 +272,7 @@ def limits(plan: Plan, facts: Facts | None) -> Section:
 def provenance(meta: Mapping[str, Any]) -> Section:
     """Versions, machine, seed, commit."""
     table = Table("Where these numbers come from", ("What", "Value"), list(_origins(meta)))
-    return Section("provenance", "Where this comes from", [table])
+    return Section("provenance", "Origin", [table])
 
 
 def _origins(meta: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

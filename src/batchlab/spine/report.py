@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING
 from batchlab.core.errors import InputError
 from batchlab.core.files import write_atomic
 from batchlab.core.run import Run
+from batchlab.core.study import STUDY_FILE, Study
+from batchlab.spine.words import moment
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from batchlab.core.study import Study
     from batchlab.viz.blocks import Section
+
+STUDY_FOLDER = "sweep"
 
 
 def report(run_or_study: Run | Study, path: str | Path) -> Path:
@@ -28,29 +31,33 @@ def report(run_or_study: Run | Study, path: str | Path) -> Path:
     target = Path(path)
     if target.is_dir():
         raise InputError(f"path must name the file to write, got the folder {str(target)!r}: {target / 'report.html'}")
-    if not isinstance(run_or_study, Run):
+    if not isinstance(run_or_study, (Run, Study)):
         raise InputError(f"report takes a Run or a Study, got {type(run_or_study).__name__}")
     from batchlab.viz.page import page
 
-    title, subtitle, sections = _run_page(run_or_study)
+    found = _run_page(run_or_study) if isinstance(run_or_study, Run) else _study_page(run_or_study)
+    title, subtitle, sections = found
     write_atomic(target, page(title, sections, subtitle=subtitle))
     return target
 
 
 def terminal_report(run_or_study: Run | Study) -> Table:
     """What the page's first part says, as a `rich` table."""
-    from batchlab.spine import headline
+    from batchlab.spine import headline, study_chapters
     from batchlab.viz.table import terminal_table
 
-    assert isinstance(run_or_study, Run)
-    return terminal_table(run_or_study.name, headline.of_run(run_or_study))
+    if isinstance(run_or_study, Run):
+        lines = headline.of_run(run_or_study)
+    else:
+        lines = [*study_chapters.findings(run_or_study), ("Verdict", study_chapters.verdict(run_or_study)[0], "")]
+    return terminal_table(run_or_study.name, lines)
 
 
 def _run_page(run: Run) -> tuple[str, str, list[Section]]:
-    from batchlab.spine import chapters
+    from batchlab.spine import chapters, study_chapters
     from batchlab.spine.columns import columns
 
-    plan, facts = run.plan, run.facts
+    plan, facts, study = run.plan, run.facts, _own_study(run)
     taken = columns(run.steps(), run.meta.get("initial"))
     sections = [
         chapters.what_to_do(run),
@@ -60,11 +67,34 @@ def _run_page(run: Run) -> tuple[str, str, list[Section]]:
         chapters.machine_limits(plan, facts),
         chapters.learning_rates(plan, facts),
         chapters.reasons(plan),
+        *(
+            [chapters.not_verified()]
+            if study is None
+            else [
+                study_chapters.measured_against_predicted(study, facts, plan, run.summary),
+                study_chapters.tuned(study, plan),
+            ]
+        ),
         chapters.limits(plan, facts),
         chapters.provenance({**run.meta, "status": run.summary["status"]}),
     ]
-    return (
-        f"batchlab: {run.name}",
-        f"Goal: {plan.goal}. Made {run.meta.get('created', 'at an unknown time')}.",
-        sections,
-    )
+    return f"batchlab: {run.name}", f"Goal: {plan.goal}. Begun {moment(run.meta.get('created'))}.", sections
+
+
+def _study_page(study: Study) -> tuple[str, str, list[Section]]:
+    from batchlab.spine import chapters, study_chapters
+
+    sections = [
+        study_chapters.found(study),
+        study_chapters.measured_against_predicted(study, study.facts, None, {}),
+        study_chapters.tuned(study),
+        study_chapters.all_rows(study),
+        study_chapters.sweep_limits(study),
+        chapters.provenance({**study.meta, "status": study.summary["status"]}),
+    ]
+    return f"batchlab sweep: {study.name}", f"Begun {moment(study.meta.get('created'))}.", sections
+
+
+def _own_study(run: Run) -> Study | None:
+    folder = run.path / STUDY_FOLDER
+    return Study.open(folder) if (folder / STUDY_FILE).is_file() else None

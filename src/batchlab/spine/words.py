@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from datetime import datetime
 
 from batchlab.core.facts import Estimate
 from batchlab.core.job import Target
@@ -12,7 +13,7 @@ def figure(value: float) -> str:
     """Four significant digits, without an exponent where a reader can do without.
 
     >>> figure(0.00012), figure(1437.0), figure(12345678.0), figure(float("inf"))
-    ('0.00012', '1437', '12,345,678', 'unbounded')
+    ('0.00012', '1,437', '12,345,678', 'unbounded')
     """
     if math.isnan(value):
         return "unknown"
@@ -35,10 +36,11 @@ def duration(seconds: float) -> str:
         return f"{seconds * 1e3:.3g} ms"
     if seconds < 60:
         return f"{seconds:.3g} s"
-    whole = round(seconds)
-    units = ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s"))
-    large, name, lesser, rest = next(unit for unit in units if whole >= unit[0])
-    return f"{whole // large} {name} {whole % large // lesser} {rest}"
+    for large, name, lesser, rest in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        whole, left = divmod(round(seconds / lesser), large // lesser)
+        if whole:
+            return f"{whole} {name} {left} {rest}"
+    return f"{seconds:.3g} s"
 
 
 def size(count: float) -> str:
@@ -80,3 +82,16 @@ def plural(count: int, noun: str) -> str:
     ('1 step', '2 steps')
     """
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def moment(text: object) -> str:
+    """A time in ISO 8601 to the minute; anything else as it is.
+
+    >>> moment("2026-11-24T12:00:05+00:00")
+    '2026-11-24 12:00 UTC'
+    """
+    try:
+        when = datetime.fromisoformat(str(text))
+    except ValueError:
+        return "at an unknown time" if text is None else str(text)
+    return f"{when:%Y-%m-%d %H:%M} {when.tzname() or ''}".rstrip()

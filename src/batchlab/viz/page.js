@@ -22,6 +22,7 @@
     const figure = isDark() ? recolour(source) : structuredClone(source);
     figure.layout.dragmode = coarse.matches ? false : "zoom";
     figure.layout.autosize = true;
+    if (plot.clientWidth < 480) figure.layout.font.size = 11;
     Plotly.newPlot(plot, figure.data, figure.layout, config);
   };
   const drawAll = () => document.querySelectorAll(".plot").forEach(draw);

@@ -20,7 +20,6 @@ from batchlab.viz.style import (
     BLUE_BAND,
     GREEN,
     GREY,
-    INK,
     ORANGE,
     ORANGE_BAND,
     PURPLE,
@@ -28,6 +27,8 @@ from batchlab.viz.style import (
     SURFACE,
     SYMBOLS,
     blank,
+    decades,
+    powers_of_two,
     spread,
 )
 from batchlab.viz.text import label
@@ -59,10 +60,14 @@ def _by_devices(figure: Any, rows: Sequence[FrontierRow], x: str) -> Any:
         trace.update(line={"color": color, "width": 1.5}, marker={"color": color, "size": 8, "symbol": symbol})
         figure.add_trace(trace.update(name=f"{count} device{'s' if count > 1 else ''}", **_frontier_hover(shown)))
     picked = [row for row in drawable if row.picked]
-    trace = go.Scatter(x=[getattr(row, x) for row in picked], y=[row.time for row in picked], mode="markers+text")
-    trace.update(text=[f"batch {row.batch_size}" for row in picked], textposition="top right", cliponaxis=False)
+    trace = go.Scatter(x=[getattr(row, x) for row in picked], y=[row.time for row in picked], mode="markers")
     trace.update(marker={"size": 18, "color": ORANGE, "symbol": "star", "line": {"color": SURFACE, "width": 1.5}})
-    figure.add_trace(trace.update(name="the plan", textfont={"color": INK, "size": 13}, **_frontier_hover(picked)))
+    name = f"the plan: batch size {picked[0].batch_size:,}" if picked else "the plan"
+    figure.add_trace(trace.update(name=name, **_frontier_hover(picked)))
+    sizes = x == "batch_size"
+    along = [getattr(row, x) for row in drawable]
+    figure.layout.xaxis.update(powers_of_two(along) if sizes else decades(along))
+    figure.layout.yaxis.update(decades([row.time for row in drawable]))
     return figure
 
 
@@ -88,7 +93,7 @@ def noise_scale(
     was used. probe: (examples, value, low, high) of the reference run. planned: the value the plan was made from.
     """
     figure = blank("training examples seen", "noise scale (examples)", log_y=True)
-    figure.update_xaxes(rangemode="tozero")
+    figure.layout.xaxis.rangemode = "tozero"
     inside = [*training["value"], *(point[1] for point in probe), *(batch_size["value"] if batch_size else ())]
     floor, ceiling = _log_range(inside + ([planned.value] if planned else []))
     _band(figure, training, floor, ceiling)
@@ -101,7 +106,7 @@ def noise_scale(
     if planned is not None and planned.value > 0 and planned.defined:
         figure.add_trace(_level(planned.value, "what the plan used", GREY))
     if floor < ceiling:
-        figure.update_yaxes(range=[math.log10(floor), math.log10(ceiling)])
+        figure.layout.yaxis.update(decades([floor, ceiling]), range=[math.log10(floor), math.log10(ceiling)])
     return figure
 
 
@@ -116,7 +121,9 @@ def loss(
     positive = [value for value in [*train["loss"], *valid["loss"]] if value > 0]
     wide = len(positive) == len(train["loss"]) + len(valid["loss"]) > 0 and max(positive) > 10 * min(positive)
     figure = blank(x_title, "loss (the job's own unit)", log_y=wide)
-    figure.update_xaxes(rangemode="tozero")
+    if wide:
+        figure.layout.yaxis.update(decades(positive))
+    figure.layout.xaxis.rangemode = "tozero"
     if train["loss"]:
         figure.add_trace(_line(train[axis], train["loss"], "training, each step", BLUE, width=1.2))
     if valid["loss"]:
@@ -131,21 +138,22 @@ def target_metric(
 ) -> Any:
     """The target's metric on the validation data against steps, with where it was predicted to be met, and was."""
     figure = blank("steps", f"{label(target.metric)} (validation)")
-    figure.update_xaxes(rangemode="tozero")
     figure.add_trace(_line(steps, values, "measured", BLUE, markers=True))
     figure.add_trace(_level(target.value, "target", GREY))
+    right = 1.08 * max([*steps, reached or 0, predicted.value if predicted and predicted.defined else 0])
     if predicted is not None and predicted.defined:
-        if math.isfinite(predicted.low) and math.isfinite(predicted.high):
-            figure.add_vrect(x0=predicted.low, x1=predicted.high, fillcolor=ORANGE_BAND, line_width=0, layer="below")
+        ends = {"x0": max(predicted.low, 0.0), "x1": min(predicted.high, 2 * right)}
+        figure.add_vrect(**ends, fillcolor=ORANGE_BAND, line_width=0, layer="below")
         figure.add_trace(_upright(predicted.value, "predicted to meet it", ORANGE, "dash"))
     if reached is not None:
         figure.add_trace(_upright(reached, "met it", GREEN, "solid"))
+    figure.layout.xaxis.range = [0, right]
     return figure
 
 
 def micro_batch_time(points: Sequence[MicroBatchTime], chosen: int | None = None) -> Any:
     """Seconds of one forward and backward pass against micro-batch, log-log, with intervals; the plan's is marked."""
-    figure = blank("micro-batch (examples)", "forward and backward (seconds)", log_x=True, log_y=True)
+    figure = blank("micro-batch (examples)", "time of a pass (seconds)", log_x=True, log_y=True)
     figure.add_trace(
         _points(
             [(p.examples, p.seconds.value, p.seconds.low, p.seconds.high) for p in points],
@@ -156,6 +164,8 @@ def micro_batch_time(points: Sequence[MicroBatchTime], chosen: int | None = None
         )
     )
     _mark(figure, [(p.examples, p.seconds.value) for p in points if p.examples == chosen])
+    figure.layout.xaxis.update(powers_of_two([p.examples for p in points]))
+    figure.layout.yaxis.update(decades([p.seconds.value for p in points]))
     return figure
 
 
@@ -163,9 +173,10 @@ def micro_batch_memory(points: Sequence[MicroBatchTime], chosen: int | None = No
     """Peak memory against micro-batch, log x."""
     known = [(p.examples, p.memory_bytes / MIB) for p in points if p.memory_bytes is not None]
     figure = blank("micro-batch (examples)", "memory (MiB)", log_x=True)
-    figure.update_yaxes(rangemode="tozero")
+    figure.layout.yaxis.rangemode = "tozero"
     figure.add_trace(_line([x for x, _ in known], [y for _, y in known], "measured", PURPLE, markers=True))
     _mark(figure, [point for point in known if point[0] == chosen])
+    figure.layout.xaxis.update(powers_of_two([examples for examples, _ in known]))
     return figure
 
 
@@ -173,10 +184,11 @@ def learning_rate_trials(
     trials: Sequence[LearningRateTrial], *, base: float | None = None, planned: float | None = None
 ) -> Any:
     """Training loss at the end of short runs against learning rate, log x; runs that diverged along the top."""
-    figure = blank("learning rate", "training loss after the trial", log_x=True)
+    figure = blank("learning rate", "loss after the trial", log_x=True)
     ended = sorted((t.learning_rate, t.loss) for t in trials if math.isfinite(t.loss))
     diverged = [t.learning_rate for t in trials if not math.isfinite(t.loss)]
     figure.add_trace(_line([x for x, _ in ended], [y for _, y in ended], "trials", BLUE, markers=True))
+    figure.layout.xaxis.update(decades([t.learning_rate for t in trials]))
     if diverged:
         top = go.Scatter(x=diverged, y=[0.96] * len(diverged), mode="markers", name="diverged", yaxis="y2")
         figure.add_trace(top.update(marker={"symbol": "x", "size": 10, "color": ORANGE}, hovertemplate="%{x:.3g}"))
@@ -200,6 +212,9 @@ def tradeoff(
     plan's own batch size and the steps it took.
     """
     figure = blank("batch size (examples)", "steps to target", log_x=True, log_y=True)
+    shown = [*measured, *predicted]
+    figure.layout.xaxis.update(powers_of_two([point[0] for point in shown]))
+    figure.layout.yaxis.update(decades([point[1] for point in shown]))
     if predicted:
         x, value, low, high = (list(column) for column in zip(*predicted, strict=True))
         floor, ceiling = _log_range([*value, *(point[1] for point in measured)])
@@ -308,3 +323,41 @@ def _mark(figure: Any, points: Sequence[tuple[float, float]]) -> None:
     if points:
         star = go.Scatter(x=[x for x, _ in points], y=[y for _, y in points], mode="markers", name="the plan")
         figure.add_trace(star.update(marker={"symbol": "star", "size": 15, "color": ORANGE}))
+
+
+def time_measured(points: Sequence[Interval], *, run: tuple[float, float] | None = None) -> Any:
+    """Measured seconds to target against batch size, log-log. points: (batch size, seconds, low, high)."""
+    figure = blank("batch size (examples)", "time to target (seconds)", log_x=True, log_y=True)
+    figure.layout.xaxis.update(powers_of_two([point[0] for point in points]))
+    figure.layout.yaxis.update(decades([point[1] for point in points]))
+    if points:
+        figure.add_trace(_points(points, "sweep", BLUE, "circle", joined=True))
+    if run is not None:
+        star = go.Scatter(x=[run[0]], y=[run[1]], mode="markers", name="the plan's run")
+        figure.add_trace(star.update(marker={"symbol": "star", "size": 15, "color": GREEN}))
+    return figure
+
+
+def tuned_rates(best: Sequence[tuple[float, float]], planned: tuple[float, float] | None = None) -> Any:
+    """The best learning rate found at each batch size, log-log. best: (batch size, learning rate)."""
+    figure = blank("batch size (examples)", "best learning rate", log_x=True, log_y=True)
+    figure.layout.xaxis.update(powers_of_two([size for size, _ in best]))
+    figure.layout.yaxis.update(decades([rate for _, rate in best]))
+    figure.add_trace(_line([x for x, _ in best], [y for _, y in best], "best in the sweep", BLUE, markers=True))
+    if planned is not None:
+        _mark(figure, [planned])
+    return figure
+
+
+def rate_search(trials: Mapping[int, Sequence[tuple[float, float]]]) -> Any:
+    """Every trial that met the target, log-log. trials: batch size -> (learning rate, steps to target)."""
+    figure = blank("learning rate", "steps to target", log_x=True, log_y=True)
+    every = [point for points in trials.values() for point in points]
+    figure.layout.xaxis.update(decades([rate for rate, _ in every]))
+    figure.layout.yaxis.update(decades([steps for _, steps in every]))
+    for place, (size, points) in enumerate(sorted(trials.items())):
+        ordered = sorted(points)
+        color, symbol = SERIES[place % len(SERIES)], SYMBOLS[place % len(SYMBOLS)]
+        trace = _line([x for x, _ in ordered], [y for _, y in ordered], f"batch size {size}", color, markers=True)
+        figure.add_trace(trace.update(marker={"symbol": symbol}, line={"width": 1.2}))
+    return figure

@@ -5,6 +5,8 @@ The colours are those of the light page; `DARK` names what the page puts in thei
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import plotly.graph_objects as go
@@ -45,7 +47,8 @@ def blank(x_title: str, y_title: str, *, log_x: bool = False, log_y: bool = Fals
         "ticklen": 4,
         "zeroline": False,
         "automargin": True,
-        "exponentformat": "power",
+        "exponentformat": "SI",
+        "minexponent": 4,
     }
     figure.update_xaxes(**axis, type="log" if log_x else "linear", title={"text": x_title, "standoff": 10})
     figure.update_yaxes(**axis, type="log" if log_y else "linear", title={"text": y_title, "standoff": 10})
@@ -81,3 +84,44 @@ def spread(values: list[float], low: list[float], high: list[float], color: str)
 def _length(upper: float, lower: float) -> float | None:
     length = upper - lower
     return length if 0 <= length < float("inf") else None
+
+
+def powers_of_two(values: Sequence[float], most: int = 7) -> dict[str, Any]:
+    """Ticks of a log axis at powers of two (of four, of eight, ...): at most `most` of them around `values`."""
+    low, high = _ends(values)
+    if low == 0:
+        return {}
+    first, last = math.floor(math.log2(low)), math.ceil(math.log2(high))
+    every = max(1, math.ceil((last - first + 1) / most))
+    return _ticks([2.0**k for k in range(first, last + 1, every)])
+
+
+def decades(values: Sequence[float]) -> dict[str, Any]:
+    """Ticks of a log axis at 1, 2, 5, 10, ..., closer on a narrow one, whole decades on one of more than three."""
+    low, high = _ends(values)
+    if low == 0:
+        return {}
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    steps: tuple[float, ...] = (1,) if last - first > 3 else (1, 2, 5) if high > 6 * low else (1, 1.5, 2, 3, 4, 6, 8)
+    every = max(1, math.ceil((last - first) / 7)) if len(steps) == 1 else 1
+    return _ticks([step * 10.0**k for k in range(first, last + 1, every) for step in steps])
+
+
+def _ticks(places: list[float]) -> dict[str, Any]:
+    return {"tickmode": "array", "tickvals": places, "ticktext": [_tick(place) for place in places]}
+
+
+def _tick(value: float) -> str:
+    if 1e-4 <= value < 1e4:
+        return f"{value:.6g}"
+    for size, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if size <= value < 1000 * size:
+            return f"{value / size:.3g}{suffix}"
+    exponent = math.floor(math.log10(value) + 1e-9)
+    digits = f"{value / 10.0**exponent:.3g}"
+    return f"10<sup>{exponent}</sup>" if digits == "1" else f"{digits}×10<sup>{exponent}</sup>"
+
+
+def _ends(values: Sequence[float]) -> tuple[float, float]:
+    shown = [value for value in values if 0 < value < math.inf]
+    return (min(shown), max(shown)) if shown else (0.0, 0.0)
