@@ -1,0 +1,62 @@
+"""Which size to try next, knowing only which sizes fit and which do not (OOMptimizer, Żelasko et al. 2024)."""
+
+from __future__ import annotations
+
+import math
+
+from batchlab.core.errors import InputError
+
+GROWTH = 4
+
+
+class SizeSearch:
+    """The largest size that fits, found by growing, halving and bisecting. Every answer was tried and fitted.
+
+    start: the first size. most: the largest allowed. rel_gap: it ends when (err - ok)/err <= rel_gap, with ok the
+    largest size that fitted and err the smallest that did not; 0 finds the limit exactly.
+    growth: the factor while everything fits; 4 takes fewer tries than 2 from starts far below the limit, and no more
+    from near ones.
+
+    While nothing fits the size is halved; between ok and err the next one is their geometric mean, which halves the
+    relative gap, and always lies strictly between, so that each try makes progress. A size is never tried twice.
+
+    >>> search = SizeSearch(start=32, most=300)
+    >>> while (size := search.next_size()) is not None:
+    ...     search.record(size, fits=size <= 100)
+    >>> search.ok, search.err, search.tried
+    (98, 102, [32, 128, 64, 90, 107, 98, 102])
+    """
+
+    def __init__(self, *, start: int, most: int, rel_gap: float = 0.05, growth: int = GROWTH) -> None:
+        for name, value in (("start", start), ("max_size", most)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InputError(f"{name} must be an integer of at least 1, got {value!r}")
+        if not 0 <= rel_gap < 1:
+            raise InputError(f"rel_gap must lie in [0, 1), got {rel_gap!r}")
+        self.start, self.most, self.rel_gap, self.growth = min(start, most), most, rel_gap, growth
+        self.ok: int | None = None
+        self.err: int | None = None
+        self.tried: list[int] = []
+
+    def record(self, size: int, *, fits: bool) -> None:
+        """Takes in whether `size` fitted."""
+        self.tried.append(size)
+        if fits:
+            self.ok = max(size, self.ok or size)
+        else:
+            self.err = min(size, self.err or size)
+
+    def next_size(self, guess: float | None = None) -> int | None:
+        """What to try next; None when the answer is known. guess: where the limit is expected, taken if it helps."""
+        ok, err = self.ok, self.err
+        if ok is None:
+            return self.start if err is None else None if err == 1 else max(1, err // 2)
+        if ok == self.most:
+            return None
+        if err is None:
+            wanted = self.growth * ok if guess is None else math.floor(guess)
+            return min(max(wanted, ok + 1), self.most)
+        if err - ok <= 1 or (err - ok) / err <= self.rel_gap:
+            return None
+        between = math.isqrt(ok * err) if guess is None else math.floor(guess)
+        return min(max(between, ok + 1), err - 1)

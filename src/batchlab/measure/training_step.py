@@ -1,0 +1,85 @@
+"""One training step of a job at any micro-batch size, on a model of its own: what memory and time are measured on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from batchlab.core.errors import InputError
+from batchlab.core.job import Job
+from batchlab.core.random import derive_seed, reseed
+from batchlab.data.fetch import fetch, to_device
+from batchlab.data.stream import SampleStream
+from batchlab.optim.create import create
+
+
+class TrainingStep:
+    """Forward, backward and optimizer step of `job` on a fresh model, without any other process taking part.
+
+    Calling it with a size runs one whole step with so many examples. `phase` says what it is at: "data", "forward",
+    "backward" or "step", and when an error came. The learning rate is 0, so that every step is the same work.
+    The optimizer's state and the gradients are allocated before the first step, and `copies` more copies of the
+    trained weights are held: what an average of the weights or the buckets of DDP will take.
+    seed: of the weights and the examples. It sets the global generators: wrap it in `preserved_generators`.
+    """
+
+    def __init__(self, job: Job, *, device: torch.device, seed: int = 0, copies: int = 0) -> None:
+        self.job, self.device, self.phase = job, device, "model"
+        reseed(derive_seed(seed, "weights"))
+        self.model: nn.Module = job.model().to(device).train()
+        self.optimizer = create(job.optimizer, self.model, lr=0.0)
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self._held = [torch.empty_like(p, requires_grad=False) for p in self.trained for _ in range(copies)]
+        self._stream = SampleStream(len(job.train), derive_seed(seed, "stream"))
+        self._allocate_state()
+
+    def _allocate_state(self) -> None:
+        self.phase = "step"
+        for parameter in self.trained:
+            parameter.grad = torch.zeros_like(parameter)
+        self.optimizer.step()
+
+    def __call__(self, size: int) -> None:
+        """One whole step with `size` examples."""
+        self.forward_backward(size)
+        self.step()
+
+    def forward_backward(self, size: int) -> Tensor:
+        """Adds the mean gradient over `size` examples to `.grad`; returns the loss, which may still be computing."""
+        self.phase = "data"
+        return self.backward_on(self.batch(size))
+
+    def backward_on(self, batch: Any) -> Tensor:
+        """The same for a batch that is on the device."""
+        self.phase = "forward"
+        loss = self.job.loss(self.model, batch)
+        if not isinstance(loss, Tensor) or loss.ndim != 0:
+            raise InputError(f"job loss must return a scalar tensor, the mean over the batch, got {loss!r:.80}")
+        self.phase = "backward"
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    def step(self) -> None:
+        """The optimizer's step, and the gradients dropped."""
+        self.phase = "step"
+        self.optimizer.step()
+        self.clear()
+
+    def reset_optimizer(self) -> None:
+        """A fresh optimizer without state, for training in earnest: set its learning rate at each step."""
+        self.optimizer = create(self.job.optimizer, self.model, lr=0.0)
+
+    def batch(self, size: int) -> Any:
+        """The first `size` examples of the stream, on the device; epoch after epoch where they are more than it has."""
+        return to_device(fetch(self.job.train, self._stream.indices(0, size).tolist(), self.job.collate), self.device)
+
+    def clear(self) -> None:
+        """Drops the gradients; after a failed step too."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def wait(self) -> None:
+        """Until all that was asked of the device is done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
