@@ -1,5 +1,7 @@
 """Real, small, complete jobs, on bundled data and on the user's files: each name is a function returning a `Job`."""
 
 from batchlab.workloads.digits import digits as digits
+from batchlab.workloads.pystdlib import pystdlib as pystdlib
+from batchlab.workloads.text import text as text
 
-__all__ = ["digits"]
+__all__ = ["digits", "pystdlib", "text"]

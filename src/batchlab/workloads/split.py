@@ -8,7 +8,7 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from batchlab.core.errors import InputError
+from batchlab.workloads.checks import check_valid_share
 
 
 def name_hash(name: str) -> int:
@@ -29,7 +29,7 @@ def hold_out(
     >>> len(train), [int(i) // 5 for i in valid]
     (8, [0, 1])
     """
-    check_share(share)
+    check_valid_share(share)
     groups: dict[Hashable, list[int]] = {}
     for index in range(len(names)):
         groups.setdefault(None if strata is None else strata[index], []).append(index)
@@ -45,9 +45,3 @@ def hold_out(
     }
     train = [index for index in range(len(names)) if index not in held]
     return np.array(train, dtype=np.int64), np.array(sorted(held), dtype=np.int64)
-
-
-def check_share(share: float) -> None:
-    """`InputError` unless the share of examples to hold out lies strictly between 0 and 1."""
-    if not 0 < share < 1:
-        raise InputError(f"valid_share must lie strictly between 0 and 1, got {share!r}")
