@@ -3,6 +3,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 WORKERS ?= 2
+TUNE ?=
 PIP_INSTALL = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-input -c constraints.txt
 SPELLED_OUT = pyproject.toml constraints.txt Makefile
 # One thread a worker: the suite's workers share the cores.
@@ -32,7 +33,7 @@ $(VENV)/installed-dev: $(SPELLED_OUT) | $(VENV)/bin/python
 	@touch $@ $(VENV)/installed
 
 tune: $(VENV)/installed
-	$(VENV)/bin/batchlab tune digits
+	$(VENV)/bin/batchlab tune digits $(TUNE)
 
 test: $(VENV)/installed-dev chromium
 	$(TEST) -m "not slow and not gpu"

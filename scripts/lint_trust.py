@@ -77,6 +77,8 @@ def _call(node: ast.Call, name: str) -> Iterator[tuple[int, str]]:
     keywords = {keyword.arg: keyword.value for keyword in node.keywords}
     if name in CALLS:
         yield node.lineno, CALLS[name]
+    if name in ("importlib.import_module", "__import__") and node.args and isinstance(node.args[0], ast.Constant):
+        yield from _import(node.lineno, str(node.args[0].value))
     if name in ("torch.load", "torch.serialization.load") and not _is_true(keywords.get("weights_only")):
         yield node.lineno, "torch.load without weights_only=True reads pickles"
     if name in ("numpy.load", "np.load") and "allow_pickle" in keywords and not _is_false(keywords["allow_pickle"]):

@@ -1,0 +1,38 @@
+"""The documentation: Sphinx with Furo and MyST, warnings as errors (`make docs`)."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import prose
+
+import batchlab
+from batchlab.core.systems import systems
+
+project = "batchlab"
+author = "the batchlab authors"
+copyright = "the batchlab authors, Apache-2.0"
+release = version = batchlab.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx_copybutton"]
+exclude_patterns = ["_build"]
+myst_enable_extensions = ["substitution"]
+myst_heading_anchors = 3
+myst_substitutions = {"systems": prose.systems_table(systems())}
+
+html_theme = "furo"
+html_title = "batchlab"
+html_static_path = []
+html_copy_source = False
+copybutton_exclude = ".linenos, .gp"
+
+autodoc_default_options = {"members": True, "member-order": "bysource"}
+autodoc_typehints = "signature"
+autodoc_class_signature = "mixed"
+python_use_unqualified_type_names = True
+
+
+def setup(app):
+    """Docstrings are plain sentences; Sphinx reads reStructuredText."""
+    app.connect("autodoc-process-docstring", prose.process)
