@@ -9,12 +9,15 @@ import pytest
 
 from batchlab.core.errors import InputError, StorageError
 from batchlab.core.facts import Estimate, NoisePoint
+from batchlab.core.job import Target
 from batchlab.core.plan import Reason
 from batchlab.core.run import STEPS_FILE, summarize
 from batchlab.spine import headline
 from batchlab.spine.report import STUDY_FOLDER, report, terminal_report
+from batchlab.spine.train import train
 
 from . import run_folders as made
+from .jobs import toy_job, toy_plan
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'`&amp;\u2028\u2029\x1b[31m"
 
@@ -269,6 +272,15 @@ def test_verdicts(status, changes, tone, said):
 def test_settings_are_counted_in_tokens_too_where_the_unit_is_one():
     lines = headline.settings(made.plan(), "token", 128)
     assert lines[0] == ("Batch size", "96 examples, 12,288 tokens", "in each step")
+
+
+def test_a_run_that_was_trained(tmp_path):
+    job = toy_job(target=Target("loss", 0.0, "min"))
+    run = train(job, toy_plan(target=job.target), out=tmp_path / "run")
+    drawn = figures(report(run, tmp_path / "r.html"))
+    assert trace(drawn["loss-step"], "training, each step")["y"] == [line["loss"] for line in run.steps()]
+    assert trace(drawn["loss-step"], "validation")["x"] == [0, 5, 10, 15, 20]
+    assert "was not met in 20 steps" in words(tmp_path / "r.html")
 
 
 @pytest.mark.parametrize("wrong", [None, "runs/a", {}])

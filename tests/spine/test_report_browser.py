@@ -121,7 +121,9 @@ REST = [("empty", "phone", "light"), ("one_step", "phone", "dark"), ("hostile_st
 
 
 @pytest.mark.parametrize("name, size, scheme", VIEWS + REST)
-def test_every_plot_has_marks_and_nothing_is_said_or_asked_for(browser, pages, name, size, scheme):
+def test_every_plot_has_marks_and_the_page_is_quiet_and_accessible(browser, pages, name, size, scheme):
+    from axe_playwright_python.sync_playwright import Axe
+
     with Visit(browser, pages[name], size, scheme) as visit:
         seen = visit.marks()
         for _ in visit.choose_each():
@@ -131,14 +133,6 @@ def test_every_plot_has_marks_and_nothing_is_said_or_asked_for(browser, pages, n
         visit.open_all()
         assert visit.page.evaluate("document.documentElement.scrollWidth") == SIZES[size][0]
         assert visit.quiet() == ([], [], [])
-
-
-@pytest.mark.parametrize("name, size, scheme", VIEWS)
-def test_axe_finds_nothing(browser, pages, name, size, scheme):
-    from axe_playwright_python.sync_playwright import Axe
-
-    with Visit(browser, pages[name], size, scheme) as visit:
-        visit.open_all()
         results = Axe().run(visit.page).response
         found = [(v["id"], [node["html"][:200] for node in v["nodes"]]) for v in results["violations"]]
         assert found == [] and "color-contrast" in {passed["id"] for passed in results["passes"]}

@@ -125,8 +125,7 @@ def _ends(low: float, high: float) -> str:
 
 
 def of_run(run: Run) -> list[Line]:
-    """The lines for a terminal: settings, outcome, verdict."""
+    """The lines of the first part: settings and outcome."""
     job = run.meta.get("job") or {}
     lines = settings(run.plan, str(job.get("unit", "example")), job.get("units_per_example"))
-    summary = run.summary
-    return [*lines, *outcome(run.plan, summary), ("Verdict", verdict(run.plan, summary).text, "")]
+    return [*lines, *outcome(run.plan, run.summary)]

@@ -47,10 +47,10 @@ def terminal_report(run_or_study: Run | Study) -> Table:
     from batchlab.viz.table import terminal_table
 
     if isinstance(run_or_study, Run):
-        lines = headline.of_run(run_or_study)
+        lines, said = headline.of_run(run_or_study), headline.verdict(run_or_study.plan, run_or_study.summary).text
     else:
-        lines = [*study_chapters.findings(run_or_study), ("Verdict", study_chapters.verdict(run_or_study)[0], "")]
-    return terminal_table(run_or_study.name, lines)
+        lines, said = study_chapters.findings(run_or_study), study_chapters.verdict(run_or_study)[0]
+    return terminal_table(run_or_study.name, lines, said)
 
 
 def _run_page(run: Run) -> tuple[str, str, list[Section]]:

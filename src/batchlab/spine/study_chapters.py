@@ -34,8 +34,10 @@ def tradeoff_of(study: Study) -> Tradeoff | None:
 def findings(study: Study) -> list[Line]:
     """Measured S_min, E_min and B_crit with intervals, and B_crit predicted."""
     fit, summary = tradeoff_of(study), study.summary
-    lines = [("Batch sizes", str(len(summary["rows"])), f"to {aim(study.target)}")]
-    if fit is not None:
+    lines = []
+    if fit is None:
+        lines.append(("Batch sizes", str(len(summary["rows"])), f"to {aim(study.target)}"))
+    else:
         lines += [
             ("Measured critical batch size", *_value_and_range(fit.b_crit, "examples")),
             ("Fewest steps, S_min", *_value_and_range(fit.s_min, "at a very large batch")),
@@ -44,7 +46,7 @@ def findings(study: Study) -> list[Line]:
     predicted = summary.get("predicted")
     if predicted is not None:
         estimate = _as_estimate(predicted)
-        lines.insert(1, ("Predicted critical batch size", *_value_and_range(estimate, "from the noise scale")))
+        lines.insert(0, ("Predicted critical batch size", *_value_and_range(estimate, "from the noise scale")))
     return lines
 
 
@@ -86,7 +88,7 @@ def measured_against_predicted(study: Study, facts: Facts | None, plan: Plan | N
     steps = Chart(
         "tradeoff",
         "Steps to target against batch size",
-        "Points are medians over fresh seeds with the range of the seeds; the band is the noise scale's own interval.",
+        f"To {aim(study.target)}. Points: median and range of fresh seeds; band: from the noise scale's interval.",
         plots.tradeoff(
             [_interval_of(row) for row in known],
             fit=_fit_curve(fit, known) if fit else (),
@@ -238,7 +240,7 @@ def _value_and_range(estimate: Estimate, remark: str) -> tuple[str, str]:
     if estimate.low == estimate.high:
         return _round(estimate.value), remark
     ends = f"{_round(estimate.low)} to {_round(estimate.high)}"
-    return _round(estimate.value), f"{100 * estimate.coverage:.4g} % interval {ends}; {remark}"
+    return _round(estimate.value), f"{remark}; {100 * estimate.coverage:.4g} % interval {ends}"
 
 
 def _round(value: float) -> str:

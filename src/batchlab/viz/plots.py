@@ -36,6 +36,7 @@ from batchlab.viz.text import label
 Numbers = Sequence[float]
 Interval = tuple[float, float, float, float]  # x, value, low, high
 MIB = 2.0**20
+AXIS_LABEL = 32
 
 
 def frontier(rows: Sequence[FrontierRow]) -> Any:
@@ -137,7 +138,7 @@ def target_metric(
     steps: Numbers, values: Numbers, target: Target, *, predicted: Estimate | None = None, reached: int | None = None
 ) -> Any:
     """The target's metric on the validation data against steps, with where it was predicted to be met, and was."""
-    figure = blank("steps", f"{label(target.metric)} (validation)")
+    figure = blank("steps", f"{label(target.metric, AXIS_LABEL)} (validation)")
     figure.add_trace(_line(steps, values, "measured", BLUE, markers=True))
     figure.add_trace(_level(target.value, "target", GREY))
     right = 1.08 * max([*steps, reached or 0, predicted.value if predicted and predicted.defined else 0])
@@ -219,7 +220,7 @@ def tradeoff(
         x, value, low, high = (list(column) for column in zip(*predicted, strict=True))
         floor, ceiling = _log_range([*value, *(point[1] for point in measured)])
         columns = {"examples": x, "value": value, "low": low, "high": high}
-        _band(figure, columns, floor, ceiling, color=ORANGE_BAND, name="interval of the prediction")
+        _band(figure, columns, floor, ceiling, color=ORANGE_BAND, name="its interval")
         figure.add_trace(_line(x, value, "predicted", ORANGE, dash="dash"))
     if fit:
         figure.add_trace(_line([x for x, _ in fit], [y for _, y in fit], "fit to the sweep", GREY))

@@ -11,12 +11,14 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-def terminal_table(title: str, rows: Sequence[tuple[str, str, str]]) -> Table:
-    """Rows of (name, value, remark) as a `rich` table; outside text is neither markup nor terminal control."""
+def terminal_table(title: str, rows: Sequence[tuple[str, str, str]], verdict: str = "") -> Table:
+    """Rows of (name, value, remark) as a `rich` table, and the verdict below; no text is markup or terminal control."""
     from rich.table import Table
     from rich.text import Text
 
     table = Table(title=Text(visible(title)), title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.caption, table.caption_justify = Text(visible(verdict)), "left"
+    table.title_style = table.caption_style = "bold"
     table.add_column(style="dim", no_wrap=True)
     table.add_column(style="bold")
     table.add_column()
