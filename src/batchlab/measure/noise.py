@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +16,12 @@ from torch import Tensor, nn
 
 from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate
+from batchlab.measure.norms import sq_norm as sq_norm
+from batchlab.measure.norms import to_floats, total
+from batchlab.measure.pieces import Piece, PieceNorms
 from batchlab.measure.ratio import RatioOfMeans
+
+METHODS = ("micro_batch", "ranks")
 
 
 class NoisePair(NamedTuple):
@@ -30,8 +34,10 @@ class NoisePair(NamedTuple):
 def unbiased_pair(small_sq_norm: float, big_sq_norm: float, small: float, big: float) -> NoisePair:
     """Solves E|g_n|² = |G|² + tr(Σ)/n for n = small and n = big.
 
-    small_sq_norm: mean of the pieces' |g|². big_sq_norm: |g|² of their mean gradient. small, big: examples in them;
-    for ragged pieces n_i, small is their harmonic mean, 1/mean(1/n_i), which keeps both parts unbiased.
+    small_sq_norm: mean of the pieces' |g|². big_sq_norm: |g|² of their mean gradient. small, big: examples in them.
+    For ragged pieces n_1..n_k of N examples both parts stay unbiased with the plain mean of |g_i|² and
+    small = 1/mean(1/n_i), or with the mean weighted by n_i/N and small = N/k. The second is the analysis of variance:
+    its tr(Σ) = Σ n_i|g_i - g|²/(k-1) is never negative, depends on no piece's size alone, and varies less.
 
     >>> unbiased_pair(3.0, 1.5, 4, 16)
     NoisePair(grad_sq=1.0, trace=8.0)
@@ -57,100 +63,102 @@ class GradientNoise:
         estimate = noise.step()                      # before clipping and before optimizer.step()
         noise.close()
 
-    model: its parameters that require a gradient are watched, a shared one once. method: "micro_batch", or "ranks",
-    which is the same with one piece a rank. ema: weight kept at each step, in [0, 1); the default 0.98 remembers about
-    50 steps (the field uses 0.99 to 0.9998); None keeps all steps alike. coverage: of the interval.
+    model: its parameters that require a gradient when this is made are watched, a shared one once. method:
+    "micro_batch": each micro-batch of each rank is a piece; "ranks": each rank's gradient over all its micro-batches
+    is one (with a micro-batch a rank the two are the same). ema: weight kept at each step, in [0, 1); the default 0.98
+    remembers about 50 steps (the field uses 0.99 to 0.9998); None keeps all steps alike. coverage: of the interval.
+    process_group: the ranks over which `.grad` is averaged; the default group where one is initialised.
 
     What `.grad` must hold at `step`: the exact mean over all examples of the batch, each piece's mean loss weighted
-    by its share (and, under DDP, which averages over ranks, by the number of ranks); no loss scale, no clipping, no
-    decay in it. A loss divided by the number of equal pieces is that. Then a piece's own |g|² follows from the
-    gradient that it adds, seen by a hook before it is added: no copy of any gradient is kept, and no bit changed.
+    by its share (and, under DDP, which averages over ranks, by the number of ranks); no clipping and no decay in it. A
+    loss divided by the number of equal pieces is that. Then a piece's own |g|² follows from the gradient that it
+    adds, seen by a hook before it is added: no copy of any gradient is kept, and no bit changed. A common factor on
+    all pieces that `.grad` no longer has at `step` (a loss scale, a division after the backward passes) is found from
+    one small parameter's gradient and taken out; where the pieces are no multiple of `.grad` at all, `step` refuses.
+    That check needs `.grad` as the norm has it, so it is left out where the caller gives the norm.
 
-    Under an initialised process group the pieces of all ranks count. One piece in all gives an undefined estimate:
-    there is nothing to compare. A step that is not finite is skipped on all ranks and counted in `skipped`.
-    `pair` holds the last step's own two parts, None where it gave none.
+    The pieces of all ranks count. One piece in all tells nothing: there is nothing to compare it with. A step that is
+    not finite is skipped on all ranks and counted in `skipped`. `pair` holds the last step's own two parts, None where
+    it gave none.
 
     An example is whatever is drawn independently: for language models a sequence. With batch normalisation the
-    pieces' gradients depend on each other, and the estimate with them.
+    pieces' gradients depend on each other, and the estimate with them. B_simple weighs all coordinates alike; Adam
+    does not. Not for parameters sharded over ranks.
     """
 
     def __init__(
-        self, model: nn.Module, method: str = "micro_batch", *, ema: float | None = 0.98, coverage: float = 0.95
+        self,
+        model: nn.Module,
+        method: str = "micro_batch",
+        *,
+        ema: float | None = 0.98,
+        coverage: float = 0.95,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        if method not in ("micro_batch", "ranks"):
+        if method not in METHODS:
             raise InputError(f'method must be "micro_batch" or "ranks", got {method!r}')
         self.statistics = RatioOfMeans(ema=ema, coverage=coverage)
         self.method, self.skipped = method, 0
         self.pair: NoisePair | None = None
+        self._group = process_group
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         if not self._parameters:
             raise InputError("the model has no parameter that requires a gradient")
-        self._hooks = [p.register_hook(self._see) for p in self._parameters]  # type: ignore[no-untyped-call]
-        self._seen: list[Tensor] | None = None
-        self._pieces: list[tuple[int, list[Tensor]]] = []
+        self._norms = PieceNorms(self._parameters, merged=method == "ranks")
 
-    @contextlib.contextmanager
-    def micro_batch(self, examples: int) -> Iterator[None]:
-        """Around the backward pass of one piece of `examples` examples."""
-        if isinstance(examples, bool) or not isinstance(examples, int) or examples < 1:
-            raise InputError(f"examples must be an integer of at least 1, got {examples!r}")
-        if self._seen is not None:
-            raise InputError("micro_batch must not be entered twice at once")
-        self._seen = []
-        try:
-            yield
-            self._pieces.append((examples, self._seen))
-        finally:
-            self._seen = None
-
-    def _see(self, gradient: Tensor) -> None:
-        if self._seen is not None:
-            self._seen.append(sq_norm(gradient))
+    def micro_batch(self, examples: int) -> contextlib.AbstractContextManager[None]:
+        """Around the backward pass of one piece of `examples` examples; the forward pass may be inside too."""
+        return self._norms.watch(examples)
 
     def step(self, grad_sq_norm: float | Tensor | None = None) -> Estimate:
         """The noise scale in examples, after the last piece's backward pass, before clipping and the optimizer.
 
         grad_sq_norm: |g|² of the whole batch's mean gradient if the caller knows it, so that no pass is spent on it.
+        Every rank must give it, or none.
         """
-        pieces, self._pieces, self.pair = self._pieces, [], None
-        if not pieces:
+        pieces, witness, self.pair = self._norms.take(), self._norms.witness.take(), None
+        big = self._batch_sq_norm() if grad_sq_norm is None else float(grad_sq_norm)
+        world = dist.get_world_size(self._group) if dist.is_initialized() else 1
+        sums, witness = self._over_ranks(pieces, big / world, witness if grad_sq_norm is None else witness[:0])
+        squares, big, examples, count = sums
+        if not count:
             raise InputError("step needs at least one micro_batch before it")
-        if grad_sq_norm is None:
-            grad_sq_norm = self._batch_sq_norm()
-        big_sq = float(grad_sq_norm)
-        shares, inverse, count, examples = self._over_ranks(pieces)
-        if count < 2:
-            return self._undefined("undefined: one piece a step has nothing to be compared with")
-        if not (math.isfinite(shares) and math.isfinite(big_sq)):
+        if not (math.isfinite(squares) and math.isfinite(big)):
             self.skipped += 1
-            return self.estimate()
-        self.pair = unbiased_pair(shares * examples**2 / count, big_sq, count / inverse, examples)
-        self.statistics.update(self.pair.trace, self.pair.grad_sq)
+        elif count > 1:
+            factor = self._norms.witness.factor(witness, int(count), world) if len(witness) else world
+            weighted = squares * examples / factor**2
+            self.pair = unbiased_pair(weighted, big, examples / count, examples)
+            self.statistics.update(self.pair.trace, self.pair.grad_sq)
+        elif not self.statistics.count:
+            return self._undefined("undefined: one piece a step has nothing to be compared with")
         return self.estimate()
 
-    def _over_ranks(self, pieces: list[tuple[int, list[Tensor]]]) -> tuple[float, float, int, int]:
-        """Σ|wᵢgᵢ|²/nᵢ² with wᵢ = nᵢ/N, Σ1/nᵢ, the pieces and N, over all ranks."""
-        world = dist.get_world_size() if dist.is_initialized() else 1
-        squares = torch.stack([torch.stack(norms).sum() if norms else torch.zeros(()) for _, norms in pieces])
-        sizes = torch.tensor([size for size, _ in pieces], dtype=torch.float64)
-        scaled = squares.double().cpu() / (sizes * world) ** 2
-        sums = torch.stack([scaled.sum(), (1 / sizes).sum(), torch.tensor(float(len(pieces))).double(), sizes.sum()])
-        if world > 1:
-            device = self._parameters[0].device
-            sums = sums.to(device)
-            dist.all_reduce(sums)
-        shares, inverse, count, examples = sums.tolist()
-        return shares, inverse, round(count), round(examples)
+    def _over_ranks(self, pieces: list[Piece], big: float, witness: Tensor) -> tuple[list[float], Tensor]:
+        """Σ|c_i|²/n_i, |g|², N and the number of pieces, over all ranks, where c_i is what piece i adds to `.grad`.
 
-    def _batch_sq_norm(self) -> Tensor:
+        c_i = f·(n_i/N)·g_i, f = 1 or the ranks, so that Σ n_i|g_i|²/N = N/f²·Σ|c_i|²/n_i.
+        """
+        squares = iter(to_floats([square for piece in pieces for square in piece.squares]))
+        shares = total([next(squares) / piece.examples for piece in pieces for _ in piece.squares])
+        sums = [shares, big, float(sum(piece.examples for piece in pieces)), float(len(pieces))]
+        if not dist.is_initialized() or dist.get_world_size(self._group) == 1:
+            return sums, witness
+        both = torch.cat([torch.tensor(sums, dtype=torch.float64, device=witness.device), witness])
+        dist.all_reduce(both, group=self._group)
+        return both[: len(sums)].tolist(), both[len(sums) :]
+
+    def _batch_sq_norm(self) -> float:
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         if not gradients:
             raise InputError("no parameter has a gradient: call step after backward and before zero_grad")
-        return torch.stack([sq_norm(gradient) for gradient in gradients]).double().sum()
+        return total([sq_norm(gradient) for gradient in gradients])
 
     def skip(self) -> None:
         """Forgets the pieces of a step that the caller will not apply, and counts it."""
-        self._pieces = []
+        self._norms.take()
+        self._norms.witness.take()
+        self.pair = None
         self.skipped += 1
 
     def estimate(self) -> Estimate:
@@ -164,24 +172,13 @@ class GradientNoise:
 
     def close(self) -> None:
         """Takes the hooks off the model."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        self._norms.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """The statistics and the count of skipped steps, as plain numbers."""
+        """The statistics and the count of skipped steps, as plain numbers; pieces of a step under way are not in it."""
         return {"statistics": self.statistics.state_dict(), "skipped": self.skipped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over what `state_dict` gave."""
         self.statistics.load_state_dict(state["statistics"])
         self.skipped = state["skipped"]
-
-
-def sq_norm(gradient: Tensor) -> Tensor:
-    """|g|² in the gradient's own precision, float32 at least."""
-    flat = gradient.detach().reshape(-1)
-    if flat.dtype in (torch.float32, torch.float64):
-        return torch.dot(flat, flat)
-    norm: Tensor = torch.linalg.vector_norm(flat, dtype=torch.float32)
-    return norm.square()

@@ -63,33 +63,42 @@ class RatioOfMeans:
         return self._mean
 
     def ratio(self, *, lowest: float = -math.inf) -> Estimate:
-        """mean(x)/mean(y) with its interval. lowest: a bound that the truth is known to respect, as tr(Σ) >= 0 is."""
+        """mean(x)/mean(y) with its interval; E[y] > 0 is taken as known.
+
+        lowest: a bound that the truth is known to respect, as tr(Σ) >= 0 is; the interval ends there. Where the data
+        contradict what is known, nothing is claimed: the interval is [lowest, inf].
+        """
         x, y = self._mean
         n = self.effective_count
         method = f"{self.count} steps" if self.ema is None else f"{self.count} steps, {n:.0f} in effect"
         if n < _FEWEST:
             return Estimate(math.nan, lowest, math.inf, f"undefined: {method} are too few", self.coverage)
-        low, high = self._fieller(n)
+        low, high = self._fieller(n, lowest)
         value = x / y if y > 0 else math.nan
         if not y > 0:
             method = f"undefined: the mean of the denominator is {y:.3g}; {method}"
-        return Estimate(value, max(low, lowest), max(high, lowest), method, self.coverage)
+        elif high == math.inf:
+            method = f"unbounded above: the denominator may be zero; {method}"
+        return Estimate(value, low, high, method, self.coverage)
 
-    def _fieller(self, n: float) -> tuple[float, float]:
-        """All r with (x - r·y)² <= t²·(v_xx - 2r·v_xy + r²·v_yy), v the covariance of the means; a·r² - 2b·r + c <= 0."""
+    def _fieller(self, n: float, lowest: float) -> tuple[float, float]:
+        """The hull of all r >= lowest with (x - r·y)² <= t²·(v_xx - 2r·v_xy + r²·v_yy): a·r² - 2b·r + c <= 0.
+
+        v is the covariance of the means.
+        """
         from scipy.special import stdtrit
 
         t_sq = float(stdtrit(n - 1, 0.5 + self.coverage / 2)) ** 2
         x, y = self._mean
         v_xx, v_xy, v_yy = (moment / self._weight / (n - 1) for moment in self._spread)
         a, b, c = y * y - t_sq * v_yy, x * y - t_sq * v_xy, x * x - t_sq * v_xx
-        root_sq = b * b - a * c
+        root = math.sqrt(max(b * b - a * c, 0.0))
         if a > 0:
-            root = math.sqrt(max(root_sq, 0.0))
-            return (b - root) / a, (b + root) / a
-        if root_sq <= 0 or a == 0:
-            return -math.inf, math.inf
-        return (b - math.sqrt(root_sq)) / a if c > 0 else -math.inf, math.inf
+            low, high = (b - root) / a, (b + root) / a
+            return (max(low, lowest), high) if y > 0 and high >= lowest else (lowest, math.inf)
+        if a < 0 < root and (b + root) / a < lowest:  # two rays, of which one is known to be wrong
+            return max((b - root) / a, lowest), math.inf
+        return lowest, math.inf
 
     def state_dict(self) -> dict[str, Any]:
         """All sums as plain numbers."""
