@@ -70,9 +70,9 @@ class _Block(nn.Module):
 class ByteTransformer(nn.Module):
     """A pre-norm decoder over bytes: tokens (n, up to context), int64 in [0, 256), to logits (n, length, 256).
 
-    Learned positions, no dropout, biases in the norms only, an output matrix of its own. A matrix is drawn with deviation
-    1/√columns, and the two of a block that write to the residual stream are divided by √(2·layers) (as in GPT-2,
-    Radford et al. 2019; its fixed 0.02 is meant for a width of 768 and learns more slowly at this one).
+    Learned positions, no dropout, biases in the norms only, an output matrix of its own. Matrices are drawn with
+    deviation 1/√columns, and the two of a block that write to the residual stream are divided by √(2·layers) (as in
+    GPT-2, Radford et al. 2019; its fixed 0.02 is meant for a width of 768 and learns more slowly at this one).
     """
 
     def __init__(self, context: int, *, width: int = 96, layers: int = 2, heads: int = 3) -> None:

@@ -57,7 +57,7 @@ def _suggestion(spec: str) -> str:
     kind, colon, path = spec.partition(":")
     close = difflib.get_close_matches(kind, list(_READY), n=1)
     if not close:
-        return ""
+        return "."
     meant = close[0] + (colon + path if _takes_path(close[0]) else "")
     return f", did you mean {meant!r}?"
 
