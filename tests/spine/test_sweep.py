@@ -1,6 +1,7 @@
 """The sweep on a linear model: counts, seeds, resumption, many workers, divergence, edges, refusals."""
 
 import dataclasses
+import itertools
 import json
 import math
 import multiprocessing
@@ -11,7 +12,8 @@ import optuna
 import pytest
 import torch
 
-from batchlab.core.errors import InputError, Interrupted
+from batchlab.core.errors import InputError, Interrupted, StorageError
+from batchlab.core.facts import Estimate
 from batchlab.core.job import Target
 from batchlab.core.study import Study
 from batchlab.measure.tradeoff import Tradeoff, fit_tradeoff
@@ -23,6 +25,7 @@ from batchlab.spine.plan import plan as make_plan
 from batchlab.spine.sweep import parse_batch_sizes, sweep
 from batchlab.spine.sweep_search import trial_plan
 from batchlab.spine.trial import next_evaluation, run_trial
+from tests.spine.forked import in_child
 from tests.spine.sweep_jobs import TARGET, linear_facts, linear_job, squared_error
 
 SIZES, TRIALS, SEEDS = [4, 16, 64], 4, 2
@@ -232,13 +235,29 @@ def _killed(out):
 
 
 def test_a_killed_workers_trial_is_run_by_the_next(finished, tmp_path):
-    worker = FORK.Process(target=_killed, args=(tmp_path,))
-    worker.start()
-    worker.join()
-    assert worker.exitcode == -signal.SIGKILL
+    assert in_child(_killed, tmp_path) == -signal.SIGKILL
     half = Study.open(tmp_path)
     assert half.summary["status"] == "running" and half.trials()
     assert {t[:4] for t in steps_of(quick(tmp_path))} == {t[:4] for t in steps_of(finished[0])}
+
+
+def _on_a_small_disk(out):
+    import resource
+
+    quick(out, batch_sizes=[4], trials=1, seeds=1)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    room = max(file.stat().st_size for file in out.iterdir()) + 20_000
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+    with pytest.raises(StorageError, match="the database of the trials refused|cannot write"):
+        quick(out)
+
+
+def test_a_full_disk_ends_it_with_an_error_and_keeps_what_was_written(tmp_path):
+    assert in_child(_on_a_small_disk, tmp_path) == 0
+    kept = Study.open(tmp_path).trials()
+    assert len(kept) >= 2
+    whole = quick(tmp_path)
+    assert whole.summary["status"] == "finished" and whole.trials()[: len(kept)] == kept
 
 
 def _worker(out):
@@ -260,6 +279,15 @@ def test_two_workers_share_the_trials(tmp_path):
         assert (len(tried) - TRIALS) in (0, 2, 4, 6)
         assert len({t["learning_rate"] for t in tried}) == len(tried)
         assert row["seeds"] == [1, 2, 3]
+
+
+def test_machines_that_share_a_database_share_the_trials(finished, tmp_path, monkeypatch):
+    storage = f"sqlite:///{tmp_path}/shared.db"
+    one = quick(tmp_path / "one", storage=storage, batch_sizes=[16], trials=2)
+    monkeypatch.setattr(sweep_module, "run_trial", None)
+    other = quick(tmp_path / "other", storage=storage, batch_sizes=[16], trials=2)
+    assert other.trials() == one.trials() and other.rows() == one.rows()
+    assert not (tmp_path / "one" / "study.db").exists()
 
 
 def test_a_trial_too_many_is_given_back(tmp_path):
@@ -361,6 +389,9 @@ def test_a_target_met_at_the_start_is_refused(tmp_path):
         ({"trials": 0}, "trials must be an integer of at least 1, got 0"),
         ({"seeds": 0}, "seeds must be an integer of at least 1, got 0"),
         ({"seed": 1.5}, "seed must be an integer of at least 0, got 1.5"),
+        ({"storage": "not a url"}, "storage must be a database URL, as in postgresql://user@host/name"),
+        ({"storage": "oracle9://me:secret@host/db"}, r"storage oracle9://me:\*\*\*@host/db cannot be opened"),
+        ({"storage": "sqlite:////nowhere/at/all.db"}, "storage sqlite:////nowhere/at/all.db cannot be opened"),
         ({"job": linear_job(optimizer="adamw")}, "facts were measured with the optimizer 'sgd', this job has 'adamw'"),
         ({"job": linear_job(target=Target("loss", 0.7))}, "facts were measured with the target"),
     ],
@@ -439,3 +470,35 @@ def test_a_maximised_metric_counts_downwards(tmp_path):
     )
     least = quick(tmp_path / "loss", batch_sizes=[16], trials=2, seeds=1)
     assert [t[4] for t in steps_of(study)] == [t[4] for t in steps_of(least)]
+
+
+@pytest.mark.slow
+def test_digits_need_fewer_steps_and_more_examples_as_the_batch_grows(tmp_path):
+    """Sheet 08's miniature: an MLP 64-64-10, SGD with momentum, 5 % validation error, 12 rates, three fresh seeds."""
+    from torch import nn
+
+    from batchlab.workloads import digits
+
+    target = Target("accuracy", 0.95, "max")
+
+    def model():
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+
+    job = dataclasses.replace(digits(optimizer="sgd", target=target), model=model)
+    facts = linear_facts(
+        target,
+        job=job.name,
+        examples=len(job.train),
+        noise_scale=Estimate(50.0, 10.0, 250.0, "set by hand"),
+        s_min=40.0,
+        base_batch_size=64,
+        base_learning_rate=0.03,
+        micro_batches=(8, 64, 512),
+    )
+    study = sweep(job, batch_sizes="8..512", out=tmp_path, trials=12, seeds=3, facts=facts)
+    rows = study.rows()
+    assert [len(row["seeds"]) for row in rows] == [3] * 7
+    for small, large in itertools.pairwise(rows):
+        assert large["median"] <= small["median"] + small["resolution"]
+    assert rows[-1]["examples"] >= 1.5 * rows[0]["examples"]
+    assert study.summary["tradeoff"]["b_crit"]["value"] < 512

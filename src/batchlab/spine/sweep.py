@@ -70,9 +70,10 @@ def sweep(
     folder.check()
     plans = [trial_plan(aimed, known, size) for size in sizes]
     with StopSignals() as signals, quiet_optuna():
+        shared = None if storage is None else open_storage(storage)
         folder.begin()
         with folder.locked():
-            database = open_storage(storage or folder.database_url)
+            database = shared or open_storage(folder.database_url)
         searches = [BatchSearch(database, folder.prefix, p, trials=trials, seeds=seeds, seed=seed) for p in plans]
         status = "interrupted"
         try:

@@ -92,6 +92,8 @@ class BatchSearch:
 
     def next_task(self) -> Task | None:
         """A trial that is now this worker's; None where there is none to be had now, or, if `finished`, ever."""
+        if self.finished:
+            return None
         claim = self._search.take(self._ranges())
         if claim is not None:
             watch = _Hopeless(self._search, claim)

@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from batchlab.core.errors import InputError, StorageError
 from batchlab.core.jsonio import to_plain
 from batchlab.core.study import REACHED
 
@@ -44,23 +45,36 @@ def quasi_random(number: int) -> float:
 
 @contextlib.contextmanager
 def quiet_optuna() -> Iterator[None]:
-    """Optuna says nothing below a warning inside; its verbosity is given back."""
+    """Optuna says nothing below a warning inside, and its verbosity is given back; `StorageError` where it fails."""
     import optuna
 
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
         yield
+    except optuna.exceptions.StorageInternalError as error:
+        raise StorageError(f"the database of the trials refused: {error.__cause__ or error}") from error
     finally:
         optuna.logging.set_verbosity(before)
 
 
 def open_storage(url: str) -> optuna.storages.BaseStorage:
-    """The storage at a database URL; SQLite waits up to a minute for another worker's write."""
-    import optuna
+    """The storage at a database URL; SQLite waits up to a minute for another worker's write.
 
+    Raises `InputError`, without the URL's password, where there is no such database or no driver for it.
+    """
+    import optuna
+    import sqlalchemy
+
+    try:
+        shown = sqlalchemy.make_url(url).render_as_string(hide_password=True)
+    except sqlalchemy.exc.ArgumentError:
+        raise InputError("storage must be a database URL, as in postgresql://user@host/name") from None
     options = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
-    return optuna.storages.RDBStorage(url, engine_kwargs=options)
+    try:
+        return optuna.storages.RDBStorage(url, engine_kwargs=options)
+    except (sqlalchemy.exc.SQLAlchemyError, ImportError) as error:
+        raise InputError(f"storage {shown} cannot be opened: {str(error).splitlines()[0]}") from error
 
 
 class TrialQueue:
