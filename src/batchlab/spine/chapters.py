@@ -16,6 +16,7 @@ from batchlab.spine.columns import Column, Columns, evenly, thin
 from batchlab.spine.words import duration, figure, interval, size
 from batchlab.viz import plots
 from batchlab.viz.blocks import Actions, Block, Bullets, Chart, Choice, Paragraph, Row, Section, Table, Tiles, Verdict
+from batchlab.viz.traces import Interval
 
 TABLE_ROWS = 60
 HOW_TO_VERIFY = (
@@ -120,7 +121,7 @@ def noise(plan: Plan, facts: Facts | None, taken: Columns) -> Section:
     return Section("noise-scale", "Gradient noise scale", blocks)
 
 
-def _interval_table(training: Mapping[str, list[float]], probe: Sequence[plots.Interval]) -> Table:
+def _interval_table(training: Mapping[str, list[float]], probe: Sequence[Interval]) -> Table:
     along = list(zip(*(training[name] for name in ("examples", "value", "low", "high")), strict=True))
     rows = [("this run", *along[place]) for place in evenly(len(along), TABLE_ROWS)] + [("probe", *p) for p in probe]
     cells = [(f"{row[1]:,.0f}", row[0], *(figure(float(f"{value:.4g}")) for value in row[2:])) for row in rows]

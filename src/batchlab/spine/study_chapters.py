@@ -18,6 +18,7 @@ from batchlab.spine.columns import number
 from batchlab.spine.words import aim, duration, figure, plural
 from batchlab.viz import plots
 from batchlab.viz.blocks import Block, Bullets, Chart, Paragraph, Row, Section, Table, Tiles, Verdict
+from batchlab.viz.traces import Interval
 
 FACTOR = 2.0
 CURVE_POINTS = 60
@@ -62,6 +63,8 @@ def verdict(study: Study) -> tuple[str, Literal["good", "bad", "open"]]:
     if ratio is None:
         return "There was no noise scale to predict the critical batch size from.", "open"
     value = number(ratio["value"] if isinstance(ratio, Mapping) else ratio)
+    if not 0 < value < math.inf:
+        return "The sweep does not bound the critical batch size, so it cannot judge the prediction.", "open"
     inside = 1 / FACTOR <= value <= FACTOR
     text = f"The measured critical batch size is {figure(float(f'{value:.3g}'))} times the predicted one"
     text += f", {'within' if inside else 'not within'} a factor of {FACTOR:g}"
@@ -111,8 +114,7 @@ def measured_against_predicted(study: Study, facts: Facts | None, plan: Plan | N
     if plan is not None:
         text, tone = verdict(study)
         blocks = [Tiles([*findings(study), *_against_best(known, plan, run)]), Verdict(text, tone), *blocks]
-    if fit is not None and fit.note:
-        blocks.append(Paragraph(f"About the fit: {fit.note}.", quiet=True))
+        blocks += [Bullets(notes)] if (notes := _notes(study)) else []
     return Section("measured", "Measured against predicted", blocks)
 
 
@@ -148,14 +150,7 @@ def tuned(study: Study, plan: Plan | None = None) -> Section:
             Table("Trials of the search", names, cells),
         ),
     ]
-    blocks: list[Block] = [Row(charts)]
-    edges = [str(row["batch_size"]) for row in rows if row["at_edge"]]
-    if edges:
-        at = (
-            f"At batch size {', '.join(edges)} the best lies at the edge of what was tried: a better one may be beyond."
-        )
-        blocks.append(Paragraph(at, quiet=True))
-    return Section("tuned", "Tuned learning rates", blocks)
+    return Section("tuned", "Tuned learning rates", [Row(charts)])
 
 
 def all_rows(study: Study) -> Section:
@@ -170,7 +165,7 @@ def sweep_limits(study: Study) -> Section:
         "Only the learning rate was tuned for each batch size; other settings move with it by rule.",
         "The steps of a search's winner are too good on average; medians here are of fresh seeds.",
     ]
-    notes = [str(note) for note in study.summary.get("notes") or ()]
+    notes = _notes(study)
     return Section("limits", "What this cannot tell you", [Bullets(known), *([Bullets(notes)] if notes else [])])
 
 
@@ -192,6 +187,10 @@ def row_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return Table("What the sweep measured", names, cells)
 
 
+def _notes(study: Study) -> list[str]:
+    return [str(note) for note in study.summary.get("notes") or ()]
+
+
 def _against_best(known: Sequence[Mapping[str, Any]], plan: Plan, run: Mapping[str, Any]) -> list[Line]:
     if not run.get("target_seconds"):
         return []
@@ -203,7 +202,7 @@ def _against_best(known: Sequence[Mapping[str, Any]], plan: Plan, run: Mapping[s
     return [("The plan's time over the sweep's best", f"{ratio:.3g}", remark)]
 
 
-def _interval_of(row: Mapping[str, Any]) -> plots.Interval:
+def _interval_of(row: Mapping[str, Any]) -> Interval:
     high = math.inf if row["high"] is None else row["high"]
     return (row["batch_size"], row["median"], row["low"], high)
 
@@ -218,7 +217,7 @@ def _fit_curve(fit: Tradeoff, rows: Sequence[Mapping[str, Any]]) -> list[tuple[f
     return [point for point in curve if math.isfinite(point[1])]
 
 
-def _predicted_curve(facts: Facts | None, rows: Sequence[Mapping[str, Any]]) -> list[plots.Interval]:
+def _predicted_curve(facts: Facts | None, rows: Sequence[Mapping[str, Any]]) -> list[Interval]:
     """S(B) from the reference run and the noise scale; its ends are those of the noise scale's interval."""
     if facts is None or not facts.noise_scale.defined or facts.reference.steps_to_target is None:
         return []

@@ -17,7 +17,6 @@ from batchlab.core.job import Target
 from batchlab.core.plan import FrontierRow
 from batchlab.viz.style import (
     BLUE,
-    BLUE_BAND,
     GREEN,
     GREY,
     ORANGE,
@@ -29,12 +28,21 @@ from batchlab.viz.style import (
     blank,
     decades,
     powers_of_two,
-    spread,
 )
 from batchlab.viz.text import label
+from batchlab.viz.traces import (
+    Interval,
+    Numbers,
+    add_band,
+    add_star,
+    foot_marks,
+    level_line,
+    line,
+    log_range,
+    points_with_spread,
+    upright_line,
+)
 
-Numbers = Sequence[float]
-Interval = tuple[float, float, float, float]  # x, value, low, high
 MIB = 2.0**20
 AXIS_LABEL = 32
 
@@ -96,16 +104,16 @@ def noise_scale(
     figure = blank("training examples seen", "noise scale (examples)", log_y=True)
     figure.layout.xaxis.rangemode = "tozero"
     inside = [*training["value"], *(point[1] for point in probe), *(batch_size["value"] if batch_size else ())]
-    floor, ceiling = _log_range(inside + ([planned.value] if planned else []))
-    _band(figure, training, floor, ceiling)
+    floor, ceiling = log_range(inside + ([planned.value] if planned else []))
+    add_band(figure, training, floor, ceiling)
     if training["value"]:
-        figure.add_trace(_line(training["examples"], training["value"], "in this run", BLUE))
+        figure.add_trace(line(training["examples"], training["value"], "in this run", BLUE))
     if batch_size and batch_size["value"]:
-        figure.add_trace(_line(batch_size["examples"], batch_size["value"], "batch size used", ORANGE, shape="hv"))
+        figure.add_trace(line(batch_size["examples"], batch_size["value"], "batch size used", ORANGE, shape="hv"))
     if probe:
-        figure.add_trace(_points(probe, "in the probe", GREEN, "diamond"))
+        figure.add_trace(points_with_spread(probe, "in the probe", GREEN, "diamond"))
     if planned is not None and planned.value > 0 and planned.defined:
-        figure.add_trace(_level(planned.value, "what the plan used", GREY))
+        figure.add_trace(level_line(planned.value, "what the plan used", GREY))
     if floor < ceiling:
         figure.layout.yaxis.update(decades([floor, ceiling]), range=[math.log10(floor), math.log10(ceiling)])
     return figure
@@ -126,11 +134,11 @@ def loss(
         figure.layout.yaxis.update(decades(positive))
     figure.layout.xaxis.rangemode = "tozero"
     if train["loss"]:
-        figure.add_trace(_line(train[axis], train["loss"], "training, each step", BLUE, width=1.2))
+        figure.add_trace(line(train[axis], train["loss"], "training, each step", BLUE, width=1.2))
     if valid["loss"]:
-        figure.add_trace(_line(valid[axis], valid["loss"], "validation", ORANGE, markers=True))
+        figure.add_trace(line(valid[axis], valid["loss"], "validation", ORANGE, markers=True))
     if skipped:
-        figure.add_trace(_foot(skipped, "skipped: not finite"))
+        figure.add_trace(foot_marks(skipped, "skipped: not finite"))
     return figure
 
 
@@ -139,15 +147,15 @@ def target_metric(
 ) -> Any:
     """The target's metric on the validation data against steps, with where it was predicted to be met, and was."""
     figure = blank("steps", f"{label(target.metric, AXIS_LABEL)} (validation)")
-    figure.add_trace(_line(steps, values, "measured", BLUE, markers=True))
-    figure.add_trace(_level(target.value, "target", GREY))
+    figure.add_trace(line(steps, values, "measured", BLUE, markers=True))
+    figure.add_trace(level_line(target.value, "target", GREY))
     right = 1.08 * max([*steps, reached or 0, predicted.value if predicted and predicted.defined else 0])
     if predicted is not None and predicted.defined:
         ends = {"x0": max(predicted.low, 0.0), "x1": min(predicted.high, 2 * right)}
         figure.add_vrect(**ends, fillcolor=ORANGE_BAND, line_width=0, layer="below")
-        figure.add_trace(_upright(predicted.value, "predicted to meet it", ORANGE, "dash"))
+        figure.add_trace(upright_line(predicted.value, "predicted to meet it", ORANGE, "dash"))
     if reached is not None:
-        figure.add_trace(_upright(reached, "met it", GREEN, "solid"))
+        figure.add_trace(upright_line(reached, "met it", GREEN, "solid"))
     figure.layout.xaxis.range = [0, right]
     return figure
 
@@ -156,7 +164,7 @@ def micro_batch_time(points: Sequence[MicroBatchTime], chosen: int | None = None
     """Seconds of one forward and backward pass against micro-batch, log-log, with intervals; the plan's is marked."""
     figure = blank("micro-batch (examples)", "time of a pass (seconds)", log_x=True, log_y=True)
     figure.add_trace(
-        _points(
+        points_with_spread(
             [(p.examples, p.seconds.value, p.seconds.low, p.seconds.high) for p in points],
             "measured",
             BLUE,
@@ -164,7 +172,7 @@ def micro_batch_time(points: Sequence[MicroBatchTime], chosen: int | None = None
             joined=True,
         )
     )
-    _mark(figure, [(p.examples, p.seconds.value) for p in points if p.examples == chosen])
+    add_star(figure, [(p.examples, p.seconds.value) for p in points if p.examples == chosen])
     figure.layout.xaxis.update(powers_of_two([p.examples for p in points]))
     figure.layout.yaxis.update(decades([p.seconds.value for p in points]))
     return figure
@@ -175,8 +183,8 @@ def micro_batch_memory(points: Sequence[MicroBatchTime], chosen: int | None = No
     known = [(p.examples, p.memory_bytes / MIB) for p in points if p.memory_bytes is not None]
     figure = blank("micro-batch (examples)", "memory (MiB)", log_x=True)
     figure.layout.yaxis.rangemode = "tozero"
-    figure.add_trace(_line([x for x, _ in known], [y for _, y in known], "measured", PURPLE, markers=True))
-    _mark(figure, [point for point in known if point[0] == chosen])
+    figure.add_trace(line([x for x, _ in known], [y for _, y in known], "measured", PURPLE, markers=True))
+    add_star(figure, [point for point in known if point[0] == chosen])
     figure.layout.xaxis.update(powers_of_two([examples for examples, _ in known]))
     return figure
 
@@ -188,15 +196,15 @@ def learning_rate_trials(
     figure = blank("learning rate", "loss after the trial", log_x=True)
     ended = sorted((t.learning_rate, t.loss) for t in trials if math.isfinite(t.loss))
     diverged = [t.learning_rate for t in trials if not math.isfinite(t.loss)]
-    figure.add_trace(_line([x for x, _ in ended], [y for _, y in ended], "trials", BLUE, markers=True))
+    figure.add_trace(line([x for x, _ in ended], [y for _, y in ended], "trials", BLUE, markers=True))
     figure.layout.xaxis.update(decades([t.learning_rate for t in trials]))
     if diverged:
         top = go.Scatter(x=diverged, y=[0.96] * len(diverged), mode="markers", name="diverged", yaxis="y2")
         figure.add_trace(top.update(marker={"symbol": "x", "size": 10, "color": ORANGE}, hovertemplate="%{x:.3g}"))
     if base is not None:
-        figure.add_trace(_upright(base, "found good at the base batch", GREEN, "solid"))
+        figure.add_trace(upright_line(base, "found good at the base batch", GREEN, "solid"))
     if planned is not None:
-        figure.add_trace(_upright(planned, "the plan's", ORANGE, "dash"))
+        figure.add_trace(upright_line(planned, "the plan's", ORANGE, "dash"))
     return figure
 
 
@@ -218,112 +226,17 @@ def tradeoff(
     figure.layout.yaxis.update(decades([point[1] for point in shown]))
     if predicted:
         x, value, low, high = (list(column) for column in zip(*predicted, strict=True))
-        floor, ceiling = _log_range([*value, *(point[1] for point in measured)])
+        floor, ceiling = log_range([*value, *(point[1] for point in measured)])
         columns = {"examples": x, "value": value, "low": low, "high": high}
-        _band(figure, columns, floor, ceiling, color=ORANGE_BAND, name="its interval")
-        figure.add_trace(_line(x, value, "predicted", ORANGE, dash="dash"))
+        add_band(figure, columns, floor, ceiling, color=ORANGE_BAND, name="its interval")
+        figure.add_trace(line(x, value, "predicted", ORANGE, dash="dash"))
     if fit:
-        figure.add_trace(_line([x for x, _ in fit], [y for _, y in fit], "fit to the sweep", GREY))
+        figure.add_trace(line([x for x, _ in fit], [y for _, y in fit], "fit to the sweep", GREY))
     if measured:
-        figure.add_trace(_points(measured, "sweep", BLUE, "circle"))
+        figure.add_trace(points_with_spread(measured, "sweep", BLUE, "circle"))
     if run is not None:
-        star = go.Scatter(x=[run[0]], y=[run[1]], mode="markers", name="the plan's run")
-        figure.add_trace(star.update(marker={"symbol": "star", "size": 15, "color": GREEN}))
+        add_star(figure, [run], "the plan's run", GREEN)
     return figure
-
-
-def _line(
-    x: Numbers,
-    y: Numbers,
-    name: str,
-    color: str,
-    *,
-    markers: bool = False,
-    width: float = 2,
-    dash: str = "solid",
-    shape: str = "linear",
-) -> Any:
-    return go.Scatter(
-        x=list(x),
-        y=list(y),
-        name=name,
-        mode="lines+markers" if markers or len(x) < 3 else "lines",
-        line={"color": color, "width": width, "dash": dash, "shape": shape},
-        marker={"color": color, "size": 7},
-        hovertemplate="%{x:.5~g}: %{y:.4~g}<extra>" + name + "</extra>",
-    )
-
-
-def _points(points: Sequence[Interval], name: str, color: str, symbol: str, *, joined: bool = False) -> Any:
-    x, value, low, high = (list(column) for column in zip(*points, strict=True))
-    return go.Scatter(
-        x=x,
-        y=value,
-        error_y=spread(value, low, high, color),
-        mode="lines+markers" if joined else "markers",
-        marker={"color": color, "size": 8, "symbol": symbol},
-        line={"color": color, "width": 1.5},
-        name=name,
-        hovertemplate="%{x:.5~g}: %{y:.4~g}<extra>" + name + "</extra>",
-    )
-
-
-def _band(
-    figure: Any,
-    columns: Mapping[str, Numbers],
-    floor: float,
-    ceiling: float,
-    *,
-    color: str = BLUE_BAND,
-    name: str = "its interval",
-) -> None:
-    """The area between `low` and `high`; an edge beyond what a log axis shows is drawn at the plot's own edge."""
-    if len(columns["value"]) < 2 or not floor < ceiling:
-        return
-    x = list(columns["examples"])
-    high = [min(bound, ceiling * 10) for bound in columns["high"]]
-    low = [max(bound, floor / 10) for bound in columns["low"]]
-    figure.add_trace(
-        go.Scatter(
-            x=x + x[::-1],
-            y=high + low[::-1],
-            fill="toself",
-            fillcolor=color,
-            line={"width": 0, "color": color},
-            mode="lines",
-            hoverinfo="skip",
-            name=name,
-        )
-    )
-
-
-def _log_range(values: Sequence[float]) -> tuple[float, float]:
-    """Axis ends around what is positive and finite; (0, 0) where nothing is."""
-    shown = [value for value in values if 0 < value < math.inf]
-    return (min(shown) / 3, max(shown) * 3) if shown else (0.0, 0.0)
-
-
-def _level(y: float, name: str, color: str) -> Any:
-    """A level line across the plot that has a place in the legend."""
-    line = go.Scatter(x=[0, 1], y=[y, y], xaxis="x2", mode="lines", name=name)
-    return line.update(line={"color": color, "dash": "dot", "width": 2}, hovertemplate="%{y:.4~g}<extra></extra>")
-
-
-def _upright(x: float, name: str, color: str, dash: str) -> Any:
-    """An upright line over the whole height that has a place in the legend."""
-    line = go.Scatter(x=[x, x], y=[0, 1], yaxis="y2", mode="lines", name=name)
-    return line.update(line={"color": color, "dash": dash, "width": 2}, hovertemplate="%{x:.5~g}<extra></extra>")
-
-
-def _foot(x: Numbers, name: str) -> Any:
-    marks = go.Scatter(x=list(x), y=[0.02] * len(x), yaxis="y2", mode="markers", name=name)
-    return marks.update(marker={"symbol": "x", "size": 9, "color": PURPLE}, hovertemplate="%{x:.5~g}<extra></extra>")
-
-
-def _mark(figure: Any, points: Sequence[tuple[float, float]]) -> None:
-    if points:
-        star = go.Scatter(x=[x for x, _ in points], y=[y for _, y in points], mode="markers", name="the plan")
-        figure.add_trace(star.update(marker={"symbol": "star", "size": 15, "color": ORANGE}))
 
 
 def time_measured(points: Sequence[Interval], *, run: tuple[float, float] | None = None) -> Any:
@@ -332,10 +245,9 @@ def time_measured(points: Sequence[Interval], *, run: tuple[float, float] | None
     figure.layout.xaxis.update(powers_of_two([point[0] for point in points]))
     figure.layout.yaxis.update(decades([point[1] for point in points]))
     if points:
-        figure.add_trace(_points(points, "sweep", BLUE, "circle", joined=True))
+        figure.add_trace(points_with_spread(points, "sweep", BLUE, "circle", joined=True))
     if run is not None:
-        star = go.Scatter(x=[run[0]], y=[run[1]], mode="markers", name="the plan's run")
-        figure.add_trace(star.update(marker={"symbol": "star", "size": 15, "color": GREEN}))
+        add_star(figure, [run], "the plan's run", GREEN)
     return figure
 
 
@@ -344,9 +256,9 @@ def tuned_rates(best: Sequence[tuple[float, float]], planned: tuple[float, float
     figure = blank("batch size (examples)", "best learning rate", log_x=True, log_y=True)
     figure.layout.xaxis.update(powers_of_two([size for size, _ in best]))
     figure.layout.yaxis.update(decades([rate for _, rate in best]))
-    figure.add_trace(_line([x for x, _ in best], [y for _, y in best], "best in the sweep", BLUE, markers=True))
+    figure.add_trace(line([x for x, _ in best], [y for _, y in best], "best in the sweep", BLUE, markers=True))
     if planned is not None:
-        _mark(figure, [planned])
+        add_star(figure, [planned])
     return figure
 
 
@@ -359,6 +271,6 @@ def rate_search(trials: Mapping[int, Sequence[tuple[float, float]]]) -> Any:
     for place, (size, points) in enumerate(sorted(trials.items())):
         ordered = sorted(points)
         color, symbol = SERIES[place % len(SERIES)], SYMBOLS[place % len(SYMBOLS)]
-        trace = _line([x for x, _ in ordered], [y for _, y in ordered], f"batch size {size}", color, markers=True)
+        trace = line([x for x, _ in ordered], [y for _, y in ordered], f"batch size {size}", color, markers=True)
         figure.add_trace(trace.update(marker={"symbol": symbol}, line={"width": 1.2}))
     return figure
