@@ -49,7 +49,8 @@ def sweep(
     batch_sizes: examples an update, or a text that `parse_batch_sizes` reads. trials: learning rates tried at each,
     evenly in the logarithm over 1/4 to 4 times what the planner's rule gives; where the best lies in the outer 5 % of
     those tried, half as many more beyond it, at most three times. seeds: fresh seeds with which each winner runs
-    again. seed: of the search; the fresh ones follow it and are the same at every batch size.
+    again, others at each batch size, so that the fit's residuals show a seed's luck too. seed: of the search, the same
+    in all its trials; the fresh ones are drawn from it.
     facts: of `job`, for the target, the base learning rate and the expected steps; probed if None.
     storage: database URL that workers on many machines share; a SQLite file in `out` if None.
     progress: called as `progress("sweep", fraction done)`.

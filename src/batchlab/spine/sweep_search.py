@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from batchlab.core.facts import Facts
 from batchlab.core.job import Job
 from batchlab.core.plan import Plan
+from batchlab.core.random import derive_seed
 from batchlab.core.study import CONFIRM, SEARCH, Trial, at_edge, winner
 from batchlab.spine.plan import plan as make_plan
 from batchlab.spine.trial_queue import Claim, TrialQueue
@@ -116,9 +117,13 @@ class BatchSearch:
         claim = queue.take([(rate, rate, self.seeds)])
         if claim is not None:
             plan = dataclasses.replace(self._at(claim), steps=math.ceil(MOST_STEPS_FACTOR * steps))
-            return Task(claim, CONFIRM, plan, self.seed + 1 + claim.run, steps, _Alive(claim, math.inf))
+            return Task(claim, CONFIRM, plan, self._fresh_seed(claim.run), steps, _Alive(claim, math.inf))
         self.finished = not queue.running()
         return None
+
+    def _fresh_seed(self, run: int) -> int:
+        """Another at every batch size: a seed's luck would be much the same at all, and the fit would not see it."""
+        return derive_seed(self.seed, "fresh", self.plan.batch_size, run) % 2**31
 
     def records(self) -> list[dict[str, Any]]:
         """All that ended, of the search and of the present winner."""
