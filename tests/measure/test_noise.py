@@ -34,16 +34,20 @@ def test_pairs_are_unbiased_and_a_mean_of_ratios_is_not():
     assert off_mean_of_ratios.sum() >= 10 and off_ratio_of_means.sum() == 0
 
 
-def test_ragged_pieces_stay_unbiased():
+def test_ragged_pieces_stay_unbiased_and_weighted_ones_vary_less():
     rng, sizes, d = np.random.default_rng(0), [1, 2, 5, 8], 50
-    pairs, total = [], sum(sizes)
+    plain, weighted, total = [], [], sum(sizes)
     for _ in range(4000):
         pieces = [0.2 + rng.normal(size=d) / math.sqrt(n) for n in sizes]
         whole = sum(n * g for n, g in zip(sizes, pieces, strict=True)) / total
-        small = 1 / np.mean([1 / n for n in sizes])
-        pairs.append(unbiased_pair(np.mean([g @ g for g in pieces]), whole @ whole, small, total))
-    for sample, truth in zip(np.array(pairs).T, (0.04 * d, d), strict=True):
-        assert abs(sample.mean() - truth) < 4 * sample.std() / math.sqrt(4000) < 0.06 * truth
+        norms = [g @ g for g in pieces]
+        plain.append(unbiased_pair(np.mean(norms), whole @ whole, 1 / np.mean([1 / n for n in sizes]), total))
+        weighted.append(unbiased_pair(np.average(norms, weights=sizes), whole @ whole, total / len(sizes), total))
+    for pairs in (plain, weighted):
+        for sample, truth in zip(np.array(pairs).T, (0.04 * d, d), strict=True):
+            assert abs(sample.mean() - truth) < 4 * sample.std() / math.sqrt(4000) < 0.06 * truth
+    assert min(trace for _, trace in weighted) > 0
+    assert np.std(weighted, axis=0)[1] < 0.8 * np.std(plain, axis=0)[1]
 
 
 def _digits():
@@ -141,9 +145,8 @@ def _expected(model, sizes, dtype=torch.float64):
         parts = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
         gradients.append(torch.cat([g.flatten() for g in parts if g is not None]))
     whole = sum(n * g for n, g in zip(sizes, gradients, strict=True)) / sum(sizes)
-    small = 1 / np.mean([1 / n for n in sizes])
-    norms = np.mean([(g @ g).item() for g in gradients])
-    return unbiased_pair(norms, (whole @ whole).item(), small, sum(sizes))
+    norms = sum(n * (g @ g).item() for n, g in zip(sizes, gradients, strict=True)) / sum(sizes)
+    return unbiased_pair(norms, (whole @ whole).item(), sum(sizes) / len(sizes), sum(sizes))
 
 
 def _observed(model, sizes, dtype=torch.float64, forward=None, passed=False):

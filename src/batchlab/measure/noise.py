@@ -19,9 +19,11 @@ from batchlab.core.facts import Estimate
 from batchlab.measure.norms import sq_norm as sq_norm
 from batchlab.measure.norms import to_floats, total
 from batchlab.measure.pieces import Piece, PieceNorms
+from batchlab.measure.preconditioner import Preconditioner
 from batchlab.measure.ratio import RatioOfMeans
 
 METHODS = ("micro_batch", "ranks")
+WEIGHTINGS = ("none", "preconditioned")
 
 
 class NoisePair(NamedTuple):
@@ -68,6 +70,8 @@ class GradientNoise:
     is one (with a micro-batch a rank the two are the same). ema: weight kept at each step, in [0, 1); the default 0.98
     remembers about 50 steps (the field uses 0.99 to 0.9998); None keeps all steps alike. coverage: of the interval.
     process_group: the ranks over which `.grad` is averaged; the default group where one is initialised.
+    weighting: "none" for B_simple, which weighs all coordinates alike as SGD does; "preconditioned" for
+    tr(P⁻¹Σ)/(GᵀP⁻¹G) in the geometry of the Adam-like `optimizer` (see `Preconditioner`), from its second update on.
 
     What `.grad` must hold at `step`: the exact mean over all examples of the batch, each piece's mean loss weighted
     by its share (and, under DDP, which averages over ranks, by the number of ranks); no clipping and no decay in it. A
@@ -82,8 +86,7 @@ class GradientNoise:
     it gave none.
 
     An example is whatever is drawn independently: for language models a sequence. With batch normalisation the
-    pieces' gradients depend on each other, and the estimate with them. B_simple weighs all coordinates alike; Adam
-    does not. Not for parameters sharded over ranks.
+    pieces' gradients depend on each other, and the estimate with them. Not for parameters sharded over ranks.
     """
 
     def __init__(
@@ -94,9 +97,13 @@ class GradientNoise:
         ema: float | None = 0.98,
         coverage: float = 0.95,
         process_group: dist.ProcessGroup | None = None,
+        weighting: str = "none",
+        optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
         if method not in METHODS:
             raise InputError(f'method must be "micro_batch" or "ranks", got {method!r}')
+        if weighting not in WEIGHTINGS or (weighting == "preconditioned") != (optimizer is not None):
+            raise InputError(f'weighting must be "none", or "preconditioned" with an optimizer, got {weighting!r}')
         self.statistics = RatioOfMeans(ema=ema, coverage=coverage)
         self.method, self.skipped = method, 0
         self.pair: NoisePair | None = None
@@ -104,33 +111,42 @@ class GradientNoise:
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         if not self._parameters:
             raise InputError("the model has no parameter that requires a gradient")
-        self._norms = PieceNorms(self._parameters, merged=method == "ranks")
+        self._weights = None if optimizer is None else Preconditioner(optimizer, self._parameters)
+        self._norms = PieceNorms(self._parameters, merged=method == "ranks", weights=self._weights)
 
     def micro_batch(self, examples: int) -> contextlib.AbstractContextManager[None]:
         """Around the backward pass of one piece of `examples` examples; the forward pass may be inside too."""
+        if self._weights is not None and self._norms.empty:
+            self._weights.refresh()
         return self._norms.watch(examples)
 
     def step(self, grad_sq_norm: float | Tensor | None = None) -> Estimate:
         """The noise scale in examples, after the last piece's backward pass, before clipping and the optimizer.
 
         grad_sq_norm: |g|² of the whole batch's mean gradient if the caller knows it, so that no pass is spent on it.
-        Every rank must give it, or none.
+        Every rank must give it, or none; with weights it is of no use and left aside.
         """
+        if self._weights is not None:
+            grad_sq_norm = None
         pieces, witness, self.pair = self._norms.take(), self._norms.witness.take(), None
-        big = self._batch_sq_norm() if grad_sq_norm is None else float(grad_sq_norm)
         world = dist.get_world_size(self._group) if dist.is_initialized() else 1
+        if not pieces and world == 1:
+            raise InputError("step needs at least one micro_batch before it")
+        big = self._batch_sq_norm() if grad_sq_norm is None else float(grad_sq_norm)
         sums, witness = self._over_ranks(pieces, big / world, witness if grad_sq_norm is None else witness[:0])
         squares, big, examples, count = sums
         if not count:
             raise InputError("step needs at least one micro_batch before it")
+        if not any(p.grad is not None for p in self._parameters) and grad_sq_norm is None:
+            raise InputError("no parameter has a gradient: call step after backward and before zero_grad")
         if not (math.isfinite(squares) and math.isfinite(big)):
             self.skipped += 1
-        elif count > 1:
+        elif count > 1 and (self._weights is None or self._weights.known):
             factor = self._norms.witness.factor(witness, int(count), world) if len(witness) else world
             weighted = squares * examples / factor**2
             self.pair = unbiased_pair(weighted, big, examples / count, examples)
             self.statistics.update(self.pair.trace, self.pair.grad_sq)
-        elif not self.statistics.count:
+        elif count == 1 and not self.statistics.count:
             return self._undefined("undefined: one piece a step has nothing to be compared with")
         return self.estimate()
 
@@ -152,7 +168,11 @@ class GradientNoise:
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         if not gradients:
             raise InputError("no parameter has a gradient: call step after backward and before zero_grad")
-        return total([sq_norm(gradient) for gradient in gradients])
+        if self._weights is None:
+            return total([sq_norm(gradient) for gradient in gradients])
+        places = [i for i, p in enumerate(self._parameters) if p.grad is not None]
+        weights = [self._weights[i] if self._weights.known else None for i in places]
+        return total([sq_norm(gradient, weight) for gradient, weight in zip(gradients, weights, strict=True)])
 
     def skip(self) -> None:
         """Forgets the pieces of a step that the caller will not apply, and counts it."""
@@ -164,7 +184,8 @@ class GradientNoise:
     def estimate(self) -> Estimate:
         """The noise scale from all steps so far."""
         estimate = self.statistics.ratio(lowest=0.0)
-        method = f"tr(Σ)/|G|² from {self.method.replace('_', '-')} norms, {estimate.method}"
+        ratio = "tr(Σ)/|G|²" if self._weights is None else "tr(P⁻¹Σ)/(GᵀP⁻¹G)"
+        method = f"{ratio} from {self.method.replace('_', '-')} norms, {estimate.method}"
         return Estimate(estimate.value, estimate.low, estimate.high, method, estimate.coverage)
 
     def _undefined(self, reason: str) -> Estimate:
