@@ -11,21 +11,24 @@ from torch import Tensor
 CHUNK = 2**18
 
 
-def sq_norm(gradient: Tensor) -> Tensor:
-    """|g|² as a scalar on the gradient's device, in float64 for a float64 gradient and float32 for any other.
+def sq_norm(gradient: Tensor, weight: Tensor | None = None) -> Tensor:
+    """|g|², or Σw·g², as a scalar on the gradient's device, in float64 for a float64 gradient, else in float32.
 
-    Dense or sparse. In chunks of 2^18 numbers: on a CPU one float32 sum over 10^7 of them loses three digits.
+    Dense, or sparse where no weight is given.
+    In chunks of 2^18 numbers: on a CPU one float32 sum over 10^7 of them loses three digits.
     """
     flat = (gradient.coalesce().values() if gradient.is_sparse else gradient).detach().reshape(-1)
+    weights = None if weight is None else weight.reshape(-1)
     if flat.numel() <= CHUNK:
-        return _dot(flat)
-    return torch.stack([_dot(chunk) for chunk in flat.split(CHUNK)]).sum()
+        return _dot(flat, weights)
+    parts = [None] * -(-flat.numel() // CHUNK) if weights is None else weights.split(CHUNK)
+    return torch.stack([_dot(chunk, part) for chunk, part in zip(flat.split(CHUNK), parts, strict=True)]).sum()
 
 
-def _dot(flat: Tensor) -> Tensor:
+def _dot(flat: Tensor, weights: Tensor | None) -> Tensor:
     if flat.dtype not in (torch.float32, torch.float64):
         flat = flat.float()
-    return torch.dot(flat, flat)
+    return torch.dot(flat, flat if weights is None else flat * weights)
 
 
 def to_floats(scalars: Sequence[float | Tensor]) -> list[float]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from batchlab.core.errors import InputError
 from batchlab.measure.norms import sq_norm, to_floats
+from batchlab.measure.preconditioner import Preconditioner
 
 WITNESS = 1024
 _EXACT, _STRANGE = 1e-4, 0.05
@@ -31,11 +32,14 @@ class Piece(NamedTuple):
 class PieceNorms:
     """Hooks on parameters that act inside `watch` alone.
 
-    merged: all pieces until `take` are one, the accumulated gradient of this process.
+    merged: all pieces until `take` are one, the accumulated gradient of this process. weights: of the squares of each
+    parameter's coordinates, read when a piece begins; all 1 if None.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], *, merged: bool = False) -> None:
-        self.parameters, self._merged = list(parameters), merged
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], *, merged: bool = False, weights: Preconditioner | None = None
+    ) -> None:
+        self.parameters, self._merged, self._weights = list(parameters), merged, weights
         self._examples: int | None = None
         self._seen: dict[int, float | Tensor] = {}
         self._pieces: list[Piece] = []
@@ -43,6 +47,11 @@ class PieceNorms:
         self._hooks = [p.register_hook(partial(see, i)) for i, p in enumerate(self.parameters)]  # type: ignore[no-untyped-call]
         self.witness = Witness(self.parameters)
         self._hooks.append(self.witness.parameter.register_hook(self._testify))  # type: ignore[no-untyped-call]
+
+    @property
+    def empty(self) -> bool:
+        """Whether no piece has begun since the last `take`."""
+        return not self._pieces and self._examples is None
 
     @contextlib.contextmanager
     def watch(self, examples: int) -> Iterator[None]:
@@ -75,14 +84,17 @@ class PieceNorms:
                 "a parameter got two gradients in one micro_batch: give each backward pass a micro_batch of its own, "
                 "and checkpoint shared parameters with use_reentrant=False"
             )
-        square = sq_norm(gradient)
-        self._seen[index] = square.item() if square.is_cpu else square
+        self._keep(index, gradient)
 
     def _see_merged(self, index: int, gradient: Tensor) -> None:
         if self._examples is None:
             return
         before = self.parameters[index].grad
-        square = sq_norm(gradient if before is None else before + gradient)
+        self._keep(index, gradient if before is None else before + gradient)
+
+    def _keep(self, index: int, gradient: Tensor) -> None:
+        weighted = self._weights is not None and self._weights.known
+        square = sq_norm(gradient, self._weights[index] if weighted and self._weights is not None else None)
         self._seen[index] = square.item() if square.is_cpu else square
 
     def _testify(self, gradient: Tensor) -> None:

@@ -26,7 +26,7 @@ from batchlab.data.fetch import fetch, to_device
 from batchlab.data.stream import SampleStream
 from batchlab.measure.noise import GradientNoise
 from batchlab.optim.average import WeightAverage
-from batchlab.optim.create import create
+from batchlab.optim.create import ADAM_LIKE, create
 from batchlab.rules.learning_rate import rescale
 from batchlab.schedule.by_examples import lr_factor
 from batchlab.schedule.noise_scale_batch import NoiseScaleBatch
@@ -71,10 +71,21 @@ class Learner:
     device: where; the first GPU if there is one. Under an initialised default process group every rank makes
     one Learner, and a batch is spread over the ranks in contiguous shares that differ by at most one example.
 
+    preconditioned: whether the noise is measured in the geometry of an Adam-like optimizer; by default only where an
+    adaptive batch follows it, for it costs some passes over the parameters.
+
     The global generators are set at each update from (seed, step, rank): nothing random outlives an update.
     """
 
-    def __init__(self, job: Job, plan: Plan, *, seed: int = 0, device: str | torch.device | None = None) -> None:
+    def __init__(
+        self,
+        job: Job,
+        plan: Plan,
+        *,
+        seed: int = 0,
+        device: str | torch.device | None = None,
+        preconditioned: bool | None = None,
+    ) -> None:
         self.job, self.plan, self.seed = job, plan, seed
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.world, self.rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
@@ -87,7 +98,8 @@ class Learner:
         self.optimizer = create(plan.optimizer, self.model, lr=plan.learning_rate, **plan.hyperparameters)
         averages = {"half_life": plan.ema_half_life, "power": plan.average_power}
         self.average = WeightAverage(self.model, **averages) if any(v is not None for v in averages.values()) else None
-        self.noise = GradientNoise(self.model) if plan.measure_noise else None
+        in_geometry = plan.batch_schedule == "adaptive" if preconditioned is None else preconditioned
+        self.noise = self._measuring(in_geometry) if plan.measure_noise else None
         self.controller = _controller(plan, len(job.train), self.world)
         self.step, self.position, self.batch_size = 0, 0, plan.batch_size
         self.skipped_in_a_row = 0
@@ -95,6 +107,11 @@ class Learner:
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
         self._has_buffers = any(True for _ in self.model.buffers())
         self._forward = self._wrapped(_Loss(job, self.model))
+
+    def _measuring(self, in_geometry: bool) -> GradientNoise:
+        if in_geometry and self.plan.optimizer in ADAM_LIKE:
+            return GradientNoise(self.model, weighting="preconditioned", optimizer=self.optimizer)
+        return GradientNoise(self.model)
 
     def _wrapped(self, loss: _Loss) -> nn.Module:
         wrapped: nn.Module = loss

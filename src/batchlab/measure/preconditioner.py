@@ -1,0 +1,70 @@
+"""The geometry an Adam-like optimizer steps in, as weights of squared gradients.
+
+The update θ ← θ - ε·P⁻¹g is plain descent in φ = P^½θ, where the gradient is P^-½g: the noise scale that belongs to it
+is tr(P⁻¹Σ)/(GᵀP⁻¹G), from |g|² weighted by 1/P. P = √v̂, v̂ the bias-corrected mean of squared gradients, is damped by a
+share of its root mean square over all coordinates: where a coordinate has hardly had a gradient yet, 1/√v̂ is huge and
+the undamped number has no usable variance.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from batchlab.core.errors import InputError
+
+DAMPING = 0.1
+
+
+class Preconditioner:
+    """w = 1/(√v̂ + damping·rms(√v̂)) for each parameter, read from an optimizer's state at each `refresh`.
+
+    optimizer: Adam, AdamW, NAdam, RAdam or RMSprop of torch, or another with "exp_avg_sq" or "square_avg" in its state.
+    damping: in units of the root mean square of √v̂ over all coordinates; the default 0.1 is batchlab's: 0.01 to 1
+    give noise scales within 10 % of each other on the digits job, 0 one that scatters tenfold.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], *, damping: float = DAMPING
+    ) -> None:
+        if not damping > 0:
+            raise InputError(f"damping must be > 0, got {damping!r}")
+        self._optimizer, self._parameters, self._damping = optimizer, parameters, damping
+        self._decay = {
+            p: group.get("betas", (0.0, 0.0))[1] for group in optimizer.param_groups for p in group["params"]
+        }
+        if missing := [p for p in parameters if p not in self._decay]:
+            raise InputError(f"the optimizer does not hold {len(missing)} of the model's {len(parameters)} parameters")
+        self._weights: list[Tensor] = []
+
+    @torch.no_grad()
+    def refresh(self) -> bool:
+        """Reads the state anew; False while there is none, before the first update."""
+        states = [self._optimizer.state.get(p, {}) for p in self._parameters]
+        if not all("exp_avg_sq" in state or "square_avg" in state for state in states):
+            if any(states):
+                raise InputError("the optimizer keeps no mean of squared gradients: measure without preconditioning")
+            self._weights = []
+            return False
+        roots = []
+        for parameter, state in zip(self._parameters, states, strict=True):
+            mean_sq = state["exp_avg_sq"] if "exp_avg_sq" in state else state["square_avg"]
+            step = float(state["step"]) if "step" in state else 0.0
+            seen = 1.0 - self._decay[parameter] ** step if "exp_avg_sq" in state else 1.0
+            roots.append((mean_sq / seen).sqrt())
+        count = sum(root.numel() for root in roots)
+        floor = self._damping * (torch.stack(torch._foreach_norm(roots)).double().square().sum() / count).sqrt().item()
+        if floor > 0:
+            torch._foreach_add_(roots, floor)
+            torch._foreach_reciprocal_(roots)
+        self._weights = roots if floor > 0 else []
+        return floor > 0
+
+    @property
+    def known(self) -> bool:
+        """Whether the last `refresh` found a state."""
+        return bool(self._weights)
+
+    def __getitem__(self, index: int) -> Tensor:
+        """The weights of a parameter's coordinates, in its own shape."""
+        return self._weights[index]
