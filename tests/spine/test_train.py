@@ -261,6 +261,24 @@ def test_non_finite_steps_are_recorded_and_stop_the_run_when_there_are_too_many(
     assert state(run.path)["learner"]["step"] == 11
 
 
+def test_an_error_in_the_users_code_is_kept_and_passed_on(tmp_path):
+    calls = []
+
+    def loss(module, batch):
+        calls.append(module.training)
+        if sum(calls) == 10:
+            raise KeyError("lost label")
+        return squared_error(module, batch)
+
+    with pytest.raises(KeyError, match="lost label"):
+        train(toy_job(loss=loss), toy_plan(), out=tmp_path / "r", device="cpu")
+    run = Run.open(tmp_path / "r")
+    assert run.meta["status"] == "stopped" and run.meta["error"] == "KeyError: 'lost label'"
+    assert run.summary["steps"] == 2
+    resumed = train(toy_job(), toy_plan(), out=tmp_path / "r", resume=True, device="cpu")
+    assert resumed.meta["error"] is None and resumed.summary["status"] == "finished"
+
+
 @pytest.mark.parametrize("call", [1, 3, 8])
 def test_a_full_disk_ends_the_run_and_keeps_what_was_written(tmp_path, monkeypatch, call, uninterrupted):
     folder, calls, fsync = tmp_path / "r", [], os.fsync

@@ -107,16 +107,12 @@ class RunFolder:
 
     def finish(self, status: str) -> None:
         """Writes what came of the run."""
-
-        def write(writer: RunWriter) -> None:
-            run = writer.run()
-            summary = summarize(run.steps(), run.plan, status)
-            if status == "reached" and summary["target_step"] is None:
-                summary |= {"target_step": 0, "target_seconds": 0.0, "final": run.meta["initial"]}
-            writer.write_meta(status=status, summary=to_plain(summary))
-
-        self._write(write)
+        self._write(lambda writer: _finish(writer, status))
         self._agree()
+
+    def fail(self, error: BaseException) -> None:
+        """Writes that the run was ended by `error`, on this rank's own account: the others may not come to know."""
+        self._write(lambda writer: _finish(writer, "stopped", error=f"{type(error).__name__}: {error}"))
 
     def give_up(self) -> None:
         """Ends the run on this rank after a write was refused; what was written before stays."""
@@ -133,6 +129,14 @@ class RunFolder:
             action(self._writer)
         except StorageError as error:
             self.failed, self._error = WRITE_FAILED, error
+
+
+def _finish(writer: RunWriter, status: str, **more: str) -> None:
+    run = writer.run()
+    summary = summarize(run.steps(), run.plan, status)
+    if status == "reached" and summary["target_step"] is None:
+        summary |= {"target_step": 0, "target_seconds": 0.0, "final": run.meta["initial"]}
+    writer.write_meta(status=status, summary=to_plain(summary), **more)
 
 
 def describe(job: Job, plan: Plan, learner: Learner, *, seed: int, facts: Facts | None) -> dict[str, Any]:
@@ -167,6 +171,7 @@ def describe_again(plan: Plan, learner: Learner) -> dict[str, Any]:
         "versions": versions(),
         "machine": machine(),
         "summary": None,
+        "error": None,
     }
 
 

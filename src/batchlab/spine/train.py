@@ -9,7 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from batchlab.core.errors import InputError, Interrupted, NonFiniteError
+from batchlab.core.errors import InputError, Interrupted, NonFiniteError, StorageError
 from batchlab.core.facts import Facts
 from batchlab.core.job import Job
 from batchlab.core.jsonio import to_plain
@@ -64,7 +64,13 @@ def train(
                     initial = initial or learner.evaluate()
                     folder.note_initial(initial)
                     status = _status(initial, plan)
-                status = _run(learner, folder, signals, tuple(callbacks), status)
+                try:
+                    status = _run(learner, folder, signals, tuple(callbacks), status)
+                except (Interrupted, StorageError):
+                    raise
+                except Exception as error:
+                    folder.fail(error)
+                    raise
                 folder.save_weights(learner)
                 folder.finish(status)
         finally:
@@ -93,7 +99,7 @@ def _run(
         if stop or hopeless or status != "running" or update.step in (plan.steps, _next_save(update.step, plan)):
             folder.save(learner)
         if hopeless:
-            _stop_hopeless(folder, update)
+            raise _hopeless(update)
         if stop and status == "running":
             folder.finish("interrupted")
             raise Interrupted(f"stopped by signal {stop} after step {update.step}; go on with --resume", stop)
@@ -104,9 +110,8 @@ def _next_save(step: int, plan: Plan) -> int:
     return step if step % plan.checkpoint_every == 0 else -1
 
 
-def _stop_hopeless(folder: RunFolder, update: Update) -> None:
-    folder.finish("stopped")
-    raise NonFiniteError(
+def _hopeless(update: Update) -> NonFiniteError:
+    return NonFiniteError(
         f"{MAX_SKIPPED_IN_A_ROW} updates in a row had a loss or gradient that is not finite, the last at step "
         f"{update.step} (loss {update.loss}, gradient norm {update.grad_norm}); nothing of them was applied"
     )
