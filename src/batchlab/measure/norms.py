@@ -21,8 +21,9 @@ def sq_norm(gradient: Tensor, weight: Tensor | None = None) -> Tensor:
     weights = None if weight is None else weight.reshape(-1)
     if flat.numel() <= CHUNK:
         return _dot(flat, weights)
-    parts = [None] * -(-flat.numel() // CHUNK) if weights is None else weights.split(CHUNK)
-    return torch.stack([_dot(chunk, part) for chunk, part in zip(flat.split(CHUNK), parts, strict=True)]).sum()
+    chunks = torch.split(flat, CHUNK)
+    parts = [None] * len(chunks) if weights is None else torch.split(weights, CHUNK)
+    return torch.stack([_dot(chunk, part) for chunk, part in zip(chunks, parts, strict=True)]).sum()
 
 
 def _dot(flat: Tensor, weights: Tensor | None) -> Tensor:

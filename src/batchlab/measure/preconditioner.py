@@ -53,7 +53,8 @@ class Preconditioner:
             seen = 1.0 - self._decay[parameter] ** step if "exp_avg_sq" in state else 1.0
             roots.append((mean_sq / seen).sqrt())
         count = sum(root.numel() for root in roots)
-        floor = self._damping * (torch.stack(torch._foreach_norm(roots)).double().square().sum() / count).sqrt().item()
+        norms = torch.stack(torch._foreach_norm(roots)).double()
+        floor = self._damping * float((norms.square().sum() / count).sqrt())
         if floor > 0:
             torch._foreach_add_(roots, floor)
             torch._foreach_reciprocal_(roots)

@@ -49,6 +49,7 @@ class StopSignals:
                 raise KeyboardInterrupt
             raise SystemExit(128 + number)
         self.requested = number
-        own = callable(before) and before is not signal.default_int_handler
-        if own and not getattr(before, "ends_at_once", False):
+        if before is None or before is signal.default_int_handler or getattr(before, "ends_at_once", False):
+            return
+        if callable(before):
             before(number, frame)
