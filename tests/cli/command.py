@@ -24,8 +24,8 @@ def loss(module, batch):
     return (module(x).squeeze(1) - y).square().mean()
 
 def make(name="line", **changes):
-    settings = dict(train=data(256, 0), valid=data(64, 1), target=bl.Target("loss", 0.5))
-    return bl.Job(name, lambda: nn.Linear(4, 1), loss, **(settings | changes))
+    settings = dict(model=lambda: nn.Linear(4, 1), loss=loss, train=data(256, 0), valid=data(64, 1))
+    return bl.Job(name, target=bl.Target("loss", 0.5), **(settings | changes))
 
 job = make()
 def as_function():
@@ -35,7 +35,6 @@ def nan_loss(module, batch):
 not_a_number = bl.Job("nan", lambda: nn.Linear(4, 1), nan_loss, train=data(256, 0), valid=data(64, 1))
 def nothing_to_learn_from():
     return make(train=[])
-never = make(target=bl.Target("loss", -1.0))
 number = 3
 """
 
