@@ -88,7 +88,7 @@ def find_micro_batch(
     rel_gap: 0 finds the exact limit. headroom: share of the memory available at the start that is left free, so that
     it still fits when fragments have gathered; 0.1 on a GPU, and 0.5 on a CPU, which others use too.
     saturation: ends the search where two doublings in a row each raise examples per second by less than this share,
-    at the fastest size; 0.05 for a job on a CPU, otherwise None for never.
+    at the fastest size; 0 for never, the default but for a job on a CPU, where it is 0.05.
     is_oom: which errors mean that memory ran out; any other passes through unchanged.
     group: ranks that must agree; the default group where one is initialised. seconds: no new size after so long.
     memory: counts bytes; by default the device's own count for a job, and none for a function.
@@ -102,8 +102,7 @@ def find_micro_batch(
         raise InputError(f"headroom must lie in [0, 1), got {headroom!r}")
     if max_size is None and not is_job:
         raise InputError("max_size must be given for a step function: nothing else bounds the search")
-    if saturation is None and is_job:
-        saturation = SATURATION.get(where.type)
+    saturation = (SATURATION.get(where.type) if saturation is None and is_job else saturation) or None
     spared = HEADROOM.get(where.type, 0.1) if headroom is None else headroom
     search = SizeSearch(
         start=start or (START.get(where.type, 32) if is_job else 32),
@@ -127,15 +126,21 @@ def _own_step(
     job: Job, device: torch.device, seed: int, group: dist.ProcessGroup | None, is_oom: Callable[[BaseException], bool]
 ) -> TrainingStep:
     """A step on a fresh model; it holds what the weights' average, and DDP's buckets under a group, will take."""
-    step, fits = None, _FITS
+    step, state, other = None, _FITS, None
     try:
         step = TrainingStep(job, device=device, seed=seed, copies=2 if _together(group) else 1)
     except Exception as error:
-        if not is_oom(error):
-            raise
-        let_go(error)
-        fits = _OUT
-    if agree_min([fits], group)[0] != _FITS or step is None:
+        if is_oom(error):
+            state = _OUT
+            let_go(error)
+        else:
+            state, other = _FAILED, error
+    worst = agree_min([state], group)[0]
+    if other is not None:
+        raise other
+    if worst == _FAILED:
+        raise BatchlabError("another rank failed while it made the model; its own error says why")
+    if step is None or worst == _OUT:
         raise InputError("the model with its gradients and optimizer state does not fit in memory")
     return step
 

@@ -1,0 +1,363 @@
+"""The micro-batch finder: what it returns was run, what it takes it gives back, and ranks agree."""
+
+import gc
+import os
+import weakref
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from batchlab.core.errors import BatchlabError, InputError
+from batchlab.core.job import Job
+from batchlab.measure import memory
+from batchlab.measure.memory import find_micro_batch
+from batchlab.measure.out_of_memory import is_out_of_memory
+from tests.spine.forked import in_ranks
+from tests.spine.jobs import toy_data
+
+PHASES = ("data", "forward", "backward", "step")
+
+
+class Limited:
+    """A step that runs out of memory above a limit."""
+
+    def __init__(self, limit, error=None):
+        self.limit, self.error, self.ran = limit, error or torch.OutOfMemoryError("CUDA out of memory."), []
+
+    def __call__(self, size):
+        if size > self.limit:
+            raise self.error
+        self.ran.append(size)
+
+
+class FakeMeter:
+    """Memory that grows as fixed + slope·size; tells the step's size by what ran last."""
+
+    def __init__(self, step, usable, fixed, slope):
+        self.step, self.usable, self.fixed, self.slope = step, usable, fixed, slope
+
+    def start(self):
+        pass
+
+    def peak(self):
+        return self.fixed + self.slope * self.step.ran[-1]
+
+
+@pytest.mark.parametrize("start", [1, 7, 32, 256])
+def test_the_size_was_run_and_is_near_the_limit(start, monkeypatch):
+    monkeypatch.setattr("batchlab.measure.memory.free", lambda device=None: None)  # 50 ms, and nothing to free here
+    for limit in range(1, 301):
+        step = Limited(limit)
+        found = find_micro_batch(step, max_size=4096, start=start)
+        assert found.size in step.ran
+        assert found.size == limit or (limit + 1 - found.size) / (limit + 1) <= 0.05
+        assert find_micro_batch(Limited(limit), max_size=4096, start=start, rel_gap=0).size == limit
+
+
+def test_the_record():
+    found = find_micro_batch(Limited(100), max_size=1000)
+    assert [(each.size, each.fits, each.phase) for each in found.tries] == [
+        (32, True, None),
+        (128, False, "step"),
+        (64, True, None),
+        (90, True, None),
+        (107, False, "step"),
+        (98, True, None),
+        (102, False, "step"),
+    ]
+    assert found.why == "102 does not fit (step)"
+    assert find_micro_batch(Limited(100), max_size=48).why == "48 is the largest size allowed"
+    assert found.steps == 7
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB"),
+        MemoryError(),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("HIP out of memory. Tried to allocate 20.00 MiB"),
+        RuntimeError("XPU out of memory. Tried to allocate 20.00 MiB"),
+        RuntimeError("MPS backend out of memory"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuFFT error: CUFFT_INTERNAL_ERROR"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 5 bytes."),
+        RuntimeError("FATAL ERROR :: MODULE:PT_DEVMEM Allocation failed for size"),
+    ],
+    ids=str,
+)
+def test_what_counts_as_out_of_memory(error):
+    assert is_out_of_memory(error)
+    assert find_micro_batch(Limited(40, error), max_size=64, rel_gap=0).size == 40
+
+
+def test_a_real_failure_of_the_cpu_allocator():
+    def step(size):
+        torch.empty(2**45 if size > 20 else 1)
+
+    assert find_micro_batch(step, max_size=64, rel_gap=0).size == 20
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("shapes cannot be multiplied"), ValueError("out of memory"), KeyError("x"), OSError(12, "")]
+)
+def test_other_errors_pass_unchanged(error):
+    with pytest.raises(type(error)) as caught:
+        find_micro_batch(Limited(40, error), max_size=64)
+    assert caught.value is error
+
+
+def test_interrupts_pass():
+    with pytest.raises(KeyboardInterrupt):
+        find_micro_batch(Limited(40, KeyboardInterrupt()), max_size=64)
+
+
+def test_not_even_one():
+    with pytest.raises(InputError, match=r"not even 1 example fits in memory.*CUDA out of memory"):
+        find_micro_batch(Limited(0), max_size=64)
+
+
+@pytest.mark.parametrize(
+    "settings, text",
+    [
+        ({}, "max_size must be given"),
+        ({"max_size": 0}, "max_size must be an integer of at least 1, got 0"),
+        ({"max_size": 8, "headroom": 1.0}, r"headroom must lie in \[0, 1\), got 1.0"),
+        ({"max_size": 8, "rel_gap": -0.1}, r"rel_gap must lie in \[0, 1\), got -0.1"),
+    ],
+)
+def test_bad_input(settings, text):
+    with pytest.raises(InputError, match=text):
+        find_micro_batch(Limited(4), **settings)
+
+
+def test_known_memory_is_foreseen_and_the_margin_kept():
+    for headroom in (0.0, 0.1, 0.5):
+        step = Limited(10**9)
+        counter = FakeMeter(step, usable=100_000, fixed=1_000, slope=50)
+        found = find_micro_batch(step, max_size=10**6, headroom=headroom, memory=counter)
+        limit = ((1 - headroom) * 100_000 - 1_000) / 50
+        assert 0.95 * limit <= found.size <= limit
+        assert max(step.ran) <= limit, "a size was run that was known to take too much"
+        assert found.steps <= 4
+        assert {each.phase for each in found.tries if not each.fits} <= {"foreseen"}
+
+
+def test_a_step_that_eats_into_the_margin_does_not_fit():
+    step = Limited(10**9)
+    found = find_micro_batch(step, max_size=64, headroom=0.5, memory=FakeMeter(step, 1000, 0, 10))
+    assert found.size == 50 or (51 - found.size) / 51 <= 0.05
+    assert ("headroom" in {each.phase for each in found.tries}) == (max(step.ran) > 50)
+
+
+def test_stops_where_speed_no_longer_grows(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("batchlab.measure.memory.time.perf_counter", lambda: clock[0])
+
+    def step(size):
+        clock[0] += 1e-3 * max(size, 16)
+
+    found = find_micro_batch(step, max_size=4096, start=1, saturation=0.05)
+    assert found.why == "examples per second grew by less than 5% over two doublings"
+    assert max(each.size for each in found.tries) == 64
+    assert 16 <= found.size <= 64
+
+
+def test_stops_when_time_is_up():
+    found = find_micro_batch(Limited(10**9), max_size=10**6, start=1, seconds=0.0)
+    assert (found.size, found.why) == (1, "the time was up")
+
+
+class Bulky(nn.Module):
+    """Keeps a weak reference to every activation, and fails on demand."""
+
+    def __init__(self, failing, limit, seen):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1000))
+        self.failing, self.limit, self.seen = failing, limit, seen
+
+    def forward(self, x):
+        activation = x[:, None] * self.weight
+        self.seen.append(weakref.ref(activation))
+        if len(x) > self.limit and self.failing == "forward":
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        if len(x) > self.limit and self.failing == "backward":
+            activation.register_hook(self._fail)
+        self.size = len(x)
+        return activation.square()
+
+    @staticmethod
+    def _fail(gradient):
+        raise RuntimeError("HIP out of memory. Tried to allocate")
+
+
+def bulky_job(failing, limit, seen, monkeypatch):
+    data = torch.arange(4096.0)
+    models = []
+
+    def model():
+        models.append(Bulky(failing, limit, seen))
+        return models[-1]
+
+    def collate(batch):
+        if failing == "data" and len(batch) > limit:
+            raise MemoryError
+        return torch.stack(batch)
+
+    if failing == "step":
+        step = torch.optim.SGD.step
+
+        def failing_step(self, closure=None):
+            if models and getattr(models[0], "size", 0) > limit:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return step(self, closure)
+
+        monkeypatch.setattr(torch.optim.SGD, "step", failing_step)
+    return Job("bulky", model, lambda m, x: m(x).mean(), data, data, collate=collate, optimizer="sgd"), models
+
+
+@pytest.mark.parametrize("failing", PHASES)
+def test_failures_leave_nothing_behind(failing, monkeypatch):
+    def resident():
+        gc.collect()
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    sizes = []
+    for _ in range(4):
+        seen = []
+        job, models = bulky_job(failing, 300, seen, monkeypatch)
+        found = find_micro_batch(job, start=512, saturation=0, rel_gap=0, device="cpu")
+        assert found.size == 300
+        assert {each.phase for each in found.tries} == {None, failing}
+        dead = weakref.ref(models.pop())
+        gc.collect()
+        assert dead() is None and not any(reference() is not None for reference in seen)
+        monkeypatch.undo()
+        sizes.append(resident())
+    assert sizes[-1] - sizes[0] <= 2**20 + 1e-3 * sizes[0], "memory grows with every search"
+
+
+def test_tensors_of_a_failed_step_die_before_the_next_one():
+    alive = []
+
+    def step(size):
+        assert not any(reference() is not None for reference in alive)
+        held = torch.empty(1000)
+        alive.append(weakref.ref(held))
+        if size > 20:
+            try:
+                raise MemoryError("inner")
+            except MemoryError as error:
+                raise RuntimeError("CUDA out of memory.") from error
+
+    assert find_micro_batch(step, max_size=64, rel_gap=0).size == 20
+    assert len(alive) > 4
+
+
+def test_neither_model_nor_generators_nor_data_change():
+    made = []
+
+    def model():
+        made.append(nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 1)).double())
+        return made[-1]
+
+    own = model()
+    before = {name: value.clone() for name, value in own.state_dict().items()}
+    job = toy_job(model=model)
+    state = torch.get_rng_state()
+    found = find_micro_batch(job, start=2, device="cpu")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in own.state_dict().items())
+    assert 2 <= found.size <= len(job.train) and len(made) == 2
+    assert all(each.peak_bytes is None or each.peak_bytes >= 0 for each in found.tries)
+
+
+def toy_job(model):
+    def loss(module, batch):
+        x, y = batch
+        return (module(x).squeeze(1) - y).square().mean()
+
+    data = toy_data(256)
+    return Job("toy", model, loss, data, toy_data(8, seed=1))
+
+
+def test_the_state_of_the_optimizer_is_there_before_the_first_size():
+    found_state = []
+
+    def loss(module, batch):
+        x, y = batch
+        frame = __import__("sys")._getframe()
+        while "self" not in frame.f_locals or not hasattr(frame.f_locals["self"], "optimizer"):
+            frame = frame.f_back
+        found_state.append(len(frame.f_locals["self"].optimizer.state))
+        return (module(x).squeeze(1) - y).square().mean()
+
+    job = Job("toy", lambda: nn.Linear(6, 1).double(), loss, toy_data(64), toy_data(8, seed=1), optimizer="adamw")
+    find_micro_batch(job, device="cpu")
+    assert found_state and all(count == 2 for count in found_state)
+
+
+def _one_rank_runs_out(folder):
+    memory.free = lambda device=None: None
+    rank = dist.get_rank()
+    for limit in range(3, 53):
+        found = find_micro_batch(Limited(limit if rank == 1 else 10**6), max_size=4096, start=32)
+        assert found.size == limit or (limit + 1 - found.size) / (limit + 1) <= 0.05
+        (folder / f"{rank}-{limit}").write_text(f"{found.size} {[each.size for each in found.tries]}")
+
+
+def test_ranks_agree_when_one_runs_out(tmp_path):
+    assert in_ranks(2, tmp_path, _one_rank_runs_out, tmp_path) == [0, 0]
+    for limit in range(3, 53):
+        assert (tmp_path / f"0-{limit}").read_text() == (tmp_path / f"1-{limit}").read_text()
+
+
+def _one_rank_fails(folder):
+    error = KeyError("broken") if dist.get_rank() == 1 else torch.OutOfMemoryError("CUDA out of memory.")
+    try:
+        find_micro_batch(Limited(40, error), max_size=64)
+    except (KeyError, BatchlabError) as caught:
+        (folder / f"{dist.get_rank()}").write_text(f"{type(caught).__name__}: {caught}")
+
+
+def test_a_rank_that_fails_otherwise_stops_all(tmp_path):
+    assert in_ranks(2, tmp_path, _one_rank_fails, tmp_path) == [0, 0]
+    assert (tmp_path / "1").read_text() == "KeyError: 'broken'"
+    assert (tmp_path / "0").read_text().startswith("BatchlabError: another rank failed in a step with 64 examples")
+
+
+def _job_under_ranks(folder):
+    found = find_micro_batch(toy_job(lambda: nn.Linear(6, 1).double()), device="cpu")
+    (folder / f"{dist.get_rank()}").write_text(f"{found.size} {[each.size for each in found.tries]}")
+
+
+def test_a_job_under_ranks(tmp_path):
+    assert in_ranks(2, tmp_path, _job_under_ranks, tmp_path) == [0, 0]
+    assert (tmp_path / "0").read_text() == (tmp_path / "1").read_text()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_it_fits_for_500_steps():
+    data = torch.randn(65536, 4096)
+    job = Job(
+        "wide",
+        lambda: nn.Sequential(*(nn.Linear(4096, 4096) for _ in range(8))),
+        lambda m, x: m(x).square().mean(),
+        data,
+        data[:8],
+    )
+    before = torch.cuda.memory_allocated()
+    found = find_micro_batch(job, headroom=0.9)
+    assert torch.cuda.memory_allocated() - before <= 2**20
+    model = job.model().cuda()
+    optimizer = torch.optim.AdamW(model.parameters())
+    for _ in range(500):
+        job.loss(model, data[: found.size].cuda()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
