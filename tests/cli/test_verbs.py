@@ -115,7 +115,7 @@ BAD_INPUT = [
     ("plan train.py:job --facts train.py", "train.py is not valid JSON"),
     ("plan digits --facts facts.json", "line"),
     ("train digits --plan plan.json", "the plan is for the job 'line'"),
-    ("tune digits --target price", "has no option 'target'"),
+    ("tune digits --target price", "--target names a column of a table job"),
     ("tune table:data.csv --target price", "price"),
     ("tune images:one", "class"),
     ("sweep train.py:job --batch-sizes 5..7", "5..7"),

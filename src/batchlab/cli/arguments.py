@@ -47,6 +47,11 @@ def _metric_and_value(option: str, text: str) -> tuple[str, float]:
 
 def load(spec: str, column: str | None = None, target: Target | None = None) -> Job:
     """The job that JOB names. column: what `--target` names, for table jobs. target: replaces the job's own."""
+    if column is not None and not (spec.startswith("table:") or ".py" in spec):
+        raise InputError(
+            f"--target names a column of a table job, and {spec!r} is none; "
+            "when a run counts as trained is said by --at-least or --at-most"
+        )
     import dataclasses
 
     from batchlab.workloads.resolve import load_job

@@ -48,7 +48,10 @@ def output(as_json: bool) -> Iterator[Output]:
     kept = os.dup(1)
     os.dup2(2, 1)
     try:
-        with os.fdopen(kept, "w", encoding="utf-8", closefd=False) as stream:
+        with (
+            os.fdopen(kept, "w", encoding="utf-8", closefd=False) as stream,
+            contextlib.redirect_stdout(sys.stderr),
+        ):
             yield Output(stream, as_json)
     finally:
         sys.stdout.flush()
