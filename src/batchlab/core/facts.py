@@ -73,7 +73,10 @@ class NoisePoint(JsonNoun):
 
 @dataclass(frozen=True)
 class LearningRateTrial(JsonNoun):
-    """One short run: `learning_rate`, and the training loss it ended with (NaN if it diverged)."""
+    """One short run: `learning_rate`, and its validation loss, infinite if it diverged, NaN if it was not run.
+
+    The loss is the geometric mean along the run, of averaged weights: steadier than the loss at the end.
+    """
 
     learning_rate: float
     loss: float

@@ -112,7 +112,7 @@ def find_micro_batch(
     )
     free(where)
     counter = memory or (meter(where) if is_job else None)
-    finder = _Finder(search, counter, spared, saturation, is_oom, group, time.perf_counter() + seconds)
+    finder = _Finder(search, counter, spared, saturation, is_oom, group, seconds)
     try:
         with preserved_generators():
             if isinstance(job_or_step, Job):
@@ -160,17 +160,22 @@ class _Finder:
         saturation: float | None,
         is_oom: Callable[[BaseException], bool],
         group: dist.ProcessGroup | None,
-        deadline: float,
+        seconds: float,
     ) -> None:
         self.search, self.counter, self.saturation, self.is_oom = search, counter, saturation, is_oom
         self.allowed = None if counter is None else (1 - headroom) * counter.usable
-        self.group, self.deadline = group, deadline
+        self.group, self.seconds, self.deadline = group, seconds, float("inf")
         self.tries: list[Try] = []
         self.shared: list[tuple[int, float, float]] = []
         self.seconds_left, self.last_text = float("inf"), ""
 
     def run(self, step: Callable[[int], None]) -> MicroBatch:
         """Until the search is done, the speed no longer grows, or time is out."""
+        if isinstance(step, TrainingStep) and self.saturation is not None:
+            _, _, _, other = self._run(step, 1)  # the first step of a process loads code and says nothing of speed
+            step.clear()
+            del other
+        self.deadline = time.perf_counter() + self.seconds
         while (size := self.search.next_size(self._guess())) is not None:
             self._try(step, size)
             if (fastest := self._saturated()) is not None:

@@ -279,9 +279,10 @@ def _thinned(points: Sequence[NoisePoint]) -> tuple[NoisePoint, ...]:
 def _said(first: Course, target: Target, origin: str, reached: Sequence[int | None], found: MicroBatch) -> list[str]:
     notes = [f"micro-batches up to {found.size}: {found.why}"]
     if origin != "job":
+        initial, best = first.evaluations[0][1], min(value for _, value in first.evaluations)
         notes.append(
-            f"target: validation loss {target.value:.4g}, where the reference run had made 95 % of its improvement "
-            f"from {first.evaluations[0][1]:.4g} to {min(value for _, value in first.evaluations):.4g}; the job has none"
+            f"the job has no target: validation loss {target.value:.4g} is taken, where the reference run had made "
+            f"95 % of its improvement from {initial:.4g} to {best:.4g}"
         )
     if first.stopped == "budget":
         notes.append(

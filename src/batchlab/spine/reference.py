@@ -48,7 +48,7 @@ def run_reference(
 ) -> Course:
     """Trains `plan` until the target's metric has flattened or the share `until` of the budget is spent.
 
-    Flattened: the last third of the updates improved the best value by no more than 1 % of all improvement. A job
+    Flattened: the last half of the updates improved the best value by no more than 1 % of all improvement. A job
     with a target stops there. every: updates between evaluations at least.
     """
     target = job.target or Target("loss", -1e308)
@@ -147,10 +147,10 @@ def _evaluate(course: Course, learner: Learner, metric: str) -> None:
 
 
 def flattened(evaluations: Sequence[tuple[int, float]], target: Target) -> bool:
-    """Whether the last third of the updates improved the best by at most 1 % of the improvement since the start."""
+    """Whether the last half of the updates improved the best by at most 1 % of the improvement since the start."""
     sign = 1.0 if target.direction == "min" else -1.0
     last = evaluations[-1][0]
-    early = min(sign * value for step, value in evaluations if 3 * step <= 2 * last)
+    early = min(sign * value for step, value in evaluations if 2 * step <= last)
     best = min(sign * value for _, value in evaluations)
     return early - best <= FLAT_SHARE * (sign * evaluations[0][1] - best)
 

@@ -11,7 +11,7 @@ Progress = Callable[[str, float], None]
 
 
 class Stopwatch:
-    """Counts down a budget. Under a process group what is left is the least of the ranks': each call is a collective."""
+    """Counts down a budget. Under a process group what is left is the least of the ranks', in one collective a call."""
 
     def __init__(self, budget: float, progress: Progress | None = None) -> None:
         self.budget, self._progress = budget, progress
