@@ -18,6 +18,7 @@ from batchlab.core.errors import InputError, Interrupted
 from batchlab.core.facts import Facts
 from batchlab.core.job import Job
 from batchlab.core.study import INTERRUPTED, Study
+from batchlab.spine.probe import probe
 from batchlab.spine.signals import StopSignals
 from batchlab.spine.sweep_folder import SweepFolder, stored_facts
 from batchlab.spine.sweep_search import BatchSearch, Task, trial_plan
@@ -65,7 +66,7 @@ def sweep(
     """
     sizes, path = parse_batch_sizes(batch_sizes), Path(out)
     _check(job, sizes, trials=trials, seeds=seeds, seed=seed)
-    known = stored_facts(path) or facts or _probe(job, seed, device, progress)
+    known = stored_facts(path) or facts or probe(job, seed=seed, device=device, progress=progress)
     aimed = job if job.target else dataclasses.replace(job, target=(facts or known).target)
     folder = SweepFolder(path, aimed, known, seed=seed, batch_sizes=sizes, trials=trials, seeds=seeds)
     folder.check()
@@ -87,12 +88,6 @@ def sweep(
         finally:
             folder.finish(status, [record for search in searches for record in search.records()])
     return Study.open(path)
-
-
-def _probe(job: Job, seed: int, device: str | None, progress: Progress | None) -> Facts:
-    from batchlab.spine.probe import probe
-
-    return probe(job, seed=seed, device=device, progress=progress)
 
 
 def _next_task(searches: Sequence[BatchSearch], signals: StopSignals) -> Task | None:
