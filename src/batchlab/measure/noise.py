@@ -128,12 +128,12 @@ class GradientNoise:
         """
         if self._weights is not None:
             grad_sq_norm = None
-        pieces, witness, self.pair = self._norms.take(), self._norms.witness.take(), None
+        pieces, witness, self.pair = self._norms.take(), self._take_witness(grad_sq_norm is None), None
         world = dist.get_world_size(self._group) if dist.is_initialized() else 1
         if not pieces and world == 1:
             raise InputError("step needs at least one micro_batch before it")
         big = self._batch_sq_norm() if grad_sq_norm is None else float(grad_sq_norm)
-        sums, witness = self._over_ranks(pieces, big / world, witness if grad_sq_norm is None else witness[:0])
+        sums, witness = self._over_ranks(pieces, big / world, witness)
         squares, big, examples, count = sums
         if not count:
             raise InputError("step needs at least one micro_batch before it")
@@ -163,6 +163,13 @@ class GradientNoise:
         both = torch.cat([torch.tensor(sums, dtype=torch.float64, device=witness.device), witness])
         dist.all_reduce(both, group=self._group)
         return both[: len(sums)].tolist(), both[len(sums) :]
+
+    def _take_witness(self, wanted: bool) -> Tensor:
+        """What the witness saw in this step; nothing if it is not wanted, as after a step in which it was not."""
+        witness = self._norms.witness
+        listened, witness.wanted = witness.wanted, wanted
+        seen = witness.take()
+        return seen if wanted and listened else seen[:0]
 
     def _batch_sq_norm(self) -> float:
         gradients = [p.grad for p in self._parameters if p.grad is not None]

@@ -7,15 +7,14 @@ share is averaged in: a pass over one tensor that is in the cache.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from batchlab.core.errors import InputError
-from batchlab.measure.norms import sq_norm, to_floats
+from batchlab.measure.norms import CHUNK, sq_norm, to_floats
 from batchlab.measure.preconditioner import Preconditioner
 
 WITNESS = 1024
@@ -43,8 +42,8 @@ class PieceNorms:
         self._examples: int | None = None
         self._seen: dict[int, float | Tensor] = {}
         self._pieces: list[Piece] = []
-        see = self._see_merged if merged else self._see
-        self._hooks = [p.register_hook(partial(see, i)) for i, p in enumerate(self.parameters)]  # type: ignore[no-untyped-call]
+        make = self._merged_hook if merged else self._hook
+        self._hooks = [p.register_hook(make(index)) for index, p in enumerate(self.parameters)]  # type: ignore[no-untyped-call]
         self.witness = Witness(self.parameters)
         self._hooks.append(self.witness.parameter.register_hook(self._testify))  # type: ignore[no-untyped-call]
 
@@ -76,29 +75,44 @@ class PieceNorms:
         else:
             self._pieces.append(Piece(examples, list(self._seen.values())))
 
-    def _see(self, index: int, gradient: Tensor) -> None:
-        if self._examples is None:
-            return
-        if index in self._seen:
-            raise InputError(
-                "a parameter got two gradients in one micro_batch: give each backward pass a micro_batch of its own, "
-                "and checkpoint shared parameters with use_reentrant=False"
-            )
-        self._keep(index, gradient)
+    def _hook(self, index: int) -> Callable[[Tensor], None]:
+        parameter = self.parameters[index]
+        plain = parameter.is_cpu and parameter.numel() <= CHUNK and parameter.dtype in (torch.float32, torch.float64)
+        plain = plain and self._weights is None
+        norm, strided = torch.linalg.vector_norm, torch.strided
 
-    def _see_merged(self, index: int, gradient: Tensor) -> None:
-        if self._examples is None:
-            return
-        before = self.parameters[index].grad
-        self._keep(index, gradient if before is None else before + gradient)
+        def see(gradient: Tensor) -> None:
+            if self._examples is None:
+                return
+            if index in self._seen:
+                raise InputError(
+                    "a parameter got two gradients in one micro_batch: give each backward pass a micro_batch of its "
+                    "own, and checkpoint shared parameters with use_reentrant=False"
+                )
+            if plain and gradient.layout is strided:
+                self._seen[index] = norm(gradient).item() ** 2
+            else:
+                self._seen[index] = self._square(index, gradient)
 
-    def _keep(self, index: int, gradient: Tensor) -> None:
+        return see
+
+    def _merged_hook(self, index: int) -> Callable[[Tensor], None]:
+        parameter = self.parameters[index]
+
+        def see(gradient: Tensor) -> None:
+            if self._examples is not None:
+                before = parameter.grad
+                self._seen[index] = self._square(index, gradient if before is None else before + gradient)
+
+        return see
+
+    def _square(self, index: int, gradient: Tensor) -> float | Tensor:
         weighted = self._weights is not None and self._weights.known
         square = sq_norm(gradient, self._weights[index] if weighted and self._weights is not None else None)
-        self._seen[index] = square.item() if square.is_cpu else square
+        return square.item() if square.is_cpu else square
 
     def _testify(self, gradient: Tensor) -> None:
-        if self._examples is not None:
+        if self._examples is not None and self.witness.wanted:
             self.witness.see(gradient)
 
     def take(self) -> list[Piece]:
@@ -116,12 +130,13 @@ class PieceNorms:
 class Witness:
     """One small parameter whose gradients are added up, to tell whether those seen are those in `.grad`.
 
-    The largest with at most 1,024 numbers, else the smallest.
+    The largest with at most 1,024 numbers, else the smallest. wanted: whether it listens.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         small = [p for p in parameters if p.numel() <= WITNESS]
         self.parameter = max(small, key=Tensor.numel) if small else min(parameters, key=Tensor.numel)
+        self.wanted = True
         self.sum: Tensor | None = None
         self.squares: list[Tensor] = []
 

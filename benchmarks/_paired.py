@@ -1,0 +1,62 @@
+"""What the benchmarks share: interleaved pairs, the median of their ratios with a bootstrap interval, the machine."""
+
+import argparse
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from batchlab.core.provenance import machine, versions
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def paired_seconds(
+    ours: Callable[[], Any], theirs: Callable[[], Any], *, pairs: int, warm_up: int = 5, calls: int = 1
+) -> list[tuple[float, float]]:
+    """Seconds of `ours` and `theirs` in turn, each the sum of `calls` calls; who goes first alternates within a pair.
+
+    Within a pair the calls alternate one by one, so that what else the machine does hits both sides alike.
+    """
+    result = []
+    for index in range(-warm_up, pairs):
+        spent = [0.0, 0.0]
+        for call in range(calls):
+            order = (0, 1) if (index + call) % 2 else (1, 0)
+            for side in order:
+                start = time.perf_counter()
+                (ours, theirs)[side]()
+                spent[side] += time.perf_counter() - start
+        if index >= 0:
+            result.append((spent[0], spent[1]))
+    return result
+
+
+def median_ratio(pairs: Sequence[tuple[float, float]], *, resamples: int = 4000, seed: int = 0) -> dict[str, float]:
+    """The median of ours/theirs over pairs, with its bootstrap 95 % interval."""
+    ratios = [ours / theirs for ours, theirs in pairs]
+    draw = random.Random(seed)
+    medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(resamples))
+    low, high = medians[int(0.025 * resamples)], medians[int(0.975 * resamples) - 1]
+    return {"ratio": statistics.median(ratios), "low": low, "high": high}
+
+
+def arguments(description: str | None, *, pairs: int) -> argparse.Namespace:
+    """--pairs, --threads and --save, for every benchmark of pairs."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--pairs", type=int, default=pairs)
+    parser.add_argument("--threads", type=int, default=2, help="torch's threads")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/NAME.json")
+    return parser.parse_args()
+
+
+def report(name: str, claim: str, rows: Sequence[dict[str, Any]], *, save: bool) -> None:
+    """Prints one JSON object: the claim, the rows, versions and machine; also into results/NAME.json if asked."""
+    result = {"benchmark": name, "claim": claim, "rows": list(rows), "versions": versions(), "machine": machine()}
+    if save:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    print(json.dumps(result | {"rows": [{k: v for k, v in row.items() if k != "pairs"} for row in rows]}))
