@@ -143,7 +143,7 @@ def _as_job(label: str, found: Any, options: dict[str, Any]) -> Job:
 
 
 def _kind(value: Any) -> str:
-    return "None" if value is None else f"a {type(value).__name__}"
+    return "None" if value is None else type(value).__name__
 
 
 def _contents(module: ModuleType) -> str:

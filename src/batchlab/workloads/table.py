@@ -143,7 +143,7 @@ def _checked_task(name: str, task: Task | None, target: Column) -> Task:
 def _classified(name: str, target: Column) -> _Lesson:
     classes, labels = np.unique(target.values, return_inverse=True)
     if len(classes) < 2:
-        raise InputError(f"{name}: column {target.name!r} holds one class only, {classes[0]!r}")
+        raise InputError(f"{name}: column {target.name!r} holds one class only, {classes.tolist()[0]!r}")
     if len(classes) > len(labels) / 2:
         raise InputError(
             f"{name}: column {target.name!r} holds {len(classes)} different values in {len(labels)} rows, "
