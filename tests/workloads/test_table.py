@@ -182,7 +182,7 @@ def test_the_task_can_be_chosen(tmp_path):
 def test_rows_without_a_target_are_dropped_and_counted(tmp_path):
     job = table(numbers(tmp_path, n=60, y=lambda i: "" if i % 4 == 0 else f"{i}.5"), "y")
     assert len(job.train) + len(job.valid) == 45
-    assert job.train.notes == ("15 rows without 'y' were dropped",)
+    assert job.train.notes == ("rows dropped, for they have no 'y': 15",)
 
 
 def test_a_dropped_column_is_not_used(tmp_path):

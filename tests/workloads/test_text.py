@@ -50,20 +50,20 @@ def test_of_a_folder_the_textual_files_are_read(tmp_path):
     learnt = learnt_bytes(job)
     assert b"hidden" not in learnt and b"xxx" not in learnt
     assert learnt.count(b"\0") == 1  # between two files
-    assert job.train.notes[0] == "2 files were skipped: they are not text"
+    assert job.train.notes[0] == "files skipped, for they are not text: 2"
 
 
 def test_without_textual_names_what_looks_like_text_is_read(tmp_path):
     job = text(folder(tmp_path, README=PROSE, picture=b"\x89PNG\0" + b"\1" * 5000), context=16)
     assert b"\1\1" not in learnt_bytes(job)
-    assert job.train.notes[0] == "1 files were skipped: they are not text"
+    assert job.train.notes[0] == "files skipped, for they are not text: 1"
 
 
 def test_of_ten_files_whole_ones_are_held_out():
     documents = {f"{i}.txt": bytes([65 + i]) * 100 for i in range(20)}
     corpus, again = split_documents(documents, 0.1), split_documents(dict(reversed(documents.items())), 0.1)
     train, valid = (set(part.tolist()) - {0} for part in (corpus.train, corpus.valid))
-    assert corpus.split == "2 of 20 files are held out" and len(valid) == 2
+    assert corpus.split == "files held out: 2 of 20" and len(valid) == 2
     assert train == set(range(65, 85)) - valid
     assert len(corpus.train) + len(corpus.valid) == 2000 + 18  # a zero byte between two files
     assert set(again.valid.tolist()) - {0} == valid

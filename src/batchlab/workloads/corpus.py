@@ -97,7 +97,7 @@ def split_documents(documents: Mapping[str, bytes], valid_share: float) -> Corpu
     if len(documents) >= _FILES_TO_SPLIT_BY and room <= budget / 2:
         train = [text for name, text in documents.items() if name not in held]
         valid = [text for name, text in documents.items() if name in held]
-        return Corpus(_joined(train), _joined(valid), f"{len(valid)} of {len(documents)} files are held out")
+        return Corpus(_joined(train), _joined(valid), f"files held out: {len(valid)} of {len(documents)}")
     cuts = {name: len(text) - round(valid_share * len(text)) for name, text in documents.items()}
     train = [text[: cuts[name]] for name, text in documents.items()]
     valid = [text[cuts[name] :] for name, text in documents.items()]

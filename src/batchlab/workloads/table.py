@@ -106,7 +106,7 @@ def tabular(
     if len(rows) < FEWEST_ROWS:
         raise InputError(f"{name} has {len(rows)} rows with a {target.name!r}, but needs at least {FEWEST_ROWS}")
     without = len(target.values) - len(rows)
-    notes = (f"{without} rows without {target.name!r} were dropped",) if without else ()
+    notes = (f"rows dropped, for they have no {target.name!r}: {without}",) if without else ()
     target = target.at(rows)
     strata = target.values.tolist() if task == "classification" else None
     train, valid = hold_out([str(row) for row in rows], valid_share, strata)

@@ -55,7 +55,7 @@ def text(
     folder = root.parent if root.is_file() else root
     check_counts(max_bytes=max_bytes)
     documents, left_out = read_up_to(folder, files, max_bytes)
-    notes = [f"{skipped} files were skipped: they are not text"] if skipped else []
+    notes = [f"files skipped, for they are not text: {skipped}"] if skipped else []
     notes += [f"{left_out:,} bytes were left out: max_bytes is {max_bytes:,}"] if left_out else []
     return language_model(
         f"text:{root.resolve().name}",
