@@ -68,14 +68,66 @@ def test_a_signal_before_anything_is_saved_ends_at_once(number, phase, place):
     assert not (place / "runs").exists()
 
 
-@pytest.mark.parametrize("delay", [0.0, 0.05, 0.3])
+@pytest.mark.parametrize("delay", [0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7])
 def test_a_signal_while_python_and_torch_are_imported(delay, place):
     process = start("plan train.py:job --facts facts.json --out plan.json", place)
     time.sleep(delay)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=30)
+    if process.returncode == 0 and (place / "plan.json").exists():
+        pytest.skip("it was done before the signal came")
     assert process.returncode in (143, -signal.SIGTERM)  # the second: Python itself was not up yet
     assert not (place / "plan.json").exists()
+
+
+SWALLOWER = """
+import sys, time
+from pathlib import Path
+from batchlab.cli.ending import exit_code
+def command():
+    Path("reached").touch()
+    for _ in range(3):
+        try:
+            time.sleep(30)
+        except BaseException:
+            pass
+    {more}
+    Path("written").touch()
+    return 0
+sys.exit(exit_code(command))
+"""
+
+
+@pytest.mark.parametrize("more", ["time.sleep(30)", "while True:\n        try: time.sleep(30)\n        except: pass"])
+def test_code_that_swallows_the_ending_is_ended_all_the_same(more, tmp_path):
+    code = SWALLOWER.format(more=more)
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=environment())
+    wait_for(tmp_path / "reached", process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=25) == 143
+    assert not (tmp_path / "written").exists()
+
+
+def test_cleaning_up_is_not_cut_short(tmp_path):
+    code = """
+import sys, time
+from pathlib import Path
+from batchlab.cli.ending import exit_code
+def command():
+    try:
+        Path("reached").touch()
+        time.sleep(30)
+    finally:
+        for _ in range(20):
+            time.sleep(0.02)
+        Path("cleaned").touch()
+sys.exit(exit_code(command))
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=environment())
+    wait_for(tmp_path / "reached", process)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=25) == 130
+    assert (tmp_path / "cleaned").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

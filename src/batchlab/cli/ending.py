@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import sys
@@ -13,6 +14,7 @@ from types import FrameType
 from typing import NoReturn
 
 BAD_INPUT, FAILURE = 2, 1
+TICK_SECONDS, UNWIND_SECONDS = 0.05, 5.0
 
 
 class Ended(SystemExit):
@@ -35,25 +37,47 @@ def exit_code(command: Callable[[], int]) -> int:
 
 @contextlib.contextmanager
 def _signals_end_at_once() -> Iterator[None]:
-    """The first SIGINT or SIGTERM unwinds with `Ended`; a second one leaves without unwinding."""
+    """The first SIGINT or SIGTERM unwinds with `Ended`; a second one leaves without unwinding.
+
+    Code that swallows `Ended` (a bare `except`, a finalizer) does not get away with it: it is raised again until it
+    unwinds, and where that takes more than `UNWIND_SECONDS` the process leaves.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     seen: list[int] = []
+    ticks = itertools.count()
 
     def end(number: int, _: FrameType | None) -> None:
         if seen:
             os._exit(128 + number)
         seen.append(number)
+        signal.setitimer(signal.ITIMER_REAL, TICK_SECONDS, TICK_SECONDS)
         raise Ended(128 + number)
 
+    def insist(_: int, __: FrameType | None) -> None:
+        if next(ticks) * TICK_SECONDS > UNWIND_SECONDS:
+            os._exit(128 + seen[0])
+        if not _unwinding(sys.exc_info()[1]):
+            raise Ended(128 + seen[0])
+
     end.ends_at_once = True  # type: ignore[attr-defined]  # `StopSignals` does not pass a signal on to such a handler
-    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {signal.SIGINT: end, signal.SIGTERM: end, signal.SIGALRM: insist}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _unwinding(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, Ended):
+            return True
+        error = error.__context__
+    return False
 
 
 def _answer(command: Callable[[], int]) -> int:
