@@ -15,11 +15,18 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def paired_seconds(
-    ours: Callable[[], Any], theirs: Callable[[], Any], *, pairs: int, warm_up: int = 5, calls: int = 1
+    ours: Callable[[], Any],
+    theirs: Callable[[], Any],
+    *,
+    pairs: int,
+    warm_up: int = 5,
+    calls: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[tuple[float, float]]:
     """Seconds of `ours` and `theirs` in turn, each the sum of `calls` calls; who goes first alternates within a pair.
 
-    Within a pair the calls alternate one by one, so that what else the machine does hits both sides alike.
+    Within a pair the calls alternate one by one, so that what else the machine does hits both sides alike. clock:
+    `time.process_time` counts the processor's seconds of this process alone, for a machine that others use too.
     """
     result = []
     for index in range(-warm_up, pairs):
@@ -27,9 +34,9 @@ def paired_seconds(
         for call in range(calls):
             order = (0, 1) if (index + call) % 2 else (1, 0)
             for side in order:
-                start = time.perf_counter()
+                start = clock()
                 (ours, theirs)[side]()
-                spent[side] += time.perf_counter() - start
+                spent[side] += clock() - start
         if index >= 0:
             result.append((spent[0], spent[1]))
     return result
@@ -45,10 +52,11 @@ def median_ratio(pairs: Sequence[tuple[float, float]], *, resamples: int = 4000,
 
 
 def arguments(description: str | None, *, pairs: int) -> argparse.Namespace:
-    """--pairs, --threads and --save, for every benchmark of pairs."""
+    """--pairs, --threads, --processor-time and --save, for every benchmark of pairs."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--pairs", type=int, default=pairs)
     parser.add_argument("--threads", type=int, default=2, help="torch's threads")
+    parser.add_argument("--processor-time", action="store_true", help="not wall time: for a busy machine, one thread")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/NAME.json")
     return parser.parse_args()
 

@@ -9,6 +9,7 @@ in every bit.
 
 import contextlib
 import copy
+import time
 
 import torch
 from _paired import arguments, median_ratio, paired_seconds, report
@@ -67,16 +68,21 @@ def main() -> None:
     """Prints a row for each model and number of micro-batches, and one JSON object."""
     given = arguments(__doc__, pairs=30)
     torch.set_num_threads(given.threads)
+    clock = time.process_time if given.processor_time else time.perf_counter
     rows = []
     for name, (model, inputs, targets) in jobs().items():
         for pieces in (2, 4):
             measured, plain = (Side(model, inputs, targets, pieces, measured=on) for on in (True, False))
             calls = 2 if "GPT" in name else 20
-            pairs = paired_seconds(measured.step, plain.step, pairs=given.pairs, calls=calls)
+            pairs = paired_seconds(measured.step, plain.step, pairs=given.pairs, calls=calls, clock=clock)
             same = all(map(torch.equal, measured.model.parameters(), plain.model.parameters()))
             found = median_ratio(pairs)
             milliseconds = 1e3 * min(seconds for _, seconds in pairs) / calls
-            rows.append({"model": name, "micro_batches": pieces} | found | {"calls": calls, "pairs": pairs})
+            rows.append(
+                {"model": name, "micro_batches": pieces}
+                | found
+                | {"clock": clock.__name__, "calls": calls, "pairs": pairs}
+            )
             rows[-1] |= {"same_bits": same, "holds": found["high"] <= LIMIT}
             interval = f"[{found['low']:.4f}, {found['high']:.4f}]"
             print(f"{name:45} {pieces} micro-batches: {found['ratio']:.4f} {interval}, plain {milliseconds:.2f} ms")

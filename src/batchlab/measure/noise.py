@@ -168,8 +168,10 @@ class GradientNoise:
         """What the witness saw in this step; nothing if it is not wanted, as after a step in which it was not."""
         witness = self._norms.witness
         listened, witness.wanted = witness.wanted, wanted
-        seen = witness.take()
-        return seen if wanted and listened else seen[:0]
+        if wanted and listened:
+            return witness.take()
+        witness.forget()
+        return witness.nothing
 
     def _batch_sq_norm(self) -> float:
         gradients = [p.grad for p in self._parameters if p.grad is not None]
@@ -184,7 +186,7 @@ class GradientNoise:
     def skip(self) -> None:
         """Forgets the pieces of a step that the caller will not apply, and counts it."""
         self._norms.take()
-        self._norms.witness.take()
+        self._norms.witness.forget()
         self.pair = None
         self.skipped += 1
 

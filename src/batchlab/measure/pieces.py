@@ -79,7 +79,7 @@ class PieceNorms:
         parameter = self.parameters[index]
         plain = parameter.is_cpu and parameter.numel() <= CHUNK and parameter.dtype in (torch.float32, torch.float64)
         plain = plain and self._weights is None
-        norm, strided = torch.linalg.vector_norm, torch.strided
+        norm, dot, strided, vector = torch.linalg.vector_norm, torch.dot, torch.strided, parameter.ndim == 1
 
         def see(gradient: Tensor) -> None:
             if self._examples is None:
@@ -90,7 +90,7 @@ class PieceNorms:
                     "own, and checkpoint shared parameters with use_reentrant=False"
                 )
             if plain and gradient.layout is strided:
-                self._seen[index] = norm(gradient).item() ** 2
+                self._seen[index] = dot(gradient, gradient).item() if vector else norm(gradient).item() ** 2
             else:
                 self._seen[index] = self._square(index, gradient)
 
@@ -137,6 +137,11 @@ class Witness:
         small = [p for p in parameters if p.numel() <= WITNESS]
         self.parameter = max(small, key=Tensor.numel) if small else min(parameters, key=Tensor.numel)
         self.wanted = True
+        self.nothing = torch.zeros(0, device=self.parameter.device, dtype=torch.float64)
+        self.forget()
+
+    def forget(self) -> None:
+        """Begins anew."""
         self.sum: Tensor | None = None
         self.squares: list[Tensor] = []
 
@@ -149,7 +154,7 @@ class Witness:
     def take(self) -> Tensor:
         """Σc and, last, Σ|c|², as one vector on the parameter's device; forgotten then."""
         total, squares = self.sum, self.squares
-        self.sum, self.squares = None, []
+        self.forget()
         if total is None:
             return torch.zeros(self.parameter.numel() + 1, device=self.parameter.device, dtype=torch.float64)
         return torch.cat([total.flatten(), torch.stack(squares).sum().reshape(1)]).double()

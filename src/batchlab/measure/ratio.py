@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any
 
 from batchlab.core.errors import InputError
@@ -97,14 +98,18 @@ class RatioOfMeans:
 
     def _interval(self, n: float, lowest: float) -> tuple[float, float]:
         """Fieller's interval, each end moved out by the skewness at that end."""
-        from scipy.special import stdtrit
+        t = _student(round(n, 3), self.coverage)
+        low, high = self._fieller(n, t, lowest)
+        return min(low, self._moved_out(0, low, n, t, lowest)), max(high, self._moved_out(1, high, n, t, lowest))
 
-        t = float(stdtrit(n - 1, 0.5 + self.coverage / 2))
-        low, high = start = self._fieller(n, t, lowest)
+    def _moved_out(self, side: int, end: float, n: float, t: float, lowest: float) -> float:
         for _ in range(_ROUNDS):
-            low = self._fieller(n, max(t, _hall(t, self._skewness(n, low))), lowest)[0]
-            high = self._fieller(n, max(t, -_hall(-t, self._skewness(n, high))), lowest)[1]
-        return min(low, start[0]), max(high, start[1])
+            skewness = self._skewness(n, end)
+            stretched = -_hall(-t, skewness) if side else _hall(t, skewness)
+            if stretched <= t:
+                break
+            end = self._fieller(n, stretched, lowest)[side]
+        return end
 
     def _fieller(self, n: float, t: float, lowest: float) -> tuple[float, float]:
         """The hull of all r >= lowest with (x - r·y)² <= t²·(v_xx - 2r·v_xy + r²·v_yy): a·r² - 2b·r + c <= 0.
@@ -113,7 +118,8 @@ class RatioOfMeans:
         """
         t_sq = t * t
         x, y = self._mean
-        v_xx, v_xy, v_yy = (moment / self._weight / (n - 1) for moment in self._spread)
+        scale = 1 / self._weight / (n - 1)
+        v_xx, v_xy, v_yy = scale * self._spread[0], scale * self._spread[1], scale * self._spread[2]
         a, b, c = y * y - t_sq * v_yy, x * y - t_sq * v_xy, x * x - t_sq * v_xx
         root = math.sqrt(max(b * b - a * c, 0.0))
         if a > 0:
@@ -150,6 +156,14 @@ class RatioOfMeans:
         xx, xy, yy = state["spread"]
         xxx, xxy, xyy, yyy = state["skew"]
         self._spread, self._skew = (xx, xy, yy), (xxx, xxy, xyy, yyy)
+
+
+@lru_cache(maxsize=256)
+def _student(n: float, coverage: float) -> float:
+    """Student's two-sided quantile with n - 1 degrees of freedom."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(n - 1, 0.5 + coverage / 2))
 
 
 def _hall(t: float, skewness: float) -> float:
