@@ -4,36 +4,35 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import statistics
-from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 
 from batchlab.core.errors import InputError
-from batchlab.core.facts import Estimate, Facts, LearningRateTrial, NoisePoint, Reference
+from batchlab.core.facts import Estimate, Facts
 from batchlab.core.job import Job, Target
 from batchlab.core.jsonio import from_plain
 from batchlab.core.plan import Plan
-from batchlab.core.provenance import machine
 from batchlab.core.random import derive_seed, preserved_generators
 from batchlab.measure.learning_rate import Choice
 from batchlab.measure.memory import MicroBatch, find_micro_batch
 from batchlab.measure.order import median_interval
-from batchlab.measure.run_noise import run_noise_scale
 from batchlab.measure.throughput import Throughput, throughput
 from batchlab.optim.create import check_name
 from batchlab.parallel.agree import from_first_rank
 from batchlab.spine.base_rate import Spread, base_rate, check_first_loss
-from batchlab.spine.reference import Course, derived_target, run_reference, run_restart
+from batchlab.spine.gather import gather
+from batchlab.spine.reference import Course, derived_target, run_reference, run_restart, time_updates
 from batchlab.spine.stopwatch import Progress, Stopwatch
 
 MEMORY_UNTIL, SPEED_UNTIL, RATE_UNTIL, REFERENCE_UNTIL = 0.08, 0.18, 0.5, 0.85
 BASE_BATCH, LEAST_BASE_BATCH, DATA_SHARE = 64, 8, 10
 PIECES, WARMUP_UPDATES, AVERAGE_POWER = 8, 8, 4.0
 WANTED_UPDATES = 300
+TIMED_UPDATES, FEWEST_TIMED, UPDATE_SHARE = 20, 6, 0.03
+RATE_SHARE = 0.5
 EVALUATION_SHARE, FORWARD_SHARE = 0.003, 0.4
-MOST_RUNS, RESTART_FACTOR, MOST_POINTS = 5, 1.5, 60
+MOST_RUNS, RESTART_FACTOR = 5, 3
 
 
 def probe(
@@ -48,7 +47,7 @@ def probe(
 
     In turn, each on fresh models: the largest micro-batch and the time of steps (18 % of the budget); a learning rate
     at the base batch size (to 50 %); the reference run there, along which the noise scale is measured, until the loss
-    has flattened (to 85 %); the same again with other seeds up to the target, for the noise and the steps (the rest).
+    has flattened (to 85 %); the same again with other seeds, which pools the noise and the steps (the rest).
     What a phase leaves over the next may use. At least one of each step is run, however long it takes.
 
     seed: of weights, examples and all else random. device: the first GPU if there is one. progress: called as
@@ -67,8 +66,10 @@ def probe(
         check_first_loss(job, plan, seed=seed, device=where)
         choice, said = _learning_rate(job, plan, speed, found.size, watch, seed=seed, device=where)
         plan = dataclasses.replace(plan, learning_rate=choice.learning_rate)
+        update = _other_seconds(job, plan, speed, watch, seed=seed, device=where)
         courses, target = _reference(job, plan, speed, watch, seed=seed, device=where)
-        facts = _facts(job, plan, found, speed, choice, courses, target, notes + said, seed=seed, device=where)
+        speed = dataclasses.replace(speed, update=update)
+        facts = gather(job, plan, found, speed, choice, courses, target, notes + said, seed=seed, device=where)
         return from_plain(Facts, from_first_rank(facts))
 
 
@@ -170,128 +171,54 @@ def _learning_rate(
         notes = [f"learning rates were compared on {count} of the validation examples, for time"]
     seconds = _update_seconds(speed, plan.batch_size, micro) + evaluation
     choice, said = base_rate(job, bare, watch, until=RATE_UNTIL, update_seconds=seconds, seed=seed, device=device)
+    if not math.isnan(choice.trials[0].loss):
+        choice = dataclasses.replace(choice, learning_rate=RATE_SHARE * choice.learning_rate)
+        notes.append(
+            f"base learning rate {choice.learning_rate:.3g}: half of what short runs found best ({choice.why}); half "
+            "takes no more updates to a target, and at the best rate itself the noise scale comes out too small"
+        )
     return choice, notes + said
 
 
 def _reference(
     job: Job, plan: Plan, speed: Throughput, watch: Stopwatch, *, seed: int, device: torch.device
 ) -> tuple[list[Course], Target]:
-    """The reference run, the target it sets, and as many runs to that target as the budget allows."""
+    """The reference run, as many more like it with other seeds as the budget allows, and the target."""
     every = max(1, round(_evaluation_seconds(job, speed) / _update_seconds(speed, plan.batch_size, plan.micro_batch)))
+    before = watch.left()
     first = run_reference(job, plan, watch, until=REFERENCE_UNTIL, seed=seed, device=device, every=every)
-    target = job.target or derived_target(first.evaluations)
-    courses, steps = [first], first.steps_to(target)
-    if steps == 0:
-        raise InputError(
-            f"the target {target.metric} of {target.value:g} is met before any update: choose a harder one"
-        )
-    while steps is not None and len(courses) < MOST_RUNS and watch.left() > 1.1 * _seconds_to(first, steps):
-        most = math.ceil(RESTART_FACTOR * steps)
+    courses, took = [first], before - watch.left()
+    length, steps = first.evaluations[-1][0], None if job.target is None else first.steps_to(job.target)
+    most = length if steps is None else math.ceil(RESTART_FACTOR * steps)
+    cost = took * min(1.0, (length if steps is None else steps) / length)
+    while len(courses) < MOST_RUNS and watch.left() > 1.1 * cost:
         again = derive_seed(seed, "restart", len(courses)) >> 1
-        courses.append(run_restart(job, plan, target, most, watch, until=1.0, seed=again, device=device, every=every))
-        watch.report("more runs", len(courses) / MOST_RUNS)
+        course = run_restart(job, plan, watch, most=most, seed=again, device=device, every=every)
+        watch.report("more runs", len(courses) / (MOST_RUNS - 1))
+        if course.stopped == "budget":
+            break
+        courses.append(course)
     watch.report("more runs", 1.0)
+    target = job.target or derived_target([course.evaluations for course in courses])
+    if first.steps_to(target) == 0:
+        raise InputError(
+            f"the target {target.metric} of {target.value:g} is met before any update: choose a harder target"
+        )
     return courses, target
 
 
-def _seconds_to(course: Course, steps: int) -> float:
-    return course.seconds * steps / course.evaluations[-1][0]
-
-
-def _facts(
-    job: Job,
-    plan: Plan,
-    found: MicroBatch,
-    speed: Throughput,
-    choice: Choice,
-    courses: Sequence[Course],
-    target: Target,
-    notes: list[str],
-    *,
-    seed: int,
-    device: torch.device,
-) -> Facts:
-    first = courses[0]
-    reached = [course.steps_to(target) for course in courses]
-    known = [steps for steps in reached if steps is not None]
-    steps = statistics.median_high(known) if 2 * len(known) > len(reached) else None
-    noise = run_noise_scale([c.pairs[: c.steps_to(target)] for c in courses], plan.batch_size)
-    origin = "job" if job.target else "reference run"
-    return Facts(
-        job=job.name,
-        unit=job.unit,
-        units_per_example=_units(job),
-        train_examples=len(job.train),
-        optimizer=job.optimizer,
-        device=str(device),
-        machine=machine(),
-        noise_scale=noise,
-        noise=_thinned(first.points),
-        micro_batches=speed.micro_batches,
-        max_micro_batch=max(point.examples for point in speed.micro_batches),
-        update_seconds=_other_seconds(first, plan, speed),
-        base_batch_size=plan.batch_size,
-        base_learning_rate=choice.learning_rate,
-        learning_rate_trials=tuple(LearningRateTrial(t.learning_rate, t.loss) for t in choice.trials),
-        reference=Reference(
-            batch_size=plan.batch_size,
-            learning_rate=choice.learning_rate,
-            steps=first.evaluations[-1][0],
-            seconds=first.seconds,
-            steps_to_target=steps,
-            evaluations=tuple(first.evaluations),
-            warmup_examples=plan.warmup_examples,
-            average_power=plan.average_power,
-        ),
-        target=target,
-        target_origin=origin,
-        evaluation_seconds=statistics.median(first.evaluation_seconds),
-        notes=(*notes, *_said(first, target, origin, reached, found)),
-        seed=seed,
-    )
-
-
-def _units(job: Job) -> float:
-    if not callable(job.units_per_example):
-        return float(job.units_per_example)
-    from batchlab.data.fetch import fetch
-
-    count = min(64, len(job.train))
-    return job.units_per_example(fetch(job.train, list(range(count)), job.collate)) / count
-
-
-def _other_seconds(course: Course, plan: Plan, speed: Throughput) -> Estimate:
-    """What an update takes beside its passes, from the reference run; the optimizer's step alone where that is more."""
+def _other_seconds(
+    job: Job, plan: Plan, speed: Throughput, watch: Stopwatch, *, seed: int, device: torch.device
+) -> Estimate:
+    """What an update takes beside its passes, from updates as `train` does them; else the optimizer's step alone."""
     by_size = {point.examples: point.seconds.value for point in speed.micro_batches}
-    if plan.micro_batch not in by_size or len(course.update_seconds) < 6:
-        return speed.update
-    passes = plan.accumulation * by_size[plan.micro_batch]
-    rest = [seconds - passes for seconds in course.update_seconds[1:]]
-    estimate = median_interval(rest, method="updates of the reference run less their passes")
-    return estimate if estimate.low > 0 else speed.update
-
-
-def _thinned(points: Sequence[NoisePoint]) -> tuple[NoisePoint, ...]:
-    every = math.ceil(len(points) / MOST_POINTS) or 1
-    return tuple(points[every - 1 :: every])
-
-
-def _said(first: Course, target: Target, origin: str, reached: Sequence[int | None], found: MicroBatch) -> list[str]:
-    notes = [f"micro-batches up to {found.size}: {found.why}"]
-    if origin != "job":
-        initial, best = first.evaluations[0][1], min(value for _, value in first.evaluations)
-        notes.append(
-            f"the job has no target: validation loss {target.value:.4g} is taken, where the reference run had made "
-            f"95 % of its improvement from {initial:.4g} to {best:.4g}"
-        )
-    if first.stopped == "budget":
-        notes.append(
-            f"the budget ended the reference run after {first.evaluations[-1][0]} updates, before it had flattened: "
-            "a larger budget may set a harder target and find a larger noise scale"
-        )
-    if len(reached) > 1:
-        steps = ", ".join("not" if each is None else str(each) for each in reached)
-        notes.append(
-            f"updates to the target at the base batch size with {len(reached)} seeds: {steps}; the median counts"
-        )
-    return notes
+    size = max(size for size in by_size if size <= math.ceil(plan.batch_size / _world()))
+    whole = dataclasses.replace(plan, batch_size=size * _world(), micro_batch=size, accumulation=1, measure_noise=False)
+    until = 1.0 - watch.left() / watch.budget + UPDATE_SHARE
+    seconds = time_updates(job, whole, watch, until=until, count=TIMED_UPDATES, seed=seed, device=device)
+    estimate = speed.update
+    if len(seconds) >= FEWEST_TIMED:
+        rest = [each - by_size[size] for each in seconds]
+        whole_less_pass = median_interval(rest, method="whole updates less their pass")
+        estimate = whole_less_pass if whole_less_pass.low > 0 else speed.update
+    return from_plain(Estimate, from_first_rank(estimate))

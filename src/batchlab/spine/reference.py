@@ -21,19 +21,19 @@ from batchlab.spine.trial import next_evaluation
 TARGET_SHARE = 0.05
 FLAT_SHARE = 0.01
 FEWEST_STEPS = 15
+UNREACHABLE = Target("loss", -1e308)
 
 
 @dataclasses.dataclass
 class Course:
     """One run at the base batch size. evaluations: (updates, metric), before the first update too.
 
-    pairs: the noise of each update. other_seconds: of each update, what its passes do not explain.
+    pairs: the noise of each update. points: its running value. evaluation_seconds: of each evaluation.
     """
 
     evaluations: list[tuple[int, float]] = dataclasses.field(default_factory=list)
     pairs: list[NoisePair] = dataclasses.field(default_factory=list)
     points: list[NoisePoint] = dataclasses.field(default_factory=list)
-    update_seconds: list[float] = dataclasses.field(default_factory=list)
     evaluation_seconds: list[float] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
     stopped: str = ""
@@ -51,7 +51,7 @@ def run_reference(
     Flattened: the last half of the updates improved the best value by no more than 1 % of all improvement. A job
     with a target stops there. every: updates between evaluations at least.
     """
-    target = job.target or Target("loss", -1e308)
+    target = job.target or UNREACHABLE
     started = watch.left(until)
 
     def finished(course: Course) -> str:
@@ -68,18 +68,10 @@ def run_reference(
 
 
 def run_restart(
-    job: Job,
-    plan: Plan,
-    target: Target,
-    most: int,
-    watch: Stopwatch,
-    *,
-    until: float,
-    seed: int,
-    device: torch.device,
-    every: int = 1,
+    job: Job, plan: Plan, watch: Stopwatch, *, most: int, seed: int, device: torch.device, every: int = 1
 ) -> Course:
-    """The same with other weights and examples, until the target or `most` updates."""
+    """The same with other weights and examples, until the job's target or `most` updates."""
+    target = job.target or UNREACHABLE
 
     def finished(course: Course) -> str:
         step, value = course.evaluations[-1]
@@ -87,9 +79,9 @@ def run_restart(
             return "target"
         if step >= most:
             return "steps"
-        return "budget" if watch.left(until) <= 0 else ""
+        return "budget" if watch.left() <= 0 else ""
 
-    return _run(job, plan, target.metric, finished, watch, until=until, seed=seed, device=device, every=every)
+    return _run(job, plan, target.metric, finished, watch, until=1.0, seed=seed, device=device, every=every)
 
 
 def _run(
@@ -128,7 +120,6 @@ def _run(
 
 
 def _note(course: Course, learner: Learner, update: Update) -> None:
-    course.update_seconds.append(update.seconds)
     if learner.noise is not None and learner.noise.pair is not None:
         course.pairs.append(learner.noise.pair)
     if update.noise is not None and update.noise.defined:
@@ -146,6 +137,20 @@ def _evaluate(course: Course, learner: Learner, metric: str) -> None:
     course.evaluations.append((learner.step, values[metric]))
 
 
+def time_updates(
+    job: Job, plan: Plan, watch: Stopwatch, *, until: float, count: int, seed: int, device: torch.device
+) -> list[float]:
+    """Seconds of each of some updates as `train` does them, the first, which warms up, left out."""
+    learner = Learner(job, plan, seed=seed, device=device)
+    seconds: list[float] = []
+    try:
+        while len(seconds) <= count and watch.left(until) > 0:
+            seconds.append(learner.update().seconds)
+    finally:
+        learner.close()
+    return seconds[1:]
+
+
 def flattened(evaluations: Sequence[tuple[int, float]], target: Target) -> bool:
     """Whether the last half of the updates improved the best by at most 1 % of the improvement since the start."""
     sign = 1.0 if target.direction == "min" else -1.0
@@ -155,12 +160,17 @@ def flattened(evaluations: Sequence[tuple[int, float]], target: Target) -> bool:
     return early - best <= FLAT_SHARE * (sign * evaluations[0][1] - best)
 
 
-def derived_target(evaluations: Sequence[tuple[int, float]]) -> Target:
-    """The validation loss at which 95 % of the run's improvement was made."""
-    initial, best = evaluations[0][1], min(value for _, value in evaluations)
+def derived_target(runs: Sequence[Sequence[tuple[int, float]]]) -> Target:
+    """The validation loss at which 95 % of the improvement was made, in the run that came least far: all reach it.
+
+    >>> derived_target([[(0, 2.0), (9, 0.0)], [(0, 2.0), (9, 1.0)]])
+    Target(metric='loss', value=1.05, direction='min')
+    """
+    initial = runs[0][0][1]
+    best = max(min(value for _, value in evaluations) for evaluations in runs)
     if not best < initial:
         raise InputError(
-            f"the reference run did not lower the validation loss from {initial:.4g} in {evaluations[-1][0]} updates: "
+            f"the reference run did not lower the validation loss from {initial:.4g} in {runs[0][-1][0]} updates: "
             "give the probe a larger budget, or the job a target"
         )
     return Target("loss", best + TARGET_SHARE * (initial - best), "min")

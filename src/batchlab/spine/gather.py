@@ -1,0 +1,114 @@
+"""From what a probe measured to its `Facts`, with the notes that say what was chosen and what was cut."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+
+import torch
+
+from batchlab.core.facts import Facts, LearningRateTrial, NoisePoint, Reference
+from batchlab.core.job import Job, Target
+from batchlab.core.plan import Plan
+from batchlab.core.provenance import machine
+from batchlab.data.fetch import fetch
+from batchlab.measure.learning_rate import Choice
+from batchlab.measure.memory import MicroBatch
+from batchlab.measure.run_level import run_level
+from batchlab.measure.throughput import Throughput
+from batchlab.spine.reference import Course
+
+MOST_POINTS = 60
+
+
+def gather(
+    job: Job,
+    plan: Plan,
+    found: MicroBatch,
+    speed: Throughput,
+    choice: Choice,
+    courses: Sequence[Course],
+    target: Target,
+    notes: list[str],
+    *,
+    seed: int,
+    device: torch.device,
+) -> Facts:
+    """The facts of a probe. courses: the reference run, then runs like it up to the target with other seeds."""
+    first = courses[0]
+    reached = [course.steps_to(target) for course in courses]
+    known = [steps for steps in reached if steps is not None]
+    steps = statistics.median_high(known) if 2 * len(known) > len(reached) else None
+    noise = run_level([c.pairs[: c.steps_to(target)] for c in courses], plan.batch_size)
+    origin = "job" if job.target else "reference run"
+    return Facts(
+        job=job.name,
+        unit=job.unit,
+        units_per_example=_units(job),
+        train_examples=len(job.train),
+        optimizer=job.optimizer,
+        device=str(device),
+        machine=machine(),
+        noise_scale=noise,
+        noise=_thinned(first.points),
+        micro_batches=speed.micro_batches,
+        max_micro_batch=max(point.examples for point in speed.micro_batches),
+        update_seconds=speed.update,
+        base_batch_size=plan.batch_size,
+        base_learning_rate=plan.learning_rate,
+        learning_rate_trials=tuple(LearningRateTrial(t.learning_rate, t.loss) for t in choice.trials),
+        reference=Reference(
+            batch_size=plan.batch_size,
+            learning_rate=plan.learning_rate,
+            steps=first.evaluations[-1][0],
+            seconds=first.seconds,
+            steps_to_target=steps,
+            evaluations=tuple(first.evaluations),
+            warmup_examples=plan.warmup_examples,
+            average_power=plan.average_power,
+        ),
+        target=target,
+        target_origin=origin,
+        evaluation_seconds=statistics.median(first.evaluation_seconds),
+        notes=(*notes, *_said(first, target, origin, reached, found)),
+        seed=seed,
+    )
+
+
+def _units(job: Job) -> float:
+    if not callable(job.units_per_example):
+        return float(job.units_per_example)
+    count = min(64, len(job.train))
+    return job.units_per_example(fetch(job.train, list(range(count)), job.collate)) / count
+
+
+def _thinned(points: Sequence[NoisePoint]) -> tuple[NoisePoint, ...]:
+    every = math.ceil(len(points) / MOST_POINTS) or 1
+    return tuple(points[every - 1 :: every])
+
+
+def _said(first: Course, target: Target, origin: str, reached: Sequence[int | None], found: MicroBatch) -> list[str]:
+    notes = [f"micro-batches up to {found.size}: {found.why}"]
+    if origin != "job":
+        initial = first.evaluations[0][1]
+        runs = (
+            "the reference run"
+            if len(reached) == 1
+            else f"of {len(reached)} reference runs the one that came least far"
+        )
+        notes.append(
+            f"the job has no target: validation loss {target.value:.4g} is taken, at which {runs} had made 95 % of its "
+            f"improvement from {initial:.4g}"
+        )
+    if first.stopped == "budget":
+        notes.append(
+            f"the budget ended the reference run after {first.evaluations[-1][0]} updates, before it had flattened: "
+            "a larger budget may set a harder target and find a larger noise scale"
+        )
+    if len(reached) > 1:
+        steps = ", ".join("not" if each is None else str(each) for each in reached)
+        notes.append(
+            f"updates to the target at the base batch size with {len(reached)} seeds: {steps}; the median counts"
+        )
+    return notes
