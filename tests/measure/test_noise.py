@@ -294,3 +294,49 @@ def test_ranks_give_what_one_process_gives(tmp_path, method, per_rank):
     for rank in range(2):
         got = torch.load(tmp_path / f"{rank}.pt", weights_only=True).tolist()
         assert got == pytest.approx(list(expected), rel=1e-9)
+
+
+def _noise_along(every, steps=12, resume_at=None):
+    """Steps of one float64 model: the estimates, the pairs and the hooks that were on, step by step."""
+    model, x, y = make_every()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    noise, seen = GradientNoise(model, every=every), []
+    for step in range(steps):
+        if step == resume_at:
+            state = noise.state_dict()
+            noise.close()
+            noise = GradientNoise(model, every=every)
+            noise.load_state_dict(state)
+        optimizer.zero_grad()
+        for part in range(0, 8, 2):
+            with noise.micro_batch(2):
+                ((model(x[step, part : part + 2]) - y[step, part : part + 2]).square().mean() / 4).backward()
+        hooks = len(model.weight._backward_hooks or ())
+        estimate = noise.step()
+        seen.append((repr(estimate), noise.pair, hooks))
+        optimizer.step()
+    noise.close()
+    return seen
+
+
+def make_every():
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(12, 8, 3, generator=generator), torch.randn(12, 8, 1, generator=generator)
+    model = nn.Linear(3, 1, dtype=torch.float64)
+    with torch.no_grad():
+        model.weight.zero_()
+        model.bias.zero_()
+    return model, x.double(), y.double()
+
+
+def test_measuring_some_steps_gives_their_pairs_and_leaves_the_others_without_hooks():
+    always, seldom = _noise_along(1), _noise_along(3)
+    for step, ((_, every_pair, _), (estimate, pair, hooks)) in enumerate(zip(always, seldom, strict=True)):
+        due = step % 3 == 0
+        assert (pair == every_pair and hooks > 0) if due else (pair is None and hooks == 0)
+        assert due or estimate == seldom[step - 1][0]
+
+
+@pytest.mark.parametrize("at", [3, 4, 5])
+def test_the_turn_goes_round(at):
+    assert _noise_along(3, resume_at=at) == _noise_along(3)

@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -36,8 +37,40 @@ def test_interval_holds_every_step_count_that_the_noise_interval_allows(size, va
 
 def test_interval_at_the_base_is_the_spacing_of_evaluations():
     found = Prediction.of(hand_facts()).estimate(32)
-    assert (found.low, found.value, found.high) == (291, 300, 300)
+    assert (found.low, found.value, found.high) == pytest.approx((291, 300, 300))
     assert "not the spread between seeds" in found.method
+
+
+def _after(seeds, **changes):
+    """The prediction from reference runs that took these steps, at the reference's batch of 32."""
+    known = sorted(steps for steps in seeds if steps is not None)
+    median = known[len(known) // 2]
+    reference = Reference(32, 1e-3, median, 1.0, median, ((median - 1, 1.0), (median, 0.5)), steps_by_seed=tuple(seeds))
+    return Prediction.of(hand_facts(reference=reference, **changes))
+
+
+def test_a_run_with_a_new_seed_falls_into_the_interval_at_its_stated_rate():
+    draw = np.random.default_rng(0)
+    steps = np.round(np.exp(draw.normal(math.log(1000), 0.2, size=(2000, 6)))).astype(int).tolist()
+    found = [(_after(seeds).estimate(32), new) for *seeds, new in steps]
+    covered = sum(interval.low <= new <= interval.high for interval, new in found) / len(found)
+    assert abs(covered - 0.95) < 4 * math.sqrt(0.95 * 0.05 / len(found))  # 0.02: an interval of 0.91 would fail
+    assert "the spread of 5 seeds" in found[0][0].method
+
+
+def test_the_two_errors_add_up_as_squares():
+    seeds, noise = [90, 100, 110, 100, 100], Estimate(64.0, 32.0, 128.0, "set by hand")
+    luck = _after(seeds, noise_scale=exact(64.0)).estimate(128)
+    law = _after([100, 100], noise_scale=noise).estimate(128)
+    both = _after(seeds, noise_scale=noise).estimate(128)
+    for end in ("low", "high"):
+        widths = [math.log(getattr(each, end) / each.value) for each in (luck, law, both)]
+        assert widths[2] == pytest.approx(math.copysign(math.hypot(*widths[:2]), widths[2]), rel=1e-2)
+
+
+def test_two_seeds_or_one_that_failed_tell_no_spread():
+    assert _after([50, 200]).spread == 1.0 and _after([50, None, 200]).spread == 1.0
+    assert _after([100, None, 100, 100]).spread == 1.0 < _after([90, None, 100, 110]).spread
 
 
 def test_unbounded_noise_still_bounds_the_steps():

@@ -86,7 +86,8 @@ class LearningRateTrial(JsonNoun):
 class Reference(JsonNoun):
     """The reference run: what training at the base batch size and learning rate did.
 
-    steps_to_target: updates until the target was first met, or None if it was not met in `steps` updates.
+    steps_to_target: updates until the target was first met, the median over seeds; None where most did not meet it.
+    steps_by_seed: the same of each seed that was run, None where it did not meet the target in the updates it had.
     warmup_examples, average_power: how it was run, as in `Plan`; a prediction from it holds for runs like it.
     evaluations: (steps, value of the target's metric on the validation data).
     """
@@ -99,6 +100,7 @@ class Reference(JsonNoun):
     evaluations: tuple[tuple[int, float], ...]
     warmup_examples: int = 0
     average_power: float | None = None
+    steps_by_seed: tuple[int | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,8 @@ class Facts(JsonNoun):
     noise_scale: the run-level noise scale, in examples: what predicts the critical batch size.
     noise: the same along the reference run.
     micro_batches: the sizes that were run, ascending. max_micro_batch: the largest one to use.
-    update_seconds: one optimizer step, whatever the batch.
+    update_seconds: one optimizer step, whatever the batch. noise_seconds: what measuring the noise scale adds to an
+        update, for each micro-batch; None if it was not timed.
     base_batch_size, base_learning_rate: a learning rate that was found good at that batch size.
     target, target_origin: what counts as trained, and where that came from ("job" or "reference run").
     notes: what the reader must know, in sentences.
@@ -133,6 +136,7 @@ class Facts(JsonNoun):
     target: Target
     target_origin: str
     evaluation_seconds: float = 0.0
+    noise_seconds: Estimate | None = None
     notes: tuple[str, ...] = ()
     seed: int = 0
     schema: int = field(default=SCHEMA)

@@ -58,7 +58,8 @@ class Plan(JsonNoun):
     average_power: in its place, the power p of an average that weighs the weights by (examples seen)^p: about the
         last 1/(p + 1) of the run, at any batch size and length (Shamir and Zhang 2013). Both None for no average.
     evaluation_batch: examples of one forward pass in evaluation; the micro-batch if None.
-    measure_noise: whether the noise scale is measured along the run, which takes two pieces an update.
+    measure_noise: whether the noise scale is measured along the run, which takes two pieces an update. noise_every:
+        at one update in so many; where the batch follows the noise, at every one.
     evaluate_every, checkpoint_every: in updates. clip_norm: gradient norm limit, or None.
     precision: "float32", or "bf16" autocast. compile: whether the model goes through `torch.compile`.
     """
@@ -89,6 +90,7 @@ class Plan(JsonNoun):
     compile: bool = False
     evaluation_batch: int | None = None
     measure_noise: bool = True
+    noise_every: int = 1
     evaluate_every: int = 10
     checkpoint_every: int = 100
     target: Target | None = None
@@ -108,6 +110,7 @@ class Plan(JsonNoun):
             "accumulation",
             "world_size",
             "steps",
+            "noise_every",
             "evaluate_every",
             "checkpoint_every",
         ):

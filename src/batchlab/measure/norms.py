@@ -22,18 +22,22 @@ def sq_norm(gradient: Tensor, weight: Tensor | None = None) -> Tensor:
         return _weighted(gradient.reshape(-1), weight.reshape(-1))
     if gradient.is_sparse:
         gradient = gradient.coalesce().values()
-    dtype, norm = _wide(gradient), torch.linalg.vector_norm
+    dtype = _wide(gradient)
     if gradient.numel() <= CHUNK:
-        whole = norm(gradient, dtype=dtype)
-        return whole * whole
+        return _norm(gradient, dtype).square()
     flat = _flat(gradient)
     even = len(flat) - len(flat) % CHUNK
-    rows, rest = norm(flat[:even].view(-1, CHUNK), dim=1, dtype=dtype), norm(flat[even:], dtype=dtype)
-    return torch.dot(rows, rows) + rest * rest
+    rows = _norm(flat[:even].view(-1, CHUNK), dtype, dim=1)
+    return torch.dot(rows, rows) + _norm(flat[even:], dtype).square()
+
+
+def _norm(tensor: Tensor, dtype: torch.dtype, dim: int | None = None) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(tensor, dim=dim, dtype=dtype)
+    return norm
 
 
 def _weighted(flat: Tensor, weights: Tensor) -> Tensor:
-    dtype, parts = _wide(flat), zip(flat.split(CHUNK), weights.split(CHUNK), strict=True)
+    dtype, parts = _wide(flat), zip(torch.split(flat, CHUNK), torch.split(weights, CHUNK), strict=True)
     dots = [torch.dot(part.to(dtype), (part * weight).to(dtype)) for part, weight in parts]
     return torch.stack(dots).sum()
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from batchlab.core.errors import InputError
 from batchlab.measure.norms import CHUNK, sq_norm, to_floats
@@ -42,10 +43,17 @@ class PieceNorms:
         self._examples: int | None = None
         self._seen: dict[int, float | Tensor] = {}
         self._pieces: list[Piece] = []
-        make = self._merged_hook if merged else self._hook
-        self._hooks = [p.register_hook(make(index)) for index, p in enumerate(self.parameters)]  # type: ignore[no-untyped-call]
         self.witness = Witness(self.parameters)
-        self._hooks.append(self.witness.parameter.register_hook(self._testify))  # type: ignore[no-untyped-call]
+        make = self._merged_hook if merged else self._hook
+        self._callbacks = [(p, make(index)) for index, p in enumerate(self.parameters)]
+        self._callbacks.append((self.witness.parameter, self._testify))
+        self._hooks: list[RemovableHandle] = []
+        self.listen()
+
+    def listen(self) -> None:
+        """Puts the hooks on, where they are off."""
+        if not self._hooks:
+            self._hooks = [p.register_hook(callback) for p, callback in self._callbacks]  # type: ignore[no-untyped-call]
 
     @property
     def empty(self) -> bool:
@@ -121,7 +129,7 @@ class PieceNorms:
         return pieces
 
     def close(self) -> None:
-        """Takes the hooks off."""
+        """Takes the hooks off; `listen` puts them on again."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []

@@ -1,4 +1,4 @@
-"""How long a run may go on, and how often it stops to evaluate and to save."""
+"""How long a run may go on, and how often it stops to evaluate, to save, and to measure the noise scale."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ STEPS_MARGIN = 4
 EVALUATIONS, LEAST_EVALUATIONS = 30, 10
 EVALUATION_SHARE = 0.5
 SAVES, LONGEST_UNSAVED_SECONDS = 5, 600.0
+NOISE_SHARE, NOISE_MEASUREMENTS = 0.02, 30
 
 
 def most_steps(predicted_steps: float) -> int:
@@ -42,3 +43,17 @@ def checkpoint_every(predicted_steps: float, *, step_seconds: float, evaluate_ev
     check_positive(predicted_steps=predicted_steps, step_seconds=step_seconds, evaluate_every=evaluate_every)
     wanted = min(predicted_steps / SAVES, LONGEST_UNSAVED_SECONDS / step_seconds)
     return max(1, math.floor(wanted / evaluate_every)) * evaluate_every
+
+
+def noise_every(predicted_steps: float, *, step_seconds: float, noise_seconds: float) -> int:
+    """Updates of which one has its noise scale measured: so many that it takes 2 % of the time, but 30 a run at least.
+
+    noise_seconds: what measuring adds to an update.
+
+    >>> [noise_every(steps, step_seconds=0.01, noise_seconds=1e-3) for steps in (60, 3000)]
+    [2, 5]
+    """
+    check_positive(predicted_steps=predicted_steps, step_seconds=step_seconds)
+    check_not_negative(noise_seconds=noise_seconds)
+    wanted = math.ceil(noise_seconds / (NOISE_SHARE * step_seconds))
+    return max(1, min(wanted, math.floor(predicted_steps / NOISE_MEASUREMENTS)))

@@ -67,6 +67,7 @@ def gather(
             evaluations=tuple(first.evaluations),
             warmup_examples=plan.warmup_examples,
             average_power=plan.average_power,
+            steps_by_seed=tuple(reached),
         ),
         target=target,
         target_origin=origin,

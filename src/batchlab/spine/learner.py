@@ -109,9 +109,10 @@ class Learner:
         self._forward = self._wrapped(_Loss(job, self.model))
 
     def _measuring(self, in_geometry: bool) -> GradientNoise:
+        every = self.plan.noise_every if self.plan.batch_schedule == "fixed" else 1
         if in_geometry and self.plan.optimizer in ADAM_LIKE:
-            return GradientNoise(self.model, weighting="preconditioned", optimizer=self.optimizer)
-        return GradientNoise(self.model)
+            return GradientNoise(self.model, weighting="preconditioned", optimizer=self.optimizer, every=every)
+        return GradientNoise(self.model, every=every)
 
     def _wrapped(self, loss: _Loss) -> nn.Module:
         wrapped: nn.Module = loss

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from batchlab.core.errors import InputError
@@ -49,7 +49,7 @@ def plan(job: Job, facts: Facts, *, goal: str = "balanced", devices: int = 1, ba
     why = _Reasons()
     size = _size(why, facts, prediction, rows, chosen, goal=None if batch_size else goal)
     layout = _layout(why, facts, chosen)
-    length = _length(why, facts, prediction, chosen, layout["predicted_step_seconds"])
+    length = _length(why, facts, prediction, chosen, layout)
     optimizer = _optimizer(why, facts, prediction, chosen)
     why.keep("frontier", len(rows), "S(B)·t(B, n), and n times it, for each batch size and number of devices", OURS)
     return Plan(
@@ -145,10 +145,10 @@ def _layout(why: _Reasons, facts: Facts, chosen: FrontierRow) -> dict[str, Any]:
 
 
 def _length(
-    why: _Reasons, facts: Facts, prediction: Prediction, chosen: FrontierRow, step_seconds: float
+    why: _Reasons, facts: Facts, prediction: Prediction, chosen: FrontierRow, layout: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """How many updates, and how often a run stops to evaluate and to save."""
-    steps, evaluation = chosen.steps, facts.evaluation_seconds
+    """How many updates, and how often a run stops to evaluate, to save and to measure the noise scale."""
+    steps, evaluation, step_seconds = chosen.steps, facts.evaluation_seconds, layout["predicted_step_seconds"]
     predicted = prediction.estimate(chosen.batch_size) if prediction.reached else None
     basis = {"predicted_steps" if predicted else "at_least": steps}
     if predicted:
@@ -166,7 +166,19 @@ def _length(
     values = {"steps": cadence.most_steps(steps), "evaluate_every": every, "checkpoint_every": save}
     for name, rule in rules.items():
         why.keep(name, values[name], rule, OURS, **basis, evaluation_seconds=evaluation, step_seconds=step_seconds)
+    values["noise_every"] = _noise_every(why, facts, steps, layout)
     return values | {"predicted_steps": predicted}
+
+
+def _noise_every(why: _Reasons, facts: Facts, steps: float, layout: Mapping[str, Any]) -> int:
+    """At which share of the updates the noise scale is measured."""
+    if not layout["measure_noise"] or facts.noise_seconds is None:
+        said = "what measuring costs was not timed" if layout["measure_noise"] else "nothing to measure it by"
+        return int(why.keep("noise_every", 1, f"as good as any: {said}", OURS))
+    extra, step_seconds = layout["accumulation"] * max(0.0, facts.noise_seconds.value), layout["predicted_step_seconds"]
+    every = cadence.noise_every(steps, step_seconds=step_seconds, noise_seconds=extra)
+    rule = "so seldom that measuring takes 2 % of the time, but 30 times in the predicted steps"
+    return int(why.keep("noise_every", every, rule, OURS, noise_seconds=extra, step_seconds=step_seconds))
 
 
 def _optimizer(why: _Reasons, facts: Facts, prediction: Prediction, chosen: FrontierRow) -> dict[str, Any]:

@@ -50,7 +50,8 @@ def probe(
     has flattened (to 85 %); the same again with other seeds, which pools the noise and the steps (the rest).
     What a phase leaves over the next may use. At least one of each step is run, however long it takes.
 
-    seed: of weights, examples and all else random. device: the first GPU if there is one. progress: called as
+    seed: of weights, examples and all else random; `train` with the same seed draws others, so that a run tells
+    something new. device: the first GPU if there is one. progress: called as
     `progress(phase, fraction done)`. The caller's random generators are kept. Sizes depend on the clock: with another
     budget or load the runs may be shorter, and `facts.notes` says what was cut.
 
@@ -58,18 +59,20 @@ def probe(
     Raises `InputError` for what cannot be measured: a loss that is not finite, a metric that is not there.
     """
     where = _check(job, budget, seed, device)
+    own = derive_seed(seed, "probe") >> 1
     watch = Stopwatch(budget, progress)
     with preserved_generators():
-        found, speed = _speed(job, watch, seed=seed, device=where)
+        found, speed = _speed(job, watch, seed=own, device=where)
         base, notes = _base_batch(job, speed, budget)
         plan = _plan(job, base, speed, found.size)
-        check_first_loss(job, plan, seed=seed, device=where)
-        choice, said = _learning_rate(job, plan, speed, found.size, watch, seed=seed, device=where)
+        check_first_loss(job, plan, seed=own, device=where)
+        choice, said = _learning_rate(job, plan, speed, found.size, watch, seed=own, device=where)
         plan = dataclasses.replace(plan, learning_rate=choice.learning_rate)
-        update = _other_seconds(job, plan, speed, watch, seed=seed, device=where)
-        courses, target = _reference(job, plan, speed, watch, seed=seed, device=where)
+        update, noise_seconds = _other_seconds(job, plan, speed, watch, seed=own, device=where)
+        courses, target = _reference(job, plan, speed, watch, seed=own, device=where)
         speed = dataclasses.replace(speed, update=update)
         facts = gather(job, plan, found, speed, choice, courses, target, notes + said, seed=seed, device=where)
+        facts = dataclasses.replace(facts, noise_seconds=noise_seconds)
         return from_plain(Facts, from_first_rank(facts))
 
 
@@ -209,16 +212,26 @@ def _reference(
 
 def _other_seconds(
     job: Job, plan: Plan, speed: Throughput, watch: Stopwatch, *, seed: int, device: torch.device
-) -> Estimate:
-    """What an update takes beside its passes, from updates as `train` does them; else the optimizer's step alone."""
+) -> tuple[Estimate, Estimate | None]:
+    """What an update takes beside its passes, and what measuring the noise adds to each pass.
+
+    From updates of two passes as `train` does them, with and without the noise; where there was time for too few, the
+    optimizer's step alone, and None.
+    """
     by_size = {point.examples: point.seconds.value for point in speed.micro_batches}
-    size = max(size for size in by_size if size <= math.ceil(plan.batch_size / _world()))
-    whole = dataclasses.replace(plan, batch_size=size * _world(), micro_batch=size, accumulation=1, measure_noise=False)
+    size = max(size for size in by_size if size <= max(1, plan.batch_size // (2 * _world())))
+    bare = dataclasses.replace(
+        plan, batch_size=2 * size * _world(), micro_batch=size, accumulation=2, measure_noise=False
+    )
+    plans = [bare, dataclasses.replace(bare, measure_noise=True)]
     until = 1.0 - watch.left() / watch.budget + UPDATE_SHARE
-    seconds = time_updates(job, whole, watch, until=until, count=TIMED_UPDATES, seed=seed, device=device)
-    estimate = speed.update
-    if len(seconds) >= FEWEST_TIMED:
-        rest = [each - by_size[size] for each in seconds]
-        whole_less_pass = median_interval(rest, method="whole updates less their pass")
-        estimate = whole_less_pass if whole_less_pass.low > 0 else speed.update
-    return from_plain(Estimate, from_first_rank(estimate))
+    rounds = time_updates(job, plans, watch, until=until, count=TIMED_UPDATES, seed=seed, device=device)
+    estimate, noise = speed.update, None
+    if len(rounds) >= FEWEST_TIMED:
+        rest = [plain - 2 * by_size[size] for plain, _ in rounds]
+        whole_less_passes = median_interval(rest, method="whole updates less their passes")
+        estimate = whole_less_passes if whole_less_passes.low > 0 else speed.update
+        noise = median_interval(
+            [(measured - plain) / 2 for plain, measured in rounds], method="updates with and without, per pass"
+        )
+    return estimate, noise

@@ -20,7 +20,7 @@ from batchlab.spine.trial import next_evaluation
 
 TARGET_SHARE = 0.05
 FLAT_SHARE = 0.01
-FEWEST_STEPS = 15
+FEWEST_STEPS, LATEST = 15, 2.0
 UNREACHABLE = Target("loss", -1e308)
 
 
@@ -49,7 +49,8 @@ def run_reference(
     """Trains `plan` until the target's metric has flattened or the share `until` of the budget is spent.
 
     Flattened: the last half of the updates improved the best value by no more than 1 % of all improvement. A job
-    with a target stops there. every: updates between evaluations at least.
+    with a target stops there. every: updates between evaluations at least. Less than 15 updates tell nothing: they
+    are run past `until`, up to twice the whole budget.
     """
     target = job.target or UNREACHABLE
     started = watch.left(until)
@@ -62,7 +63,7 @@ def run_reference(
             return "target"
         if step >= FEWEST_STEPS and flattened(course.evaluations, target):
             return "flat"
-        return "budget" if left <= 0 else ""
+        return "budget" if left <= 0 and (step >= FEWEST_STEPS or watch.left(LATEST) <= 0) else ""
 
     return _run(job, plan, target.metric, finished, watch, until=until, seed=seed, device=device, every=every)
 
@@ -138,17 +139,18 @@ def _evaluate(course: Course, learner: Learner, metric: str) -> None:
 
 
 def time_updates(
-    job: Job, plan: Plan, watch: Stopwatch, *, until: float, count: int, seed: int, device: torch.device
-) -> list[float]:
-    """Seconds of each of some updates as `train` does them, the first, which warms up, left out."""
-    learner = Learner(job, plan, seed=seed, device=device)
-    seconds: list[float] = []
+    job: Job, plans: Sequence[Plan], watch: Stopwatch, *, until: float, count: int, seed: int, device: torch.device
+) -> list[tuple[float, ...]]:
+    """Seconds of updates as `train` does them, in turn by each plan, the first round, which warms up, left out."""
+    learners = [Learner(job, plan, seed=seed, device=device) for plan in plans]
+    rounds: list[tuple[float, ...]] = []
     try:
-        while len(seconds) <= count and watch.left(until) > 0:
-            seconds.append(learner.update().seconds)
+        while len(rounds) <= count and watch.left(until) > 0:
+            rounds.append(tuple(learner.update().seconds for learner in learners))
     finally:
-        learner.close()
-    return seconds[1:]
+        for learner in learners:
+            learner.close()
+    return rounds[1:]
 
 
 def flattened(evaluations: Sequence[tuple[int, float]], target: Target) -> bool:

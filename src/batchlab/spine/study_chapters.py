@@ -13,7 +13,7 @@ from batchlab.core.jsonio import from_plain
 from batchlab.core.plan import Plan
 from batchlab.core.study import SEARCH, Study
 from batchlab.measure.tradeoff import Tradeoff
-from batchlab.rules.tradeoff import steps_ratio
+from batchlab.planner.prediction import Prediction
 from batchlab.spine.columns import number
 from batchlab.spine.words import aim, duration, figure, plural
 from batchlab.viz import plots
@@ -91,7 +91,7 @@ def measured_against_predicted(study: Study, facts: Facts | None, plan: Plan | N
     steps = Chart(
         "tradeoff",
         "Steps to target against batch size",
-        f"To {aim(study.target)}. Points: median and range of fresh seeds; band: from the noise scale's interval.",
+        f"To {aim(study.target)}. Points: median and range of fresh seeds; band: where a run should fall.",
         plots.tradeoff(
             [_interval_of(row) for row in known],
             fit=_fit_curve(fit, known) if fit else (),
@@ -218,21 +218,14 @@ def _fit_curve(fit: Tradeoff, rows: Sequence[Mapping[str, Any]]) -> list[tuple[f
 
 
 def _predicted_curve(facts: Facts | None, rows: Sequence[Mapping[str, Any]]) -> list[Interval]:
-    """S(B) from the reference run and the noise scale; its ends are those of the noise scale's interval."""
-    if facts is None or not facts.noise_scale.defined or facts.reference.steps_to_target is None:
+    """S(B) from the reference runs and the noise scale, with the interval of a run with a new seed."""
+    if facts is None:
         return []
-    noise, run = facts.noise_scale, facts.reference
-    if not noise.value > 0:
+    prediction = Prediction.of(facts)
+    if not (prediction.noise_known and prediction.reached):
         return []
-    ends = (noise.low if noise.low > 0 else 0.0, noise.high if noise.high > 0 else math.inf)
-    curve = []
-    for size in _grid(rows):
-        value, *bounds = (
-            facts.reference.steps_to_target * steps_ratio(size, run.batch_size, b_crit=b_crit)
-            for b_crit in (noise.value, *ends)
-        )
-        curve.append((size, value, min(bounds), max(bounds)))
-    return curve
+    curve = [(size, prediction.estimate(size)) for size in _grid(rows)]
+    return [(size, steps.value, steps.low, steps.high) for size, steps in curve]
 
 
 def _value_and_range(estimate: Estimate, remark: str) -> tuple[str, str]:
