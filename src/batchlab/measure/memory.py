@@ -29,7 +29,7 @@ START = {"cuda": 32, "cpu": 1}
 FLAT_DOUBLINGS = 2
 TIMED_RUNS, TIMED_SECONDS = 3, 0.5
 
-_FITS, _OUT, _FAILED = 1.0, 0.0, -1.0
+_FITS, _OVER, _OUT, _FAILED = 1.0, 0.5, 0.0, -1.0
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,9 @@ class _Finder:
         self.allowed = None if counter is None else (1 - headroom) * counter.usable
         self.group, self.seconds, self.deadline = group, seconds, float("inf")
         self.tries: list[Try] = []
-        self.shared: list[tuple[int, float, float]] = []
+        self.speeds: list[tuple[float, int]] = []
+        self.shares: dict[int, float] = {}
+        self.foresight = True
         self.seconds_left, self.last_text = float("inf"), ""
 
     def run(self, step: Callable[[int], None]) -> MicroBatch:
@@ -192,19 +194,20 @@ class _Finder:
     def _why(self) -> str:
         if self.search.ok == self.search.most:
             return f"{self.search.most} is the largest size allowed"
-        failed = next(each for each in self.tries if each.size == self.search.err)
+        failed = next(each for each in reversed(self.tries) if each.size == self.search.err)
         return f"{failed.size} does not fit ({failed.phase or 'on another rank'})"
 
     def _try(self, step: Callable[[int], None], size: int) -> None:
         """Runs `size` here, learns how it went on all ranks, and records it."""
-        if (expected := self._expected(size)) > 1:
+        foreseen = size == self.search.err
+        if not foreseen and (expected := self._expected(size)) > 1:
             self.tries.append(Try(size, False, "foreseen", 0.0, round(expected * (self.allowed or 0))))
-            self.search.record(size, fits=False)
+            self.search.foresee(size)
             return
         state, phase, seconds, other = self._run(step, size)
         peak = None if self.counter is None else self.counter.peak()
         if state == _FITS and peak is not None and self.allowed is not None and peak > self.allowed:
-            state, phase = _OUT, "headroom"
+            state, phase, self.last_text = _OVER, "headroom", ""
         share = peak / self.allowed if peak is not None and self.allowed else 0.0
         left = self.deadline - time.perf_counter()
         worst, most_share, slowest, self.seconds_left = agree_min([state, -share, -seconds, left], self.group)
@@ -215,8 +218,11 @@ class _Finder:
         fits = worst == _FITS
         self.tries.append(Try(size, fits, phase, seconds, peak))
         self.search.record(size, fits=fits)
+        self.foresight = self.foresight and not (foreseen and fits)
+        if worst >= _OVER:
+            self.shares[size] = -most_share
         if fits:
-            self.shared.append((size, -most_share, -slowest))
+            self.speeds.append((size / -slowest, size))
 
     def _run(self, step: Callable[[int], None], size: int) -> tuple[float, str | None, float, Exception | None]:
         """(how it went, the phase that ran out, seconds of the fastest run, an error that is no lack of memory)."""
@@ -243,22 +249,22 @@ class _Finder:
         free()
         return _OUT, phase, 0.0, None
 
-    def _points(self) -> list[tuple[int, float]]:
-        """(size, share of what is allowed) of the two largest sizes that fitted and differ, on the fullest rank."""
-        return sorted((size, share) for size, share, _ in self.shared if share > 0)[-2:]
-
     def _line(self) -> tuple[float, float] | None:
-        """share = fixed + slope·size through the two largest sizes; None where memory does not grow with size."""
-        points = self._points()
-        if len(points) < 2:
+        """share = fixed + slope·size through the two largest sizes that were run whole, of the fullest rank's share.
+
+        Through 0 and the one size that was run: what is fixed is taken as none, so that the line leads too low at
+        most. None where memory is not known or does not grow with size, or where this foresaw wrongly before.
+        """
+        points = sorted((size, share) for size, share in self.shares.items() if share > 0)[-2:]
+        if not points or not self.foresight:
             return None
-        (a, share_a), (b, share_b) = points
+        (a, share_a), (b, share_b) = points if len(points) == 2 else [(0, 0.0), *points]
         slope = (share_b - share_a) / (b - a)
         return (share_b - slope * b, slope) if slope > 0 else None
 
     def _expected(self, size: int) -> float:
-        """The share of what is allowed that `size` is expected to take; 0 where nothing tells."""
-        line = self._line()
+        """The share of what is allowed that `size` is expected to take; 0 where two sizes do not tell."""
+        line = self._line() if len(self.shares) > 1 else None
         return 0.0 if line is None else line[0] + line[1] * size
 
     def _guess(self) -> float | None:
@@ -273,12 +279,11 @@ class _Finder:
 
     def _saturated(self) -> int | None:
         """The fastest size, once the last doublings gained little; None while speed grows."""
-        if self.saturation is None or self.search.err is not None or len(self.shared) <= FLAT_DOUBLINGS:
+        if self.saturation is None or self.search.err is not None or len(self.speeds) <= FLAT_DOUBLINGS:
             return None
-        speeds = [(size / seconds, size) for size, _, seconds in self.shared]
-        recent = [speed for speed, _ in speeds[-FLAT_DOUBLINGS - 1 :]]
+        recent = [speed for speed, _ in self.speeds[-FLAT_DOUBLINGS - 1 :]]
         gains = [after / before - 1 for before, after in itertools.pairwise(recent)]
-        return max(speeds)[1] if all(gain < self.saturation for gain in gains) else None
+        return max(self.speeds)[1] if all(gain < self.saturation for gain in gains) else None
 
 
 def _wait(step: Callable[[int], None]) -> None:

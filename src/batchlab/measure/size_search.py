@@ -18,7 +18,9 @@ class SizeSearch:
     from near ones.
 
     While nothing fits the size is halved; between ok and err the next one is their geometric mean, which halves the
-    relative gap, and always lies strictly between, so that each try makes progress. A size is never tried twice.
+    relative gap, and always lies strictly between, so that each try makes progress. A guess is taken in its place where
+    it lies between, but not twice in a row unless the first one halved the gap too. A size is never tried twice; one
+    that was only foreseen not to fit is tried before the answer rests on it.
 
     >>> search = SizeSearch(start=32, most=300)
     >>> while (size := search.next_size()) is not None:
@@ -35,8 +37,19 @@ class SizeSearch:
             raise InputError(f"rel_gap must lie in [0, 1), got {rel_gap!r}")
         self.start, self.most, self.rel_gap, self.growth = min(start, most), most, rel_gap, growth
         self.ok: int | None = None
-        self.err: int | None = None
+        self._failed: int | None = None
         self.tried: list[int] = []
+        self._foreseen: int | None = None
+        self._wide = math.inf
+
+    @property
+    def err(self) -> int | None:
+        """The smallest size that did not fit, or is foreseen not to."""
+        return min((size for size in (self._failed, self._foreseen) if size is not None), default=None)
+
+    def foresee(self, size: int) -> None:
+        """Takes in that `size` is not expected to fit."""
+        self._foreseen = min(size, self._foreseen or size)
 
     def record(self, size: int, *, fits: bool) -> None:
         """Takes in whether `size` fitted."""
@@ -44,10 +57,16 @@ class SizeSearch:
         if fits:
             self.ok = max(size, self.ok or size)
         else:
-            self.err = min(size, self.err or size)
+            self._failed = min(size, self._failed or size)
+        if self._foreseen is not None and (self.ok or 0) >= self._foreseen:
+            self._foreseen = None
 
     def next_size(self, guess: float | None = None) -> int | None:
         """What to try next; None when the answer is known. guess: where the limit is expected, taken if it helps."""
+        size = self._next(guess)
+        return self.err if size is None and self.err == self._foreseen != self._failed else size
+
+    def _next(self, guess: float | None) -> int | None:
         ok, err = self.ok, self.err
         if ok is None:
             return self.start if err is None else None if err == 1 else max(1, err // 2)
@@ -58,5 +77,8 @@ class SizeSearch:
             return min(max(wanted, ok + 1), self.most)
         if err - ok <= 1 or (err - ok) / err <= self.rel_gap:
             return None
-        between = math.isqrt(ok * err) if guess is None else math.floor(guess)
+        wide, before = math.log(err / ok), self._wide
+        helps = guess is not None and ok < math.floor(guess) < err and wide <= before / 2
+        self._wide = wide if helps else math.inf
+        between = math.floor(guess) if helps and guess is not None else math.isqrt(ok * err)
         return min(max(between, ok + 1), err - 1)
