@@ -62,6 +62,18 @@ def test_every_number_has_its_reason(case):
     assert len(result.explain()) == len(result.reasons)
 
 
+def test_the_noise_is_measured_as_seldom_as_makes_it_cheap():
+    def every(seconds, **changes):
+        cost = None if seconds is None else exact(seconds)
+        return made({"noise_seconds": cost, "s_min": 1000.0, "example_seconds": 1e-4} | changes)
+
+    free, dear, unknown = every(0.0), every(2e-3), every(None)
+    assert free.noise_every == unknown.noise_every == 1 and free.measure_noise
+    share = dear.accumulation * 2e-3 / (dear.noise_every * dear.predicted_step_seconds)
+    assert share <= 0.02 < share * dear.noise_every / (dear.noise_every - 1)
+    assert every(10.0).noise_every == math.floor(every(10.0).predicted_steps.value / 30)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_json_round_trip_and_determinism(case):
     result = made(*CASES[case])

@@ -72,7 +72,7 @@ def gather(
         target=target,
         target_origin=origin,
         evaluation_seconds=statistics.median(first.evaluation_seconds),
-        notes=(*notes, *_said(first, target, origin, reached, found)),
+        notes=(*notes, *_said(courses, target, origin, reached, found)),
         seed=seed,
     )
 
@@ -89,10 +89,13 @@ def _thinned(points: Sequence[NoisePoint]) -> tuple[NoisePoint, ...]:
     return tuple(points[every - 1 :: every])
 
 
-def _said(first: Course, target: Target, origin: str, reached: Sequence[int | None], found: MicroBatch) -> list[str]:
+def _said(
+    courses: Sequence[Course], target: Target, origin: str, reached: Sequence[int | None], found: MicroBatch
+) -> list[str]:
+    first = courses[0]
     notes = [f"micro-batches up to {found.size}: {found.why}"]
     if origin != "job":
-        initial = first.evaluations[0][1]
+        initial = min(course.evaluations[0][1] for course in courses)
         runs = (
             "the reference run"
             if len(reached) == 1
@@ -100,7 +103,7 @@ def _said(first: Course, target: Target, origin: str, reached: Sequence[int | No
         )
         notes.append(
             f"the job has no target: validation loss {target.value:.4g} is taken, at which {runs} had made 95 % of its "
-            f"improvement from {initial:.4g}"
+            f"improvement from {initial:.4g}, where the best of them began"
         )
     if first.stopped == "budget":
         notes.append(

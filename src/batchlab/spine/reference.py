@@ -163,16 +163,18 @@ def flattened(evaluations: Sequence[tuple[int, float]], target: Target) -> bool:
 
 
 def derived_target(runs: Sequence[Sequence[tuple[int, float]]]) -> Target:
-    """The validation loss at which 95 % of the improvement was made, in the run that came least far: all reach it.
+    """The validation loss at which 95 % of the improvement was made, of the best start and the run that came least far.
+
+    So all runs reach it, and none begins with it.
 
     >>> derived_target([[(0, 2.0), (9, 0.0)], [(0, 2.0), (9, 1.0)]])
     Target(metric='loss', value=1.05, direction='min')
     """
-    initial = runs[0][0][1]
+    initial = min(evaluations[0][1] for evaluations in runs)
     best = max(min(value for _, value in evaluations) for evaluations in runs)
     if not best < initial:
         raise InputError(
-            f"the reference run did not lower the validation loss from {initial:.4g} in {runs[0][-1][0]} updates: "
+            f"the reference runs did not lower the validation loss below {initial:.4g} in {runs[0][-1][0]} updates: "
             "give the probe a larger budget, or the job a target"
         )
     return Target("loss", best + TARGET_SHARE * (initial - best), "min")

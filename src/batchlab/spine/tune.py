@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from batchlab.core.files import write_atomic
 from batchlab.core.job import Job
 from batchlab.core.run import RUN_FILE, Run
 from batchlab.parallel.torchrun import is_main
+from batchlab.planner.batch import check_goal
 from batchlab.spine.plan import plan as make_plan
 from batchlab.spine.probe import probe
 from batchlab.spine.report import report
@@ -47,8 +49,9 @@ def tune(
     folder = Path(out)
     if (folder / RUN_FILE).exists():
         raise InputError(f"{folder} already holds a run: resume it with train, or name another folder")
-    if not budget > 0:
-        raise InputError(f"budget must be > 0 seconds, got {budget!r}")
+    check_goal(goal)
+    if not 0 < budget < math.inf:
+        raise InputError(f"budget must be finite and > 0 seconds, got {budget!r}")
     if max_steps is not None and max_steps < 1:
         raise InputError(f"max_steps must be at least 1, got {max_steps!r}")
     facts = probe(job, budget=budget * PROBE_SHARE, seed=seed, device=device, progress=progress)

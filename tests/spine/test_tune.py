@@ -1,0 +1,75 @@
+"""The main road from end to end, and what it refuses before it measures anything."""
+
+import math
+
+import pytest
+
+from batchlab.core.errors import InputError
+from batchlab.core.facts import Facts
+from batchlab.core.plan import Plan
+from batchlab.core.run import Run
+from batchlab.core.study import Study
+from batchlab.spine.tune import around, tune
+from tests.spine.jobs import squared_error, toy_job
+
+
+def test_it_probes_plans_trains_and_reports(tmp_path):
+    heard = []
+    run = tune(toy_job(), out=tmp_path / "r", budget=6.0, device="cpu", progress=lambda *said: heard.append(said))
+    assert run.summary["status"] == "reached" and run.summary["predicted_steps"] is not None
+    assert {phase for phase, _ in heard} >= {"memory and speed", "learning rate", "reference run", "train"}
+    facts, plan = (
+        noun.from_json((run.path / name).read_text()) for noun, name in ((Facts, "facts.json"), (Plan, "plan.json"))
+    )
+    assert plan == run.plan == Run.open(run.path).plan and facts == run.facts
+    assert "<html" in (run.path / "report.html").read_text()
+
+
+def test_verify_adds_the_sweep(tmp_path):
+    run = tune(toy_job(), out=tmp_path / "r", budget=4.0, device="cpu", verify=True)
+    study = Study.open(run.path / "sweep")
+    assert study.summary["status"] == "finished" and study.target == run.plan.target
+    assert run.plan.batch_size / 8 <= min(row["batch_size"] for row in study.rows()) <= run.plan.batch_size
+    assert "measured" in (run.path / "report.html").read_text().lower()
+
+
+def test_fewer_steps_than_the_target_needs_end_well(tmp_path):
+    run = tune(toy_job(), out=tmp_path / "r", budget=3.0, device="cpu", max_steps=1)
+    assert run.summary["status"] in ("not reached", "reached") and run.summary["steps"] == 1
+    assert run.plan.steps == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"budget": 0.0}, "budget must be finite and > 0 seconds, got 0.0"),
+        ({"budget": math.inf}, "budget must be finite and > 0 seconds, got inf"),
+        ({"budget": math.nan}, "budget must be finite and > 0 seconds, got nan"),
+        ({"max_steps": 0}, "max_steps must be at least 1, got 0"),
+        ({"goal": "fast"}, r"goal must be one of \['balanced', 'cost', 'time'\], got 'fast'"),
+    ],
+)
+def test_wrong_arguments_cost_nothing_and_write_nothing(tmp_path, arguments, message):
+    asked = []
+
+    def loss(module, batch):
+        asked.append(None)
+        return squared_error(module, batch)
+
+    with pytest.raises(InputError, match=message):
+        tune(toy_job(loss=loss), out=tmp_path / "r", **({"budget": 2.0, "device": "cpu"} | arguments))
+    assert not asked and not (tmp_path / "r").exists()
+
+
+def test_a_folder_that_holds_a_run_is_refused_before_anything_is_measured(tmp_path):
+    tune(toy_job(), out=tmp_path / "r", budget=2.0, device="cpu", max_steps=1)
+    with pytest.raises(InputError, match=r"already holds a run: resume it with train, or name another folder"):
+        tune(toy_job(), out=tmp_path / "r", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "examples", "sizes"),
+    [(64, 10**6, [8, 16, 32, 64, 128, 256, 512, 1024]), (1, 100, [1, 2, 4, 8, 16]), (64, 70, [8, 16, 32, 64])],
+)
+def test_the_sizes_around_a_plan(batch_size, examples, sizes):
+    assert around(batch_size, examples) == sizes
