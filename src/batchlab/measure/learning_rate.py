@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from batchlab.core.device import pick_device
 from batchlab.core.errors import InputError
 from batchlab.core.job import Job
 from batchlab.core.jsonio import JsonNoun
@@ -140,7 +141,7 @@ def lr_range(
     """
     if not 1 <= batch_size <= len(job.train):
         raise InputError(f"batch_size must lie in 1..{len(job.train)}, the training examples, got {batch_size!r}")
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = pick_device(device)
     with preserved_generators():
         step = TrainingStep(job, device=where, seed=seed)
         step.reset_optimizer()

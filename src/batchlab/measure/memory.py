@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
+from batchlab.core.device import pick_device
 from batchlab.core.errors import BatchlabError, InputError
 from batchlab.core.job import Job
 from batchlab.core.random import preserved_generators
@@ -96,7 +97,7 @@ def find_micro_batch(
     Nothing of the caller's is changed: neither models nor random generators nor what the allocator caches.
     Raises `InputError` if not even one example fits.
     """
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = pick_device(device)
     is_job = isinstance(job_or_step, Job)
     if headroom is not None and not 0 <= headroom < 1:
         raise InputError(f"headroom must lie in [0, 1), got {headroom!r}")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from batchlab.core.device import pick_device
 from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate, MicroBatchTime
 from batchlab.core.job import Job
@@ -57,7 +58,7 @@ def throughput(
         raise InputError(f"micro_batches must be sizes of at least 1, got {list(micro_batches)!r}")
     if not seconds > 0:
         raise InputError(f"seconds must be > 0, got {seconds!r}")
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = pick_device(device)
     with preserved_generators():
         times = _measure(TrainingStep(job, device=where, seed=seed), sizes, time.perf_counter() + seconds)
     passes, updates, loads = times
