@@ -322,6 +322,13 @@ def test_plans_that_do_not_fit_are_refused(tmp_path, plan, message):
     assert not (tmp_path / "r").exists()
 
 
+def test_a_plan_for_other_devices_is_said_to_be(tmp_path):
+    plan = toy_plan(steps=2, micro_batch=16, accumulation=1, world_size=4, predicted_step_seconds=1e-3)
+    run = train(toy_job(), plan, out=tmp_path / "r", device="cpu")
+    assert (run.plan.world_size, run.plan.accumulation, run.plan.predicted_step_seconds) == (1, 4, None)
+    assert run.plan.notes == ("planned for 4 devices with 1 passes, run on 1 with 4: the predicted time does not hold",)
+
+
 def test_what_is_written_holds_no_pickle(uninterrupted):
     texts = [(uninterrupted / "run.json").read_text(), *(uninterrupted / "steps.jsonl").read_text().splitlines()]
     for text in texts:

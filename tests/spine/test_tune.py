@@ -10,6 +10,7 @@ from batchlab.core.plan import Plan
 from batchlab.core.run import Run
 from batchlab.core.study import Study
 from batchlab.spine.tune import around, tune
+from tests.spine.forked import in_ranks
 from tests.spine.jobs import squared_error, toy_job
 
 
@@ -65,6 +66,23 @@ def test_a_folder_that_holds_a_run_is_refused_before_anything_is_measured(tmp_pa
     tune(toy_job(), out=tmp_path / "r", budget=2.0, device="cpu", max_steps=1)
     with pytest.raises(InputError, match=r"already holds a run: resume it with train, or name another folder"):
         tune(toy_job(), out=tmp_path / "r", device="cpu")
+
+
+def test_a_file_in_the_folders_place_is_said_before_anything_is_measured(tmp_path):
+    (tmp_path / "r").touch()
+    with pytest.raises(InputError, match="out must name a folder"):
+        tune(toy_job(), out=tmp_path / "r", device="cpu")
+
+
+def _tune_on_a_rank(folder):
+    tune(toy_job(), out=folder / "r", budget=6.0, device="cpu")
+
+
+def test_ranks_tune_for_as_many_devices(tmp_path):
+    assert in_ranks(2, tmp_path, _tune_on_a_rank, tmp_path) == [0, 0]
+    run = Run.open(tmp_path / "r")
+    assert run.plan.world_size == run.meta["world_size"] == 2
+    assert run.plan.batch_size <= 2 * run.plan.accumulation * run.plan.micro_batch
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +81,45 @@ class RunWriter:
             self._lock = -1
 
 
+_reserved: dict[tuple[int, Path], int] = {}
+
+
+@contextlib.contextmanager
+def reserved(folder: str | Path) -> Iterator[None]:
+    """Holds a run folder for a writer that this process is yet to make in it; `RunLockedError` where another has it.
+
+    Leaves nothing behind where no writer took it over.
+    """
+    path = Path(folder)
+    made = [each for each in (path, *path.parents) if not each.exists()]
+    with naming_storage_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+    file = path.resolve() / LOCK_FILE
+    key, had_lock = (os.getpid(), file), file.exists()
+    _reserved[key] = _take_lock(file)
+    try:
+        yield
+    finally:
+        if (lock := _reserved.pop(key, -1)) >= 0:
+            if not had_lock:
+                file.unlink(missing_ok=True)
+            os.close(lock)
+            with contextlib.suppress(OSError):  # not empty: another process has begun to use it
+                for each in made:
+                    each.rmdir()
+
+
+def check_folder(out: str | Path) -> None:
+    """`InputError` where no folder can be made of `out`: it, or what it would lie in, is a file."""
+    path = Path(out)
+    standing = next(each for each in (path, *path.absolute().parents) if each.exists())
+    if not standing.is_dir():
+        raise InputError(f"out must name a folder, {path} cannot be one: {standing} is a file")
+
+
 def _take_lock(path: Path) -> int:
+    if (held := _reserved.pop((os.getpid(), path.resolve()), -1)) >= 0:
+        return held
     with naming_storage_errors(path):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:

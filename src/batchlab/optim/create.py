@@ -72,7 +72,19 @@ def create(name: str, model: nn.Module, **hyperparameters: Any) -> torch.optim.O
         raise InputError("the model has no parameter that requires a gradient")
     if "fused" in accepted and not {"fused", "foreach", "capturable", "differentiable"} & settings.keys():
         settings["fused"] = _fused_is_faster(parameter_groups)
-    return make(parameter_groups, **settings)
+    try:
+        return make(parameter_groups, **settings)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{name} refuses its hyperparameters: {error}") from None
+
+
+def first_step(name: str) -> None:
+    """One step of `name` on one number: at the first one torch loads its compiler, which takes a second or more."""
+    line = nn.Linear(1, 1)
+    optimizer = create(name, line, lr=0.1)
+    line(torch.ones(1, 1)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def _fused_is_faster(parameter_groups: list[dict[str, Any]]) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from batchlab.core.jsonio import to_plain
 from batchlab.core.plan import Plan
 from batchlab.core.provenance import git_commit, machine, versions
 from batchlab.core.run import CHECKPOINTS, SCHEMA, Run, summarize
-from batchlab.core.store import RunWriter
+from batchlab.core.store import RunWriter, reserved
 from batchlab.parallel.torchrun import agree_max, is_main
 from batchlab.spine.learner import Learner
 
@@ -129,6 +130,21 @@ class RunFolder:
             action(self._writer)
         except StorageError as error:
             self.failed, self._error = WRITE_FAILED, error
+
+
+@contextlib.contextmanager
+def reserved_on_first_rank(folder: Path) -> Iterator[None]:
+    """Holds `folder` for the run that this process is about to begin in it; all ranks end where it is another's."""
+    with contextlib.ExitStack() as stack:
+        error: BatchlabError | None = None
+        if is_main():
+            try:
+                stack.enter_context(reserved(folder))
+            except BatchlabError as refused:
+                error = refused
+        if agree_max(int(error is not None)):
+            raise error or BatchlabError("the first rank could not open the run folder")
+        yield
 
 
 def _finish(writer: RunWriter, status: str, **more: str) -> None:

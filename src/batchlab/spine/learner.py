@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from batchlab.core.device import pick_device
 from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate
 from batchlab.core.job import Job
@@ -87,14 +89,11 @@ class Learner:
         preconditioned: bool | None = None,
     ) -> None:
         self.job, self.plan, self.seed = job, plan, seed
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = pick_device(device)
         self.world, self.rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
         self.stream = SampleStream(len(job.train), derive_seed(seed, "stream"))
         reseed(derive_seed(seed, "weights"))
-        model = job.model()
-        if not isinstance(model, nn.Module):
-            raise InputError(f"job model must return a torch.nn.Module, got {type(model).__name__}")
-        self.model = model.to(self.device).train()
+        self.model = _made(job).to(self.device).train()
         self.optimizer = create(plan.optimizer, self.model, lr=plan.learning_rate, **plan.hyperparameters)
         averages = {"half_life": plan.ema_half_life, "power": plan.average_power}
         self.average = WeightAverage(self.model, **averages) if any(v is not None for v in averages.values()) else None
@@ -183,7 +182,10 @@ class Learner:
 
     def _forward_loss(self, batch: Any) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.plan.precision == "bf16"):
-            return scalar(self._forward(batch))
+            loss = scalar(self._forward(batch))
+        if not loss.requires_grad:
+            raise InputError("job loss does not depend on the model's weights: it has no gradient")
+        return loss
 
     def _sync_only(self, last: bool) -> contextlib.AbstractContextManager[None]:
         if isinstance(self._forward, DistributedDataParallel) and not last:
@@ -281,6 +283,21 @@ class Learner:
         """Takes the hooks off the model."""
         if self.noise is not None:
             self.noise.close()
+
+
+def check_fresh(job: Job) -> None:
+    """`InputError` where `job.model` gives weights that it gave before: training would change the caller's own."""
+    first = [weakref.ref(parameter) for parameter in _made(job).parameters()]
+    again = {id(parameter) for parameter in _made(job).parameters()}
+    if any(id(reference()) in again for reference in first if reference() is not None):
+        raise InputError("job model must return fresh weights at each call, it returned the same ones twice")
+
+
+def _made(job: Job) -> nn.Module:
+    model = job.model()
+    if not isinstance(model, nn.Module):
+        raise InputError(f"job model must return a torch.nn.Module, got {type(model).__name__}")
+    return model
 
 
 def _controller(plan: Plan, examples: int, world: int) -> NoiseScaleBatch | None:

@@ -26,24 +26,37 @@ KEPT = {"betas": "kept as in the reference run: beta^k holds only far below the 
 SPLIT_COST = 1.05
 
 
-def plan(job: Job, facts: Facts, *, goal: str = "balanced", devices: int = 1, batch_size: int | None = None) -> Plan:
+def plan(
+    job: Job,
+    facts: Facts,
+    *,
+    goal: str = "balanced",
+    devices: int = 1,
+    batch_size: int | None = None,
+    all_devices: bool = False,
+) -> Plan:
     """Chooses the batch size for `goal`, and all that moves with it, from what was measured of `job`.
 
     goal: "time" for the least predicted time to the target, "cost" for the least device-seconds, "balanced" for the
     least product of the two, the knee at the critical batch size where there are devices enough (`planner.batch`).
     devices: the most devices, like the one that was measured, that may be used; the plan says how many it takes.
     batch_size: in examples over all devices; given, it is taken, on all `devices`, whatever the goal.
+    all_devices: no fewer than `devices`, as under torchrun, where the ranks are there already.
 
     Depends on nothing but its arguments. Where the noise scale is not known the batch stays at the measured base.
     Raises `InputError` for an unknown goal, facts of another job, a batch larger than the data set or smaller than
     the number of devices.
     """
     goals.check_goal(goal)
+    for name, value, noun in (("job", job, Job), ("facts", facts, Facts)):
+        if not isinstance(value, noun):
+            raise InputError(f"{name} must be a batchlab.{noun.__name__}, got {type(value).__name__}")
     _check(job, facts, devices, batch_size)
     prediction = Prediction.of(facts)
     rows = _rows(facts, prediction, devices, batch_size)
     if batch_size is None:
-        chosen = goals.pick(rows, goal, b_crit=prediction.b_crit)
+        choices = [row for row in rows if row.devices == devices] if all_devices else rows
+        chosen = goals.pick(choices, goal, b_crit=prediction.b_crit)
     else:
         chosen = next(row for row in rows if (row.batch_size, row.devices) == (batch_size, devices))
     why = _Reasons()
@@ -227,7 +240,8 @@ def _weight_decay(
 
 
 def _notes(facts: Facts, prediction: Prediction, chosen: FrontierRow, devices: int) -> list[str]:
-    notes = []
+    """What the facts warn of, and what is uncertain about the plan itself."""
+    notes = list(facts.warnings)
     if not prediction.noise_known:
         notes.append(
             f"the noise scale is not known ({facts.noise_scale.method}): the batch size stays at the base unless "

@@ -11,13 +11,15 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from signal import Signals
 
 import torch.distributed as dist
 
 from batchlab.core.errors import InputError, Interrupted
 from batchlab.core.facts import Facts
 from batchlab.core.job import Job
-from batchlab.core.study import INTERRUPTED, Study
+from batchlab.core.store import check_folder
+from batchlab.core.study import INTERRUPTED, SEARCH, Study
 from batchlab.spine.probe import probe
 from batchlab.spine.signals import StopSignals
 from batchlab.spine.sweep_folder import SweepFolder, stored_facts
@@ -66,6 +68,7 @@ def sweep(
     """
     sizes, path = parse_batch_sizes(batch_sizes), Path(out)
     _check(job, sizes, trials=trials, seeds=seeds, seed=seed)
+    check_folder(path)
     known = stored_facts(path) or facts or probe(job, seed=seed, device=device, progress=progress)
     aimed = job if job.target else dataclasses.replace(job, target=(facts or known).target)
     folder = SweepFolder(path, aimed, known, seed=seed, batch_sizes=sizes, trials=trials, seeds=seeds)
@@ -115,6 +118,7 @@ def _run(task: Task, job: Job, folder: SweepFolder, signals: StopSignals, device
             device=device,
             most_steps=task.most_steps,
             stop=lambda: bool(signals.requested),
+            untrained=task.kind == SEARCH,
         )
         record = task.record(outcome)
         ended = record["status"] != INTERRUPTED
@@ -133,7 +137,9 @@ def _share_done(searches: Sequence[BatchSearch]) -> float:
 
 def _raise_if_stopped(signals: StopSignals, path: Path) -> None:
     if signals.requested:
-        raise Interrupted(f"stopped by signal {signals.requested}; sweep into {path} again to go on", signals.requested)
+        raise Interrupted(
+            f"stopped by {Signals(signals.requested).name}; sweep into {path} again to go on", signals.requested
+        )
 
 
 def parse_batch_sizes(text: str | Sequence[int]) -> list[int]:
@@ -166,6 +172,8 @@ def parse_batch_sizes(text: str | Sequence[int]) -> list[int]:
 
 
 def _check(job: Job, sizes: Sequence[int], **counts: int) -> None:
+    if not isinstance(job, Job):
+        raise InputError(f"job must be a batchlab.Job, got {type(job).__name__}")
     for name, value in counts.items():
         least = 0 if name == "seed" else 1
         if isinstance(value, bool) or not isinstance(value, int) or value < least:

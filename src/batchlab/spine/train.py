@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import signal
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,10 @@ from batchlab.core.jsonio import to_plain
 from batchlab.core.plan import Plan
 from batchlab.core.random import preserved_generators
 from batchlab.core.run import Run
+from batchlab.core.store import check_folder
 from batchlab.parallel.torchrun import agree_max
 from batchlab.spine.folder import WRITE_FAILED, RunFolder, describe, describe_again
-from batchlab.spine.learner import Learner, Update
+from batchlab.spine.learner import Learner, Update, check_fresh
 from batchlab.spine.signals import StopSignals
 
 MAX_SKIPPED_IN_A_ROW = 5
@@ -53,9 +56,13 @@ def train(
     process is writing in `out`, `StorageError` if the disk refuses.
     """
     _check(job, plan, seed)
+    check_folder(out)
+    plan = _as_run(plan)
     with preserved_generators(), StopSignals() as signals:
         learner = Learner(job, plan, seed=seed, device=device)
         try:
+            if not resume:
+                check_fresh(job)
             initial = {} if resume else _first_look(learner)
             meta = describe_again(plan, learner) if resume else describe(job, plan, learner, seed=seed, facts=facts)
             with RunFolder(out, meta, resume=resume) as folder:
@@ -102,7 +109,9 @@ def _run(
             raise _hopeless(update)
         if stop and status == "running":
             folder.finish("interrupted")
-            raise Interrupted(f"stopped by signal {stop} after step {update.step}; go on with --resume", stop)
+            raise Interrupted(
+                f"stopped by {signal.Signals(stop).name} after step {update.step}; go on with --resume", stop
+            )
     return status if status != "running" else "not reached" if plan.target else "finished"
 
 
@@ -142,6 +151,9 @@ def _line(update: Update) -> dict[str, Any]:
 
 
 def _check(job: Job, plan: Plan, seed: int) -> None:
+    for name, value, noun in (("job", job, Job), ("plan", plan, Plan)):
+        if not isinstance(value, noun):
+            raise InputError(f"{name} must be a batchlab.{noun.__name__}, got {type(value).__name__}")
     if plan.job != job.name:
         raise InputError(f"the plan is for the job {plan.job!r}, this job is {job.name!r}")
     if plan.batch_size > len(job.train):
@@ -151,6 +163,17 @@ def _check(job: Job, plan: Plan, seed: int) -> None:
         raise InputError(f"plan batch_size {plan.batch_size} is smaller than the {world} ranks: each needs an example")
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise InputError(f"seed must be an integer, got {seed!r}")
+
+
+def _as_run(plan: Plan) -> Plan:
+    """The plan for the ranks that there are: they may be others than it was made for, with the same batch."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    passes = math.ceil(math.ceil(plan.batch_size / world) / plan.micro_batch)
+    if (world, passes) == (plan.world_size, plan.accumulation):
+        return plan
+    said = f"planned for {plan.world_size} devices with {plan.accumulation} passes, run on {world} with {passes}"
+    notes = (*plan.notes, f"{said}: the predicted time does not hold")
+    return dataclasses.replace(plan, world_size=world, accumulation=passes, predicted_step_seconds=None, notes=notes)
 
 
 def _first_look(learner: Learner) -> dict[str, float]:

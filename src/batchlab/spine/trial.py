@@ -37,14 +37,16 @@ def run_trial(
     device: str | None = None,
     most_steps: Callable[[], float] = lambda: math.inf,
     stop: Callable[[], bool] = lambda: False,
+    untrained: bool = True,
 ) -> dict[str, Any]:
     """Trains `plan` until `plan.target`, and says what came of it, by the names of `Study.trials`.
 
     expected_steps: a guess at the steps to target; the first tenth of it is not evaluated. plan.steps: the most.
     most_steps: asked at each evaluation, a lower limit past which the trial is hopeless. stop: asked after each
-    update. A loss, gradient or metric that is not finite is a divergence.
+    update. A loss, gradient or metric that is not finite is a divergence. untrained: whether to look at the metric
+    before the first update too; if not, a seed that happens to begin at the target counts as one update.
 
-    Raises `InputError` if the target is met before the first update, or its metric is not measured.
+    Raises `InputError` if the target is found met before the first update, or its metric is not measured.
     """
     target = plan.target
     if target is None:
@@ -53,8 +55,7 @@ def run_trial(
     with preserved_generators():
         learner = Learner(job, plan, seed=seed, device=device)
         try:
-            before = _metric(learner, target)
-            if target.reached(before):
+            if untrained and target.reached(before := _metric(learner, target)):
                 raise InputError(
                     f"the target {target.metric} of {target.value:g} is met before any update ({before:g}): "
                     "choose a harder target"

@@ -7,12 +7,16 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import torch.distributed as dist
+
 from batchlab.core.errors import InputError
 from batchlab.core.files import write_atomic
 from batchlab.core.job import Job
 from batchlab.core.run import RUN_FILE, Run
+from batchlab.core.store import check_folder
 from batchlab.parallel.torchrun import is_main
 from batchlab.planner.batch import check_goal
+from batchlab.spine.folder import reserved_on_first_rank
 from batchlab.spine.plan import plan as make_plan
 from batchlab.spine.probe import probe
 from batchlab.spine.report import report
@@ -47,27 +51,30 @@ def tune(
     Raises `InputError` before anything is measured if `out` already holds a run.
     """
     folder = Path(out)
+    check_goal(goal)
+    check_folder(folder)
     if (folder / RUN_FILE).exists():
         raise InputError(f"{folder} already holds a run: resume it with train, or name another folder")
-    check_goal(goal)
-    if not 0 < budget < math.inf:
+    if isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 < budget < math.inf:
         raise InputError(f"budget must be finite and > 0 seconds, got {budget!r}")
     if max_steps is not None and max_steps < 1:
         raise InputError(f"max_steps must be at least 1, got {max_steps!r}")
-    facts = probe(job, budget=budget * PROBE_SHARE, seed=seed, device=device, progress=progress)
-    plan = make_plan(job, facts, goal=goal)
-    if max_steps is not None:
-        plan = dataclasses.replace(plan, steps=max_steps)
-    callbacks = [] if progress is None else [lambda line: progress("train", line["step"] / plan.steps)]
-    run = train(job, plan, out=folder, seed=seed, device=device, facts=facts, callbacks=callbacks)
+    with reserved_on_first_rank(folder):
+        facts = probe(job, budget=budget * PROBE_SHARE, seed=seed, device=device, progress=progress)
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        plan = make_plan(job, facts, goal=goal, devices=world, all_devices=True)
+        if max_steps is not None:
+            plan = dataclasses.replace(plan, steps=max_steps)
+        callbacks = [] if progress is None else [lambda line: progress("train", line["step"] / plan.steps)]
+        run = train(job, plan, out=folder, seed=seed, device=device, facts=facts, callbacks=callbacks)
     if is_main():
         write_atomic(folder / FACTS_FILE, facts.to_json())
         write_atomic(folder / PLAN_FILE, plan.to_json())
+        report(run, folder / REPORT_FILE)
     if verify:
         sizes = around(plan.batch_size, len(job.train))
         aimed = dataclasses.replace(job, target=facts.target)
         sweep(aimed, batch_sizes=sizes, out=folder / STUDY_FOLDER, seed=seed, facts=facts, progress=progress)
-    if is_main():
         report(run, folder / REPORT_FILE)
     return run
 
