@@ -1,5 +1,6 @@
 """What a probe measures of a job, what it leaves alone, and what it refuses."""
 
+import dataclasses
 import json
 import math
 import random
@@ -59,7 +60,7 @@ def test_every_size_that_it_names_was_run(measured):
     _, facts, data, _ = measured
     sizes = [point.examples for point in facts.micro_batches]
     assert sizes == sorted(set(sizes)) and set(sizes) <= data.sizes and facts.max_micro_batch in data.sizes
-    assert all(0 < point.seconds.low <= point.seconds.value <= point.seconds.high for point in facts.micro_batches)
+    assert all(0 <= point.seconds.low <= point.seconds.value <= point.seconds.high for point in facts.micro_batches)
 
 
 def test_the_facts_go_round_and_make_a_plan(measured):
@@ -129,8 +130,8 @@ def test_a_slow_job_still_gets_fifteen_updates():
     )
     facts = probe(job, budget=1.0, device="cpu")
     assert facts.reference.steps >= FEWEST_STEPS
-    assert any("the budget ended the reference run" in note for note in facts.notes)
-    assert any("common default, not measured" in note for note in facts.notes)
+    assert any("the budget ended the reference run" in note for note in facts.warnings)
+    assert any("common default, not measured" in note for note in facts.warnings)
 
 
 @pytest.mark.parametrize(
@@ -145,11 +146,37 @@ def test_a_slow_job_still_gets_fifteen_updates():
         ({"target": Target("accuracy", 0.9, "max")}, {}, "target metric 'accuracy' is not among the measured"),
         ({"loss": lambda m, b: squared_error(m, b) * math.nan}, {}, "job loss is nan on the first micro-batch"),
         ({"loss": lambda m, b: (m(b[0]) - b[1]).square()}, {}, "job loss must return a scalar tensor"),
+        ({"loss": lambda m, b: squared_error(m, b).detach()}, {}, "job loss does not depend on the model's weights"),
+        ({"metric": lambda m, b: 0.5}, {}, "job metric must return a dict of name to mean, got float"),
+        ({}, {"device": "foo"}, "device must be one that torch finds here"),
     ],
 )
 def test_what_cannot_be_probed_is_said(changes, arguments, message):
     with pytest.raises(InputError, match=message):
         probe(toy_job(**changes), **({"budget": 1.0, "device": "cpu"} | arguments))
+
+
+def test_a_model_that_is_not_fresh_is_refused_and_not_trained():
+    shared = nn.Linear(6, 1).double()
+    before = shared.weight.clone()
+    job = Job("shared", lambda: shared, squared_error, toy_data(64), toy_data(16))
+    with pytest.raises(InputError, match="job model must return fresh weights at each call"):
+        probe(job, budget=1.0, device="cpu")
+    with pytest.raises(InputError, match="job model must be a function that returns a fresh module, got a Linear"):
+        Job("shared", shared, squared_error, toy_data(64), toy_data(16))
+    assert torch.equal(shared.weight, before)
+
+
+def test_a_target_of_the_jobs_own_is_not_given_up_on_a_plateau():
+    target = Target("loss", 0.02)
+    job = Job("line", lambda: nn.Linear(6, 1).double(), _linear_error, toy_data(400), toy_data(64), optimizer="sgd")
+    facts = probe(dataclasses.replace(job, target=target), budget=6.0, device="cpu")
+    assert facts.reference.steps_to_target is not None and not facts.warnings
+
+
+def _linear_error(module, batch):
+    x, _ = batch
+    return (module(x).squeeze(1) - 3 * x.sum(1)).square().mean()
 
 
 def test_what_is_no_job_is_said():

@@ -40,7 +40,7 @@ def run(given: Sequence[str] | None = None) -> int:
         if type(error).__name__ == "NoArgsIsHelpError":
             typer.echo(str(error), err=True)
         elif not other_rank():
-            typer.echo(f"batchlab: error: {one_line(error.format_message())}", err=True)  # type: ignore[attr-defined]
+            typer.echo(f"batchlab: error: {one_line(error.format_message().replace('Value error, ', ''))}", err=True)  # type: ignore[attr-defined]
         return BAD_INPUT
     except typer.Abort:
         raise KeyboardInterrupt from None

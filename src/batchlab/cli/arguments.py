@@ -115,8 +115,10 @@ def chosen_plan(path: Path | None, out: Path | None, changes: Mapping[str, Any])
 def opened(folder: Path) -> Run | Study:
     """The run or the study in a folder; `InputError` where there is neither."""
     from batchlab.core.run import RUN_FILE, Run
-    from batchlab.core.study import Study
+    from batchlab.core.study import STUDY_FILE, Study
 
     if not folder.is_dir():
         raise InputError(f"no such folder: {folder}")
+    if not ((folder / RUN_FILE).exists() or (folder / STUDY_FILE).exists()):
+        raise InputError(f"{folder} holds neither a run nor a study; for many runs at once: batchlab runs {folder}")
     return Run.open(folder) if (folder / RUN_FILE).exists() else Study.open(folder)

@@ -70,7 +70,7 @@ def tune(
             )
         page = folder / REPORT_FILE
         result: dict[str, Any] = {"run": folder, "report": page, "summary": done.summary, "plan": done.plan}
-        shown = [terminal_report(done)]
+        shown = [terminal_report(done), *done.plan.notes]
         if verify:
             from batchlab.core.study import Study
 
@@ -107,7 +107,7 @@ def probe(
             facts = verb(what, budget=budget, seed=seed, device=device, progress=bar)
         if out is not None and not other_rank():
             write_atomic(out, facts.to_json())
-        out_.result(facts, facts_table(facts), *facts.notes, *_written("Facts", out))
+        out_.result(facts, facts_table(facts), *facts.warnings, *facts.notes, *_written("Facts", out))
 
 
 @app.command(
@@ -188,7 +188,7 @@ def train(
                 device=device,
                 callbacks=[lambda line: bar("train", line["step"] / chosen.steps)],
             )
-        out_.result({"run": folder, "summary": done.summary}, terminal_report(done), f"Run: {folder}")
+        out_.result({"run": folder, "summary": done.summary}, terminal_report(done), *done.plan.notes, f"Run: {folder}")
 
 
 @app.command(epilog="Example: batchlab sweep digits --batch-sizes 16..1024 --trials 8 --out runs/sweep")

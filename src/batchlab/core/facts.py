@@ -114,7 +114,7 @@ class Facts(JsonNoun):
         update, for each micro-batch; None if it was not timed.
     base_batch_size, base_learning_rate: a learning rate that was found good at that batch size.
     target, target_origin: what counts as trained, and where that came from ("job" or "reference run").
-    notes: what the reader must know, in sentences.
+    warnings: what makes these facts less than they should be, in sentences. notes: how else they came about.
     """
 
     job: str
@@ -137,6 +137,7 @@ class Facts(JsonNoun):
     target_origin: str
     evaluation_seconds: float = 0.0
     noise_seconds: Estimate | None = None
+    warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     seed: int = 0
     schema: int = field(default=SCHEMA)
@@ -146,6 +147,13 @@ class Facts(JsonNoun):
             raise InputError(f"facts of schema {self.schema} come from a newer batchlab; this one reads up to {SCHEMA}")
         if not self.micro_batches:
             raise InputError("facts need at least one measured micro-batch")
+        for name in ("train_examples", "max_micro_batch", "base_batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"facts {name} must be at least 1, got {getattr(self, name)!r}")
+        if self.base_batch_size > self.train_examples:
+            raise InputError(
+                f"facts base_batch_size {self.base_batch_size} is larger than the data set of {self.train_examples}"
+            )
 
     def micro_batch_seconds(self, examples: int) -> float:
         """Seconds of one forward and backward pass over `examples` (at most `max_micro_batch`).

@@ -85,6 +85,11 @@ class Job:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
             raise InputError(f"job name must be a non-empty string, got {self.name!r}")
+        if isinstance(self.model, nn.Module):
+            raise InputError(
+                f"job model must be a function that returns a fresh module, got a {type(self.model).__name__}: "
+                "each run needs weights of its own"
+            )
         for field in ("model", "loss", "metric", "collate"):
             value = getattr(self, field)
             optional = field in ("metric", "collate")

@@ -57,6 +57,8 @@ class TrainingStep:
         loss = self.job.loss(self.model, batch)
         if not isinstance(loss, Tensor) or loss.ndim != 0:
             raise InputError(f"job loss must return a scalar tensor, the mean over the batch, got {loss!r:.80}")
+        if not loss.requires_grad:
+            raise InputError("job loss does not depend on the model's weights: it has no gradient")
         self.phase = "backward"
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()

@@ -46,14 +46,14 @@ def base_rate(
     seed: int,
     device: torch.device,
 ) -> tuple[Choice, list[str]]:
-    """The learning rate for `plan`'s batch, from runs that are otherwise as planned; and what the reader must know.
+    """The learning rate for `plan`'s batch, from runs that are otherwise as planned; and warnings.
 
     until: the share of the budget to end at. update_seconds: what an update is expected to take, for the choice of
     how long the runs are. Of short runs the least score wins: the geometric mean over updates 2 to 25 of the averaged
     weights' validation loss, which is steadier than the loss at the end; the mean, where a loss is not positive.
     Where the best run still fell by a tenth of its improvement in its last third, so short runs favour rates that are
     too high: runs four times as long follow from half that rate on, if there is time.
-    Where there is time for nothing, the optimizer's common default is taken, and the notes say so.
+    Where there is time for nothing, the optimizer's common default is taken, and a warning says so.
     """
     affordable = watch.left(until) / update_seconds
     wanted = RANGE_STEPS + EXPECTED_RUNS * RUN_STEPS

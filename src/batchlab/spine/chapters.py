@@ -38,6 +38,8 @@ def what_to_do(run: Run) -> Section:
     said = headline.verdict(run.plan, run.summary)
     tiles = Tiles(headline.outcome(run.plan, run.summary))
     blocks: list[Block] = [Actions(lines), tiles, Verdict(said.text, said.tone)]
+    if run.plan.notes:
+        blocks.append(Bullets(list(run.plan.notes)))
     if run.meta.get("error"):
         blocks.append(Paragraph(f"It ended with: {run.meta['error']}"))
     return Section("what-to-do", "What to do", blocks)
@@ -255,18 +257,18 @@ def not_verified() -> Section:
     return Section("measured", "Measured against predicted", [Paragraph(HOW_TO_VERIFY, quiet=True)])
 
 
-def limits(plan: Plan, facts: Facts | None) -> Section:
-    """What cannot be known from this, and the notes of plan and facts."""
+def limits(facts: Facts | None) -> Section:
+    """What cannot be known from this, and the notes of the facts."""
     known = [
         "A prediction holds for this job, target, data and optimizer; another target can have another best batch size.",
         "Steps to target vary from seed to seed; one run is one sample of them.",
         "The noise scale is taken to predict the critical batch size; that is a model, and only a sweep tests it.",
         "Times are of this machine. Communication between devices was not measured.",
     ]
-    notes = [*plan.notes, *(facts.notes if facts else ())]
+    notes = facts.notes if facts else ()
     blocks: list[Block] = [Bullets(known)]
     if notes:
-        blocks += [Paragraph("Notes of this plan and its measurements:"), Bullets(list(dict.fromkeys(notes)))]
+        blocks += [Paragraph("How the measurements came about:"), Bullets(list(dict.fromkeys(notes)))]
     return Section("limits", "What this cannot tell you", blocks)
 
 

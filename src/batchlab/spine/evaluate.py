@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -51,7 +51,10 @@ def measured(job: Job, module: nn.Module, batch: Any) -> dict[str, Tensor]:
     """The loss and the job's metrics of one batch, as float64 scalars."""
     values: dict[str, Any] = {"loss": scalar(job.loss(module, batch))}
     if job.metric is not None:
-        values |= dict(job.metric(module, batch))
+        metrics = job.metric(module, batch)
+        if not isinstance(metrics, Mapping):
+            raise InputError(f"job metric must return a dict of name to mean, got {type(metrics).__name__}")
+        values |= metrics
     return {name: torch.as_tensor(value).detach().double() for name, value in values.items()}
 
 

@@ -17,7 +17,7 @@ from batchlab.measure.learning_rate import Choice
 from batchlab.measure.memory import MicroBatch
 from batchlab.measure.run_level import run_level
 from batchlab.measure.throughput import Throughput
-from batchlab.spine.reference import Course
+from batchlab.spine.reference import FEWEST_STEPS, Course
 
 MOST_POINTS = 60
 
@@ -31,6 +31,7 @@ def gather(
     courses: Sequence[Course],
     target: Target,
     notes: list[str],
+    warnings: list[str],
     *,
     seed: int,
     device: torch.device,
@@ -39,7 +40,8 @@ def gather(
     first = courses[0]
     reached = [course.steps_to(target) for course in courses]
     known = [steps for steps in reached if steps is not None]
-    steps = statistics.median_high(known) if 2 * len(known) > len(reached) else None
+    telling = job.target is not None or first.evaluations[-1][0] >= FEWEST_STEPS
+    steps = statistics.median_high(known) if telling and 2 * len(known) > len(reached) else None
     noise = run_level([c.pairs[: c.steps_to(target)] for c in courses], plan.batch_size)
     origin = "job" if job.target else "reference run"
     return Facts(
@@ -72,9 +74,16 @@ def gather(
         target=target,
         target_origin=origin,
         evaluation_seconds=statistics.median(first.evaluation_seconds),
-        notes=(*notes, *_said(courses, target, origin, reached, found)),
+        warnings=(*warnings, *_warned(first, origin, reached)),
+        notes=(*_of_data(job), *notes, *_said(courses, target, origin, reached, found)),
         seed=seed,
     )
+
+
+def _of_data(job: Job) -> list[str]:
+    """What the ready jobs say of the user's files: rows and files left out, and the like."""
+    notes = [*getattr(job.train, "notes", ()), *getattr(job.valid, "notes", ())]
+    return list(dict.fromkeys(note for note in notes if isinstance(note, str)))
 
 
 def _units(job: Job) -> float:
@@ -92,27 +101,35 @@ def _thinned(points: Sequence[NoisePoint]) -> tuple[NoisePoint, ...]:
 def _said(
     courses: Sequence[Course], target: Target, origin: str, reached: Sequence[int | None], found: MicroBatch
 ) -> list[str]:
-    first = courses[0]
+    """How the target, the steps and the largest micro-batch came about."""
     notes = [f"micro-batches up to {found.size}: {found.why}"]
     if origin != "job":
-        initial = min(course.evaluations[0][1] for course in courses)
-        runs = (
-            "the reference run"
-            if len(reached) == 1
-            else f"of {len(reached)} reference runs the one that came least far"
-        )
+        initial, count = min(course.evaluations[0][1] for course in courses), len(courses)
+        runs = "the reference run" if count == 1 else f"of {count} reference runs the one that came least far"
         notes.append(
             f"the job has no target: validation loss {target.value:.4g} is taken, at which {runs} had made 95 % of its "
             f"improvement from {initial:.4g}, where the best of them began"
         )
-    if first.stopped == "budget":
-        notes.append(
-            f"the budget ended the reference run after {first.evaluations[-1][0]} updates, before it had flattened: "
-            "a larger budget may set a harder target and find a larger noise scale"
-        )
-    if len(reached) > 1:
+    if len(reached) > 1 and any(reached):
         steps = ", ".join("not" if each is None else str(each) for each in reached)
         notes.append(
             f"updates to the target at the base batch size with {len(reached)} seeds: {steps}; the median counts"
         )
     return notes
+
+
+def _warned(first: Course, origin: str, reached: Sequence[int | None]) -> list[str]:
+    """What the budget cut short, and what came out otherwise than it should."""
+    steps, warnings = first.evaluations[-1][0], []
+    if first.stopped == "budget" and origin != "job":
+        warnings.append(
+            f"the budget ended the reference run after {steps} updates, before it had flattened: a larger budget may "
+            "set a harder target and find a larger noise scale"
+        )
+    if origin != "job" and steps < FEWEST_STEPS:
+        warnings.append(f"{steps} updates set no target that is worth the name: steps are not predicted from them")
+    if not any(reached):
+        seeds = "the reference run" if len(reached) == 1 else f"none of {len(reached)} reference runs"
+        met = "did not meet" if len(reached) == 1 else "met"
+        warnings.append(f"{seeds} {met} the target in {steps} updates: steps are not predicted")
+    return warnings

@@ -8,6 +8,7 @@ import math
 import torch
 import torch.distributed as dist
 
+from batchlab.core.device import pick_device
 from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate, Facts
 from batchlab.core.job import Job, Target
@@ -18,10 +19,11 @@ from batchlab.measure.learning_rate import Choice
 from batchlab.measure.memory import MicroBatch, find_micro_batch
 from batchlab.measure.order import median_interval
 from batchlab.measure.throughput import Throughput, throughput
-from batchlab.optim.create import check_name
+from batchlab.optim.create import check_name, first_step
 from batchlab.parallel.agree import from_first_rank
 from batchlab.spine.base_rate import Spread, base_rate, check_first_loss
 from batchlab.spine.gather import gather
+from batchlab.spine.learner import check_fresh
 from batchlab.spine.reference import Course, derived_target, run_reference, run_restart, time_updates
 from batchlab.spine.stopwatch import Progress, Stopwatch
 
@@ -53,25 +55,27 @@ def probe(
     seed: of weights, examples and all else random; `train` with the same seed draws others, so that a run tells
     something new. device: the first GPU if there is one. progress: called as
     `progress(phase, fraction done)`. The caller's random generators are kept. Sizes depend on the clock: with another
-    budget or load the runs may be shorter, and `facts.notes` says what was cut.
+    budget or load the runs may be shorter, and `facts.warnings` says what was cut.
 
     Under an initialised process group every rank calls it; all get the first rank's facts, bit for bit.
     Raises `InputError` for what cannot be measured: a loss that is not finite, a metric that is not there.
     """
     where = _check(job, budget, seed, device)
     own = derive_seed(seed, "probe") >> 1
-    watch = Stopwatch(budget, progress)
     with preserved_generators():
+        check_fresh(job)
+        first_step(job.optimizer)
+        watch = Stopwatch(budget, progress)
         found, speed = _speed(job, watch, seed=own, device=where)
         base, notes = _base_batch(job, speed, budget)
         plan = _plan(job, base, speed, found.size)
         check_first_loss(job, plan, seed=own, device=where)
-        choice, said = _learning_rate(job, plan, speed, found.size, watch, seed=own, device=where)
+        choice, said, warned = _learning_rate(job, plan, speed, found.size, watch, seed=own, device=where)
         plan = dataclasses.replace(plan, learning_rate=choice.learning_rate)
         update, noise_seconds = _other_seconds(job, plan, speed, watch, seed=own, device=where)
         courses, target = _reference(job, plan, speed, watch, seed=own, device=where)
         speed = dataclasses.replace(speed, update=update)
-        facts = gather(job, plan, found, speed, choice, courses, target, notes + said, seed=seed, device=where)
+        facts = gather(job, plan, found, speed, choice, courses, target, notes + said, warned, seed=seed, device=where)
         facts = dataclasses.replace(facts, noise_seconds=noise_seconds)
         return from_plain(Facts, from_first_rank(facts))
 
@@ -88,7 +92,7 @@ def _check(job: Job, budget: float, seed: int, device: str | torch.device | None
         raise InputError(
             f"job train has {len(job.train)} examples: the noise scale needs at least {2 * _world()}, two a device"
         )
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return pick_device(device)
 
 
 def _world() -> int:
@@ -160,8 +164,8 @@ def _evaluation_seconds(job: Job, speed: Throughput) -> float:
 
 def _learning_rate(
     job: Job, plan: Plan, speed: Throughput, largest: int, watch: Stopwatch, *, seed: int, device: torch.device
-) -> tuple[Choice, list[str]]:
-    """Short runs in whole micro-batches, on as much of the validation data as their time allows."""
+) -> tuple[Choice, list[str], list[str]]:
+    """Choice, notes, warnings: short runs in whole micro-batches, on as much validation data as their time allows."""
     watch.report("learning rate", 0.0)
     micro = min(math.ceil(plan.batch_size / _world()), largest)
     passes = math.ceil(math.ceil(plan.batch_size / _world()) / micro)
@@ -173,14 +177,14 @@ def _learning_rate(
         job = dataclasses.replace(job, valid=Spread(job.valid, count))
         notes = [f"learning rates were compared on {count} of the validation examples, for time"]
     seconds = _update_seconds(speed, plan.batch_size, micro) + evaluation
-    choice, said = base_rate(job, bare, watch, until=RATE_UNTIL, update_seconds=seconds, seed=seed, device=device)
+    choice, warnings = base_rate(job, bare, watch, until=RATE_UNTIL, update_seconds=seconds, seed=seed, device=device)
     if not math.isnan(choice.trials[0].loss):
         choice = dataclasses.replace(choice, learning_rate=RATE_SHARE * choice.learning_rate)
         notes.append(
             f"base learning rate {choice.learning_rate:.3g}: half of what short runs found best ({choice.why}); half "
             "takes no more updates to a target, and at the best rate itself the noise scale comes out too small"
         )
-    return choice, notes + said
+    return choice, notes, warnings
 
 
 def _reference(

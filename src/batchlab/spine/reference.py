@@ -46,10 +46,10 @@ class Course:
 def run_reference(
     job: Job, plan: Plan, watch: Stopwatch, *, until: float, seed: int, device: torch.device, every: int = 1
 ) -> Course:
-    """Trains `plan` until the target's metric has flattened or the share `until` of the budget is spent.
+    """Trains `plan` until the job's target is met, or else the loss has flattened, or the budget's share is spent.
 
-    Flattened: the last half of the updates improved the best value by no more than 1 % of all improvement. A job
-    with a target stops there. every: updates between evaluations at least. Less than 15 updates tell nothing: they
+    Flattened: the last half of the updates improved the best value by no more than 1 % of all improvement. until: the
+    share. every: updates between evaluations at least. Less than 15 updates tell nothing: they
     are run past `until`, up to twice the whole budget.
     """
     target = job.target or UNREACHABLE
@@ -61,7 +61,7 @@ def run_reference(
         step = course.evaluations[-1][0]
         if step >= FEWEST_STEPS and course.steps_to(target) is not None:
             return "target"
-        if step >= FEWEST_STEPS and flattened(course.evaluations, target):
+        if job.target is None and step >= FEWEST_STEPS and flattened(course.evaluations, target):
             return "flat"
         return "budget" if left <= 0 and (step >= FEWEST_STEPS or watch.left(LATEST) <= 0) else ""
 

@@ -75,7 +75,7 @@ def _run_page(run: Run) -> tuple[str, str, list[Section]]:
                 study_chapters.tuned(study, plan),
             ]
         ),
-        chapters.limits(plan, facts),
+        chapters.limits(facts),
         chapters.provenance({**run.meta, "status": run.summary["status"]}),
     ]
     return f"batchlab: {run.name}", f"Goal: {plan.goal}. Begun {moment(run.meta.get('created'))}.", sections
