@@ -1,5 +1,7 @@
 """Claim: measuring the gradient noise scale costs under 3 % of a step's time with two or more micro-batches.
 
+At every step where a step takes some 50 ms; where it takes a few, at one step in so many as `batchlab plan` chooses
+for a long run from what measuring each costs (`planner.cadence.noise_every`). Both are shown.
 The same training step with and without `GradientNoise`, one by one in turn, in one process: two copies of one model
 with the same weights and data, AdamW, the gradient's norm computed on both sides (a training loop logs it and checks
 that it is finite), which the noise scale then takes over. The ratio is the median over pairs, a pair being the time
@@ -10,6 +12,7 @@ in every bit.
 import contextlib
 import copy
 import time
+from typing import Any
 
 import torch
 from _paired import arguments, median_ratio, paired_seconds, report
@@ -17,18 +20,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from batchlab.measure.noise import GradientNoise
+from batchlab.planner.cadence import noise_every
 from batchlab.workloads.models import ByteTransformer, ConvNet
 
 LIMIT = 1.03
 
 
 class Side:
-    """One copy of a model in training, measured or not."""
+    """One copy of a model in training, its noise measured at one step in `every`, or not at all."""
 
-    def __init__(self, model: nn.Module, inputs: Tensor, targets: Tensor, pieces: int, *, measured: bool) -> None:
+    def __init__(self, model: nn.Module, inputs: Tensor, targets: Tensor, pieces: int, *, every: int = 0) -> None:
         self.model = copy.deepcopy(model)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
-        self.noise = GradientNoise(self.model) if measured else None
+        self.noise = GradientNoise(self.model, every=every) if every else None
         self.parts = list(zip(inputs.chunk(pieces), targets.chunk(pieces), strict=True))
         self.examples = len(inputs)
 
@@ -65,29 +69,41 @@ def jobs() -> dict[str, tuple[nn.Module, Tensor, Tensor]]:
 
 
 def main() -> None:
-    """Prints a row for each model and number of micro-batches, and one JSON object."""
+    """Prints a row for each model, number of micro-batches and cadence, and one JSON object."""
     given = arguments(__doc__, pairs=30)
     torch.set_num_threads(given.threads)
     clock = time.process_time if given.processor_time else time.perf_counter
-    rows = []
-    for name, (model, inputs, targets) in jobs().items():
+    rows: list[dict[str, Any]] = []
+    for name, job in jobs().items():
         for pieces in (2, 4):
-            measured, plain = (Side(model, inputs, targets, pieces, measured=on) for on in (True, False))
-            calls = 2 if "GPT" in name else 20
-            pairs = paired_seconds(measured.step, plain.step, pairs=given.pairs, calls=calls, clock=clock)
-            same = all(map(torch.equal, measured.model.parameters(), plain.model.parameters()))
-            found = median_ratio(pairs)
-            milliseconds = 1e3 * min(seconds for _, seconds in pairs) / calls
-            rows.append(
-                {"model": name, "micro_batches": pieces}
-                | found
-                | {"clock": clock.__name__, "calls": calls, "pairs": pairs}
-            )
-            rows[-1] |= {"same_bits": same, "holds": found["high"] <= LIMIT}
-            interval = f"[{found['low']:.4f}, {found['high']:.4f}]"
-            print(f"{name:45} {pieces} micro-batches: {found['ratio']:.4f} {interval}, plain {milliseconds:.2f} ms")
-            assert same, "measuring changed a weight"
+            settings: dict[str, Any] = {"pairs": given.pairs, "calls": 4 if "GPT" in name else 40, "clock": clock}
+            row = {"model": name, "micro_batches": pieces}
+            rows.append(row | timed(job, pieces, every=1, **settings))
+            print(_sentence(rows[-1]))
+            seldom = noise_every(10**6, step_seconds=1.0, noise_seconds=max(0.0, rows[-1]["ratio"] - 1))
+            if seldom > 1:
+                rows.append(row | timed(job, pieces, every=seldom, **settings))
+                print(_sentence(rows[-1]))
     report("noise_overhead", (__doc__ or "").splitlines()[0], rows, save=given.save)
+
+
+def timed(
+    job: tuple[nn.Module, Tensor, Tensor], pieces: int, *, every: int, pairs: int, calls: int, clock: Any
+) -> dict[str, Any]:
+    """The ratio of the measured side's time to the plain side's, in pairs of `calls` steps each."""
+    measured, plain = (Side(*job, pieces, every=each) for each in (every, 0))
+    seconds = paired_seconds(measured.step, plain.step, pairs=pairs, calls=calls, clock=clock)
+    same = all(map(torch.equal, measured.model.parameters(), plain.model.parameters()))
+    assert same, "measuring changed a weight"
+    found = {"every": every} | median_ratio(seconds)
+    found |= {"holds": found["high"] <= LIMIT, "same_bits": same, "clock": clock.__name__, "calls": calls}
+    return found | {"step_ms": 1e3 * min(plain for _, plain in seconds) / calls, "pairs": seconds}
+
+
+def _sentence(row: dict[str, Any]) -> str:
+    how = f"{row['micro_batches']} micro-batches, every {row['every']}"
+    interval = f"[{row['low']:.4f}, {row['high']:.4f}]"
+    return f"{row['model']:45} {how}: {row['ratio']:.4f} {interval} of {row['step_ms']:.2f} ms"
 
 
 if __name__ == "__main__":

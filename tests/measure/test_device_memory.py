@@ -1,0 +1,63 @@
+"""Memory by the kernel's own counters, against allocations of a known size."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from batchlab.measure import device_memory
+from batchlab.measure.device_memory import ProcessMeter, available_memory, meter
+
+MIB, BLOCK = 2**20, 40 * 2**20
+linux_only = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+
+
+@linux_only
+def test_the_peak_is_what_was_held_at_once_since_the_start():
+    """Blocks of 40 MiB are mapped afresh and given back at once; 10 MiB of other things may come or go meanwhile."""
+    gauge = meter(torch.device("cpu"))
+    assert isinstance(gauge, ProcessMeter)
+    gauge.start()
+    if gauge.peak() is None:
+        pytest.skip("this system does not let a process reset its high-water mark")
+    for blocks in (1, 3, 1, 0):
+        gauge.start()
+        for _ in range(2):
+            held = [torch.ones(BLOCK, dtype=torch.uint8) for _ in range(blocks)]
+            del held
+        assert abs(gauge.peak() - blocks * BLOCK) < BLOCK / 4
+
+
+def _system():
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(lines["MemAvailable"].split()[0]) * 1024
+
+
+@linux_only
+def test_without_a_control_group_it_is_what_the_kernel_says(monkeypatch):
+    monkeypatch.setattr(device_memory, "_CONTROL_GROUPS", ())
+    before, found, after = _system(), available_memory(), _system()
+    assert min(before, after) - 256 * MIB < found < max(before, after) + 256 * MIB  # others may take or free some
+
+
+@pytest.mark.parametrize(
+    ("limit", "used", "stat", "left"),
+    [
+        ("1000\n", "300\n", "anon 5\ninactive_file 40\n", 740),
+        ("1000\n", "300\n", None, 700),
+        ("1000\n", "1300\n", "inactive_file 40\n", 0),
+        ("max\n", "300\n", "inactive_file 40\n", None),
+        ("1000\n", None, "inactive_file 40\n", None),
+        (None, "300\n", None, None),
+    ],
+)
+def test_a_control_group_leaves_its_limit_less_what_cannot_be_reclaimed(tmp_path, monkeypatch, limit, used, stat, left):
+    for name, text in (("memory.max", limit), ("memory.current", used), ("memory.stat", stat)):
+        if text is not None:
+            (tmp_path / name).write_text(text)
+    monkeypatch.setattr(
+        device_memory, "_CONTROL_GROUPS", ((tmp_path, "memory.max", "memory.current", "inactive_file"),)
+    )
+    found = available_memory()
+    assert found == left if left is not None else found > 64 * MIB

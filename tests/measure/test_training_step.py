@@ -1,0 +1,118 @@
+"""One step on a model of its own: whose gradient, at which rate, and where it fails."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from batchlab.core.errors import InputError
+from batchlab.core.random import derive_seed
+from batchlab.data.stream import SampleStream
+from batchlab.measure.training_step import TrainingStep
+from batchlab.optim.create import names
+from tests.spine.jobs import squared_error, toy_job
+
+CPU = torch.device("cpu")
+
+
+def gradient(step):
+    return torch.cat([p.grad.flatten() for p in step.trained])
+
+
+@pytest.mark.parametrize("size", [1, 7, 32, 77])
+def test_the_gradient_is_the_mean_over_the_first_examples_of_the_stream(size):
+    """Epoch after epoch where there are more than the data set's 32; each call adds."""
+    job = toy_job(n=32)
+    step = TrainingStep(job, device=CPU, seed=3)
+    step.clear()
+    loss = step.forward_backward(size)
+    once = gradient(step)
+    x, y = job.train[SampleStream(32, derive_seed(3, "stream")).indices(0, size)]
+    naive = squared_error(step.model, (x, y))
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(naive, step.trained)])
+    assert loss.item() == pytest.approx(naive.item(), rel=1e-12) and not loss.requires_grad
+    torch.testing.assert_close(once, expected, rtol=1e-12, atol=1e-14)
+    step.forward_backward(size)
+    torch.testing.assert_close(gradient(step), 2 * expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("optimizer", names())
+def test_every_step_is_the_same_work_and_moves_nothing(optimizer):
+    step = TrainingStep(toy_job(optimizer=optimizer), device=CPU)
+    before = [p.clone() for p in step.model.parameters()]
+    held = {p: set(step.optimizer.state[p]) for p in step.trained}
+    assert all(held.values()) and all(not p.grad.any() for p in step.trained)
+    for size in (8, 3):
+        step(size)
+        assert all(p.grad is None for p in step.trained)
+    assert all(map(torch.equal, before, step.model.parameters()))
+    assert {p: set(step.optimizer.state[p]) for p in step.trained} == held
+    step.reset_optimizer()
+    assert not step.optimizer.state
+
+
+def test_a_seed_is_a_model_and_copies_of_it_are_held():
+    job = toy_job()
+    first, again, other = (TrainingStep(job, device=CPU, seed=seed, copies=2) for seed in (0, 0, 1))
+    weights = [torch.cat([p.flatten() for p in step.model.parameters()]) for step in (first, again, other)]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    assert sum(held.numel() for held in first._held) == 2 * weights[0].numel()
+    assert first.model.training
+
+
+class Refusing(torch.autograd.Function):
+    """Fails in the backward pass."""
+
+    @staticmethod
+    def forward(_, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(_, __):
+        raise MemoryError("backward")
+
+
+class Unreadable:
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        raise MemoryError("data")
+
+
+def fail(*_):
+    raise MemoryError("it fails")
+
+
+@pytest.mark.parametrize(
+    ("phase", "changes"),
+    [
+        ("data", {"train": Unreadable()}),
+        ("forward", {"loss": fail}),
+        ("backward", {"loss": lambda module, batch: Refusing.apply(squared_error(module, batch))}),
+        ("step", {}),
+    ],
+)
+def test_the_phase_tells_where_it_failed(phase, changes):
+    step = TrainingStep(dataclasses.replace(toy_job(), **changes), device=CPU)
+    if phase == "step":
+        step.optimizer.register_step_pre_hook(fail)
+    with pytest.raises(MemoryError):
+        step(4)
+    assert step.phase == phase
+    step.clear()
+    assert all(p.grad is None for p in step.trained)
+
+
+@pytest.mark.parametrize(("loss", "got"), [(lambda m, b: m(b[0]).squeeze(1), "tensor"), (lambda m, b: 1.0, "1.0")])
+def test_a_loss_must_be_a_scalar(loss, got):
+    step = TrainingStep(toy_job(loss=loss), device=CPU)
+    with pytest.raises(InputError, match=f"job loss must return a scalar tensor, the mean over the batch, got {got}"):
+        step(2)
+
+
+def test_a_model_must_learn_something():
+    job = dataclasses.replace(toy_job(), model=nn.Identity)
+    with pytest.raises(InputError, match="the model has no parameter that requires a gradient"):
+        TrainingStep(job, device=CPU)

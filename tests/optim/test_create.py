@@ -1,0 +1,118 @@
+"""Optimizers by name are torch's own, with decay on matrices alone."""
+
+import inspect
+
+import pytest
+import torch
+from torch import nn
+
+from batchlab.core.errors import InputError
+from batchlab.optim.create import create, defaults, groups, names
+
+TORCH = {
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "rmsprop": torch.optim.RMSprop,
+    "sgd": torch.optim.SGD,
+}
+SETTINGS = {
+    "adam": {"lr": 0.03, "betas": (0.8, 0.97), "eps": 1e-6, "weight_decay": 0.1},
+    "adamw": {"lr": 0.03, "betas": (0.8, 0.97), "eps": 1e-6, "weight_decay": 0.1},
+    "rmsprop": {"lr": 0.03, "alpha": 0.9, "eps": 1e-6, "momentum": 0.5, "centered": True, "weight_decay": 0.1},
+    "sgd": {"lr": 0.03, "momentum": 0.8, "nesterov": True, "weight_decay": 0.1},
+}
+
+
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 1)).double()
+
+
+def trained(make):
+    net, generator = model(), torch.Generator().manual_seed(1)
+    optimizer = make(net)
+    for _ in range(10):
+        optimizer.zero_grad()
+        net(torch.randn(8, 5, generator=generator, dtype=torch.float64)).square().mean().backward()
+        optimizer.step()
+    return torch.cat([p.detach().flatten() for p in net.parameters()])
+
+
+def by_hand(name, net, weight_decay, **settings):
+    matrices = [net[0].weight, net[3].weight]
+    rest = [net[0].bias, net[1].weight, net[1].bias, net[3].bias]
+    both = [{"params": matrices, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return TORCH[name](both, **settings)
+
+
+@pytest.mark.parametrize("name", names())
+def test_it_takes_the_steps_of_torchs_own(name):
+    """At the settings given, and at the defaults: torch's own but for SGD's momentum of 0.9."""
+    ours = trained(lambda net: create(name, net, **SETTINGS[name]))
+    theirs = trained(lambda net: by_hand(name, net, **SETTINGS[name]))
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+    own = inspect.signature(TORCH[name]).parameters
+    changes = {"momentum": 0.9} if name == "sgd" else {}
+    plain = trained(lambda net: by_hand(name, net, own["weight_decay"].default, lr=0.03, **changes))
+    torch.testing.assert_close(trained(lambda net: create(name, net, lr=0.03)), plain, rtol=1e-10, atol=1e-12)
+    assert (ours - plain).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", names())
+def test_the_defaults_are_what_is_used_and_torchs_own(name):
+    assert names() == sorted(TORCH)
+    stated, optimizer = defaults(name), create(name, model())
+    assert stated["weight_decay"] == optimizer.param_groups[0]["weight_decay"]
+    assert optimizer.param_groups[1]["weight_decay"] == 0.0
+    rest = {key: value for key, value in stated.items() if key != "weight_decay"}
+    assert rest == {key: optimizer.defaults[key] for key in rest}
+    plain = TORCH[name](model().parameters()).defaults
+    ours = {"momentum": 0.9} if name == "sgd" else {}
+    assert stated == {key: plain[key] for key in stated} | ours
+    assert set(stated) == {"betas", "eps", "weight_decay", "momentum", "alpha"} & set(plain)
+
+
+def test_each_trained_parameter_stands_once():
+    net = model()
+    net[0].weight.requires_grad_(False)
+    net.tied = nn.Linear(4, 1, bias=False)
+    net.tied.weight = net[3].weight
+    found = groups(net, 0.1)
+    assert [group["weight_decay"] for group in found] == [0.1, 0.0]
+    assert [list(map(id, group["params"])) for group in found] == [
+        [id(net[3].weight)],
+        [id(p) for p in (net[0].bias, net[1].weight, net[1].bias, net[3].bias)],
+    ]
+    assert [group["weight_decay"] for group in groups(net[1], 0.1)] == [0.0]
+
+
+def test_the_fused_step_is_taken_where_there_is_one_and_the_caller_says_nothing():
+    net = model()
+    fused = {name: create(name, net).defaults.get("fused") for name in names()}
+    assert fused == {"adam": True, "adamw": True, "rmsprop": None, "sgd": True}
+    assert not create("adam", net, foreach=True).defaults["fused"]
+    assert not create("adam", net, fused=False).defaults["fused"]
+    net.turns = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    assert not create("adam", net).defaults["fused"]
+
+
+@pytest.mark.parametrize(
+    ("name", "net", "hyperparameters", "message"),
+    [
+        ("adan", nn.Linear(2, 1), {}, r"optimizer must be one of \['adam', 'adamw', 'rmsprop', 'sgd'\], got 'adan'"),
+        (
+            "sgd",
+            nn.Linear(2, 1),
+            {"betas": 1, "alpha": 1},
+            r"sgd takes no hyperparameter 'alpha'; it takes \['dampening', ",
+        ),
+        ("adamw", nn.Tanh(), {}, "the model has no parameter that requires a gradient"),
+    ],
+)
+def test_bad_input_is_named(name, net, hyperparameters, message):
+    with pytest.raises(InputError, match=message) as caught:
+        create(name, net, **hyperparameters)
+    assert "'params'" not in str(caught.value)
+    if name not in names():
+        with pytest.raises(InputError, match=message):
+            defaults(name)

@@ -1,0 +1,59 @@
+"""The learning rate's share over examples: pieces that meet, in any unit, whatever the batches."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from batchlab.core.errors import InputError
+from batchlab.schedule.by_examples import lr_factor
+
+SCHEDULES = st.sampled_from(["constant", "linear", "cosine"])
+SHARES = st.floats(0.0, 1.0)
+TOTALS = st.floats(10.0, 1e9)
+
+
+@given(total=TOTALS, warmup=st.floats(0.0, 0.9), share=SHARES, schedule=SCHEDULES)
+def test_each_piece_is_its_closed_form(total, warmup, share, schedule):
+    """`share` of the way through the warm-up, and through what comes after."""
+    at = {"total_examples": total, "warmup_examples": warmup * total, "schedule": schedule}
+    if share < 1 and warmup > 0:
+        assert lr_factor(share * warmup * total, **at) == pytest.approx(share, rel=1e-9)
+    after = {"constant": 1.0, "linear": 1 - share, "cosine": math.cos(math.pi * share / 2) ** 2}[schedule]
+    assert lr_factor((warmup + share * (1 - warmup)) * total, **at) == pytest.approx(after, abs=1e-7)
+
+
+@given(
+    total=TOTALS, warmup=st.floats(0.01, 0.9), schedule=SCHEDULES, unit=st.floats(1e-3, 1e3), share=st.floats(0, 1.5)
+)
+def test_it_knows_no_unit(total, warmup, schedule, unit, share):
+    """Examples or tokens: only the shares of the whole run count, where what follows the warm-up is longer than 1."""
+    plain = lr_factor(share * total, total_examples=total, warmup_examples=warmup * total, schedule=schedule)
+    total *= unit * 1e3
+    other = lr_factor(share * total, total_examples=total, warmup_examples=warmup * total, schedule=schedule)
+    assert other == pytest.approx(plain, abs=1e-6)
+
+
+@given(positions=st.lists(st.floats(0.0, 2e6), min_size=2, max_size=20), schedule=SCHEDULES)
+def test_it_rises_in_the_warm_up_and_never_again(positions, schedule):
+    at = {"total_examples": 1e6, "warmup_examples": 2e5, "schedule": schedule}
+    warm = [lr_factor(x, **at) for x in sorted(positions) if x <= 2e5]
+    rest = [lr_factor(x, **at) for x in sorted(positions) if x >= 2e5]
+    assert warm == sorted(warm) and rest == sorted(rest, reverse=True)
+    assert {lr_factor(x, **at) for x in positions if x >= 1e6} <= {float(schedule == "constant")}
+
+
+def test_without_a_warm_up_it_starts_at_the_peak_and_one_as_long_as_the_run_ends_there():
+    assert [lr_factor(0, total_examples=10, schedule=each) for each in ("constant", "linear", "cosine")] == [1, 1, 1]
+    assert [lr_factor(x, total_examples=8, warmup_examples=8, schedule="linear") for x in (0, 4, 8, 9)] == [
+        0,
+        0.5,
+        1,
+        0,
+    ]
+
+
+def test_an_unknown_schedule_is_named():
+    with pytest.raises(InputError, match='schedule must be "constant", "linear" or "cosine", got \'step\''):
+        lr_factor(5, total_examples=10, schedule="step")
