@@ -89,7 +89,7 @@ def test_a_newer_schema_is_refused():
         ({"steps": 2.5}, "plan steps must be an integer of at least 1, got 2.5"),
         ({"world_size": 100}, "plan batch_size 64 is smaller than world_size 100"),
         ({"learning_rate": math.nan}, "plan learning_rate must be finite and > 0, got nan"),
-        ({"ema_half_life": 0.0}, "plan ema_half_life must be > 0 examples, got 0.0"),
+        ({"ema_half_life": 0.0}, "plan ema_half_life must be finite and > 0 examples, got 0.0"),
         ({"average_power": -1.0}, "plan average_power must be finite and >= 0, got -1.0"),
         ({"average_power": 1.0, "ema_half_life": 5.0}, "plan ema_half_life and average_power are two averages"),
         ({"warmup_examples": -1}, "plan warmup_examples must not be negative, got -1"),

@@ -269,3 +269,8 @@ def test_it_goes_down_while_everything_diverges():
 def test_a_bad_search_is_named(start, ratio):
     with pytest.raises(InputError, match=f"start must be > 0 and ratio > 1, got start={start}, ratio={ratio}"):
         choose(falling, start, ratio=ratio)
+
+
+def test_a_loss_that_only_rises_falls_nowhere():
+    found = range_test(lambda rate: 1 + rate, low=1e-3, high=1.0, steps=10)
+    assert found.steepest == found.minimum == found.learning_rates[0]

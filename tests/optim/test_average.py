@@ -116,8 +116,8 @@ def test_statistics_and_counts_are_the_models_own_and_the_model_stays_as_it_is()
     [
         ({}, "give one of half_life and power, got half_life=None, power=None"),
         ({"half_life": 8.0, "power": 1.0}, "give one of half_life and power, got half_life=8.0, power=1.0"),
-        ({"half_life": 0.0}, "half_life must be > 0 examples, got 0.0"),
-        ({"half_life": math.nan}, "half_life must be > 0 examples, got nan"),
+        ({"half_life": 0.0}, "half_life must be finite and > 0 examples, got 0.0"),
+        ({"half_life": math.nan}, "half_life must be finite and > 0 examples, got nan"),
         ({"power": -0.5}, "power must be finite and >= 0, got -0.5"),
         ({"power": math.inf}, "power must be finite and >= 0, got inf"),
     ],
@@ -125,3 +125,16 @@ def test_statistics_and_counts_are_the_models_own_and_the_model_stays_as_it_is()
 def test_bad_input_is_named(kind, message):
     with pytest.raises(InputError, match=message):
         WeightAverage(scalar(), **kind)
+
+
+@pytest.mark.parametrize("examples", [0, -8])
+def test_an_update_has_examples(examples):
+    model = nn.Linear(1, 1)
+    with pytest.raises(InputError, match=f"examples must be at least 1, got {examples}"):
+        WeightAverage(model, power=1.0).update(model, examples)
+
+
+def test_a_half_life_beyond_all_examples_weighs_all_alike():
+    assert averaged([(1.0, 8), (2.0, 8), (6.0, 8)], half_life=1e18) == pytest.approx(3.0, rel=1e-12)
+    with pytest.raises(InputError, match="half_life must be finite and > 0 examples, got inf"):
+        WeightAverage(nn.Linear(1, 1), half_life=float("inf"))

@@ -57,3 +57,8 @@ def test_without_a_warm_up_it_starts_at_the_peak_and_one_as_long_as_the_run_ends
 def test_an_unknown_schedule_is_named():
     with pytest.raises(InputError, match='schedule must be "constant", "linear" or "cosine", got \'step\''):
         lr_factor(5, total_examples=10, schedule="step")
+
+
+def test_a_wrong_name_is_refused_in_warm_up_too():
+    with pytest.raises(InputError, match='schedule must be "constant", "linear" or "cosine", got \'foo\''):
+        lr_factor(50, total_examples=100, warmup_examples=60, schedule="foo")

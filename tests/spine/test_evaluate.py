@@ -136,3 +136,26 @@ def test_a_loss_must_be_a_scalar(loss, got):
     job = toy_job(loss=loss)
     with pytest.raises(InputError, match=f"job loss must return a scalar tensor, the mean over the batch, got {got}"):
         evaluate(job, job.model(), batch_size=8, device=CPU)
+
+
+def test_a_part_that_was_frozen_in_evaluation_stays_so():
+    module = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4))
+    module[1].eval()
+    with evaluating(module):
+        assert not any(part.training for part in module.modules())
+    assert [part.training for part in module] == [True, False]
+
+
+def test_examples_without_units_change_nothing():
+    def loss(module, batch):
+        x, y = batch
+        kept = y > 0
+        return (module(x).squeeze(1) - y)[kept].square().mean()  # NaN where none is kept
+
+    job = dataclasses.replace(
+        toy_job(loss=loss), unit="token", units_per_example=lambda batch: int((batch[1] > 0).sum())
+    )
+    torch.manual_seed(0)
+    module = job.model()
+    found = [evaluate(job, module, batch_size=size, device=CPU)["loss"] for size in (1, 3, 40)]
+    assert found[0] == pytest.approx(found[2], rel=1e-12) and found[1] == pytest.approx(found[2], rel=1e-12)

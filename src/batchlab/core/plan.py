@@ -126,8 +126,8 @@ class Plan(JsonNoun):
             raise InputError(f"plan learning_rate must be finite and > 0, got {self.learning_rate!r}")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise InputError(f"plan clip_norm must be > 0, got {self.clip_norm!r}")
-        if self.ema_half_life is not None and not self.ema_half_life > 0:
-            raise InputError(f"plan ema_half_life must be > 0 examples, got {self.ema_half_life!r}")
+        if self.ema_half_life is not None and not 0 < self.ema_half_life < float("inf"):
+            raise InputError(f"plan ema_half_life must be finite and > 0 examples, got {self.ema_half_life!r}")
         if self.average_power is not None and not 0 <= self.average_power < float("inf"):
             raise InputError(f"plan average_power must be finite and >= 0, got {self.average_power!r}")
         if self.ema_half_life is not None and self.average_power is not None:

@@ -119,7 +119,7 @@ def range_test(
 
 def _steepest(smoothed: Sequence[float], least: int) -> int:
     """Where a geometric ramp's smoothed loss falls most per step, up to its minimum (central differences)."""
-    falls = [(smoothed[i + 1] - smoothed[i - 1], i) for i in range(1, max(2, least)) if i + 1 < len(smoothed)]
+    falls = [(smoothed[i + 1] - smoothed[i - 1], i) for i in range(1, least) if i + 1 < len(smoothed)]
     return min(falls)[1] if falls else least
 
 
@@ -191,12 +191,15 @@ def choose(
     """Short runs at start·ratio^k, widened until the best has a worse one on each side; a parabola through the three.
 
     run: trains equally many examples at a learning rate and returns the loss; not finite where it diverged.
-    start: the middle of the first three. most: the most runs; fewer where `may_go_on()`, asked before each, says no.
+    start: the middle of the first three. most: the most runs; fewer where `may_go_on()`, asked before each but the
+    first, says no.
 
     The parabola is in the logarithm of the rate, and of the loss where all three are positive; its vertex lies
     within half a ratio of the best. Where the runs end before the best is enclosed, it is taken and `at_edge` set.
     Raises `InputError` if every run diverged.
     """
+    if most < 1:
+        raise InputError(f"most must be at least 1, got {most!r}")
     if not (0 < start < math.inf and ratio > 1):
         raise InputError(f"start must be > 0 and ratio > 1, got start={start!r}, ratio={ratio!r}")
     losses: dict[int, float] = {}

@@ -118,6 +118,8 @@ class GradientNoise:
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         if not self._parameters:
             raise InputError("the model has no parameter that requires a gradient")
+        if any(p.is_complex() for p in self._parameters):
+            raise InputError("the noise of complex parameters is not defined here: view them as real ones")
         self._weights = None if optimizer is None else Preconditioner(optimizer, self._parameters)
         self._norms = PieceNorms(self._parameters, merged=method == "ranks", weights=self._weights)
 
@@ -235,5 +237,5 @@ class GradientNoise:
         """Takes over what `state_dict` gave."""
         self.statistics.load_state_dict(state["statistics"])
         self.skipped, self._latest = state["skipped"], None
-        self._turn = (state["turn"] - 1) % self._every
+        self._turn = (state.get("turn", 0) - 1) % self._every
         self._go_on()

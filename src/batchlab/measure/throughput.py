@@ -24,7 +24,7 @@ MOST_REPEATS = 60
 class Throughput(JsonNoun):
     """micro_batches: seconds of loading, forward and backward at each size, ascending. update: of one optimizer step.
 
-    loading: seconds of drawing and collating one example, at the largest size. saturates_at: the smallest size with
+    loading: seconds of drawing and collating one example, over all sizes. saturates_at: the smallest size with
     at least 95 % of the best examples per second.
     """
 

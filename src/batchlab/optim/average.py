@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -33,8 +34,8 @@ class WeightAverage:
     def __init__(self, model: nn.Module, *, half_life: float | None = None, power: float | None = None) -> None:
         if (half_life is None) == (power is None):
             raise InputError(f"give one of half_life and power, got half_life={half_life!r}, power={power!r}")
-        if half_life is not None and not half_life > 0:
-            raise InputError(f"half_life must be > 0 examples, got {half_life!r}")
+        if half_life is not None and not 0 < half_life < math.inf:
+            raise InputError(f"half_life must be finite and > 0 examples, got {half_life!r}")
         if power is not None and not 0 <= power < float("inf"):
             raise InputError(f"power must be finite and >= 0, got {power!r}")
         self.half_life, self.power = half_life, power
@@ -54,17 +55,21 @@ class WeightAverage:
 
     def update(self, model: nn.Module, examples: int) -> None:
         """Takes in the weights after an update with `examples` examples."""
+        if examples < 1:
+            raise InputError(f"examples must be at least 1, got {examples!r}")
         self._position += examples
-        kept = self._kept(examples)
-        self._weight = kept * self._weight + (1.0 - kept)
-        self._share = (1.0 - kept) / self._weight
+        log_kept = self._log_kept(examples)
+        new = -math.expm1(log_kept)
+        self._weight = math.exp(log_kept) * self._weight + new
+        self._share = new / self._weight
         self._averaged.update_parameters(model)
 
-    def _kept(self, examples: int) -> float:
+    def _log_kept(self, examples: int) -> float:
         if self.half_life is not None:
-            return float(0.5 ** (examples / self.half_life))
+            return -math.log(2) * examples / self.half_life
         assert self.power is not None
-        return float((1.0 - examples / self._position) ** (self.power + 1.0))
+        before = self._position - examples
+        return (self.power + 1.0) * math.log(before / self._position) if before else -math.inf
 
     @torch.no_grad()
     def _lerp(self, averages: Any, weights: Any, _: Tensor | int) -> None:

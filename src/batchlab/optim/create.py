@@ -60,11 +60,9 @@ def create(name: str, model: nn.Module, **hyperparameters: Any) -> torch.optim.O
     ([0, 0.0], 0.9)
     """
     make, ours = _OPTIMIZERS[check_name(name)]
-    accepted = inspect.signature(make).parameters
+    accepted = {key: value for key, value in inspect.signature(make).parameters.items() if key != "params"}
     if unknown := sorted(set(hyperparameters) - set(accepted)):
-        raise InputError(
-            f"{name} takes no hyperparameter {unknown[0]!r}; it takes {sorted(set(accepted) - {'params'})}"
-        )
+        raise InputError(f"{name} takes no hyperparameter {unknown[0]!r}; it takes {sorted(accepted)}")
     settings = ours | hyperparameters
     decay = settings.pop("weight_decay", accepted["weight_decay"].default)
     parameter_groups = groups(model, decay)

@@ -19,6 +19,8 @@ def lr_factor(
     >>> lr_factor(550, total_examples=1000, warmup_examples=100, schedule="linear")
     0.5
     """
+    if schedule not in ("constant", "linear", "cosine"):
+        raise InputError(f'schedule must be "constant", "linear" or "cosine", got {schedule!r}')
     if examples < warmup_examples:
         return examples / warmup_examples
     if schedule == "constant":
@@ -26,6 +28,4 @@ def lr_factor(
     rest = min(1.0, (examples - warmup_examples) / max(total_examples - warmup_examples, 1.0))
     if schedule == "linear":
         return 1.0 - rest
-    if schedule == "cosine":
-        return 0.5 * (1.0 + math.cos(math.pi * rest))
-    raise InputError(f'schedule must be "constant", "linear" or "cosine", got {schedule!r}')
+    return 0.5 * (1.0 + math.cos(math.pi * rest))

@@ -37,7 +37,8 @@ def evaluate(
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                 values = measured(job, module, batch)
             for name, value in values.items():
-                sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64, device=device)) + value * count
+                before = sums.get(name, torch.zeros((), dtype=torch.float64, device=device))
+                sums[name] = before + value * count if count else before  # a mean over nothing may be NaN
             units += count
     names = list(sums)
     packed = torch.stack([*sums.values(), torch.tensor(float(units), dtype=torch.float64, device=device)])
@@ -74,11 +75,12 @@ def scalar(loss: Any) -> Tensor:
 
 @contextlib.contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """The module in evaluation mode and without gradients; its own mode afterwards."""
-    was_training = module.training
+    """The module in evaluation mode and without gradients; afterwards each part of it in its own mode."""
+    were_training = [part for part in module.modules() if part.training]
     module.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        module.train(was_training)
+        for part in were_training:
+            part.training = True
