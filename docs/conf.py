@@ -19,7 +19,10 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx_copybutton"]
 exclude_patterns = ["_build"]
 myst_enable_extensions = ["substitution"]
 myst_heading_anchors = 3
-myst_substitutions = {"systems": prose.systems_table(systems())}
+myst_substitutions = {
+    "systems": prose.systems_table(systems()),
+    "benchmarks": prose.benchmark_tables(Path(__file__).parents[1] / "benchmarks" / "results"),
+}
 
 html_theme = "furo"
 html_title = "batchlab"

@@ -4,8 +4,11 @@ A docstring here is sentences, lines `name: what it is`, names in single backtic
 in |G|² or S_min mean themselves.
 """
 
+import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 _ITEM = re.compile(r"^([A-Za-z_][\w.]*(?:, [A-Za-z_][\w.]*)*|[\w ]{1,40}): (?=\S)")
 _CODE = re.compile(r"(`[^`\n]+`)")
@@ -47,6 +50,48 @@ def systems_table(rows) -> str:
             for row in rows
         ]
     )
+
+
+def benchmark_tables(folder: Path) -> str:
+    """Every committed benchmark result: its claim, the machine, and a row for each of its rows.
+
+    Columns are what is one number, word or yes and no; a part with "ratio", "low" and "high" is shown as an interval.
+    """
+    parts = []
+    for path in sorted(folder.glob("*.json")):
+        result = json.loads(path.read_text("utf-8"))
+        machine, rows = result["machine"], [_flat(row) for row in result["rows"]]
+        names = [name for name in rows[0] if any(name in row for row in rows)]
+        where = f"{machine['processor']}, {machine['cores']} cores, torch {result['versions']['torch']}"
+        parts += [f"## `benchmarks/{path.stem}.py`", "", result["claim"], "", f"Measured on: {where}.", ""]
+        parts += ["| " + " | ".join(name.replace("_", " ") for name in names) + " |", "| --- " * len(names) + "|"]
+        parts += ["| " + " | ".join(_cell(row.get(name)) for name in names) + " |" for row in rows]
+        parts.append("")
+    return "\n".join(parts)
+
+
+def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row's cells; a ratio and its ends as one."""
+    if "ratio" in row and "low" in row:
+        row = {name: value for name, value in row.items() if name not in ("low", "high")} | {"ratio": _interval(row)}
+    flat: dict[str, Any] = {}
+    for name, value in row.items():
+        if isinstance(value, Mapping) and "low" in value:
+            flat[name] = _interval(value)
+        elif not isinstance(value, (list, Mapping)):
+            flat[name] = value
+    return flat
+
+
+def _interval(value: Mapping[str, Any]) -> str:
+    middle = value.get("ratio", value.get("value"))
+    return f"{_cell(middle)} ({_cell(value['low'])} to {_cell(value['high'])})"
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _paragraphs(lines: Iterable[str]) -> Iterable[list[str]]:

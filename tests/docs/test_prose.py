@@ -1,13 +1,15 @@
 """Docstrings become reStructuredText without losing a sign."""
 
+import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "docs"))
 
-from prose import systems_table, to_rst
+from prose import benchmark_tables, systems_table, to_rst
 
 from batchlab.core.systems import systems
+from tests.docs.blocks import ROOT
 
 
 def test_items_symbols_and_code():
@@ -27,3 +29,29 @@ def test_items_symbols_and_code():
 
 def test_every_system_is_in_the_table():
     assert len(systems_table(systems()).splitlines()) == 2 + len(systems())
+
+
+def test_benchmarks_are_tables_of_what_is_one_number(tmp_path):
+    row = {"model": "m", "ratio": 1.02, "low": 1.0, "high": 1.04, "holds": True, "pairs": [[1, 2]], "wall": None}
+    machine = {"processor": "p", "cores": 2}
+    result = {"claim": "Claim: less.", "rows": [row], "machine": machine, "versions": {"torch": "2.13.0"}}
+    (tmp_path / "overhead.json").write_text(json.dumps(result))
+    assert benchmark_tables(tmp_path).splitlines() == [
+        "## `benchmarks/overhead.py`",
+        "",
+        "Claim: less.",
+        "",
+        "Measured on: p, 2 cores, torch 2.13.0.",
+        "",
+        "| model | ratio | holds | wall |",
+        "| --- | --- | --- | --- |",
+        "| m | 1.02 (1 to 1.04) | yes |  |",
+    ]
+
+
+def test_every_committed_result_is_of_a_script_that_is_there():
+    results = list((ROOT / "benchmarks/results").glob("*.json"))
+    assert results
+    for path in results:
+        script, result = ROOT / "benchmarks" / f"{path.stem}.py", json.loads(path.read_text())
+        assert script.exists() and result["rows"] and result["machine"]["processor"] and result["versions"]["torch"]

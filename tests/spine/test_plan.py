@@ -70,7 +70,7 @@ def test_the_noise_is_measured_as_seldom_as_makes_it_cheap():
     free, dear, unknown = every(0.0), every(2e-3), every(None)
     assert free.noise_every == unknown.noise_every == 1 and free.measure_noise
     share = dear.accumulation * 2e-3 / (dear.noise_every * dear.predicted_step_seconds)
-    assert share <= 0.02 < share * dear.noise_every / (dear.noise_every - 1)
+    assert share <= 0.01 < share * dear.noise_every / (dear.noise_every - 1)
     assert every(10.0).noise_every == math.floor(every(10.0).predicted_steps.value / 30)
 
 

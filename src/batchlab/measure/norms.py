@@ -25,10 +25,10 @@ def sq_norm(gradient: Tensor, weight: Tensor | None = None) -> Tensor:
     dtype = _wide(gradient)
     if gradient.numel() <= CHUNK:
         return _norm(gradient, dtype).square()
-    flat = _flat(gradient)
-    even = len(flat) - len(flat) % CHUNK
-    rows = _norm(flat[:even].view(-1, CHUNK), dtype, dim=1)
-    return torch.dot(rows, rows) + _norm(flat[even:], dtype).square()
+    whole = flat(gradient)
+    even = len(whole) - len(whole) % CHUNK
+    rows = _norm(whole[:even].view(-1, CHUNK), dtype, dim=1)
+    return torch.dot(rows, rows) + _norm(whole[even:], dtype).square()
 
 
 def _norm(tensor: Tensor, dtype: torch.dtype, dim: int | None = None) -> Tensor:
@@ -46,7 +46,7 @@ def _wide(tensor: Tensor) -> torch.dtype:
     return tensor.dtype if tensor.dtype in (torch.float32, torch.float64) else torch.float32
 
 
-def _flat(tensor: Tensor) -> Tensor:
+def flat(tensor: Tensor) -> Tensor:
     """All its numbers, in any order: a transposed matrix need not be copied."""
     swapped = tensor.mT if tensor.ndim > 1 else tensor
     return (swapped if swapped.is_contiguous() else tensor).reshape(-1)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from batchlab.core.errors import InputError
-from batchlab.measure.norms import CHUNK, sq_norm, to_floats
+from batchlab.measure.norms import CHUNK, flat, sq_norm, to_floats
 from batchlab.measure.preconditioner import Preconditioner
 
 WITNESS = 1024
@@ -87,7 +87,7 @@ class PieceNorms:
         parameter = self.parameters[index]
         plain = parameter.is_cpu and parameter.numel() <= CHUNK and parameter.dtype in (torch.float32, torch.float64)
         plain = plain and self._weights is None
-        norm, dot, strided, vector = torch.linalg.vector_norm, torch.dot, torch.strided, parameter.ndim == 1
+        dot, strided, vector = torch.dot, torch.strided, parameter.ndim == 1
 
         def see(gradient: Tensor) -> None:
             if self._examples is None:
@@ -98,7 +98,8 @@ class PieceNorms:
                     "own, and checkpoint shared parameters with use_reentrant=False"
                 )
             if plain and gradient.layout is strided:
-                self._seen[index] = dot(gradient, gradient).item() if vector else norm(gradient).item() ** 2
+                whole = gradient if vector else flat(gradient)
+                self._seen[index] = dot(whole, whole).item()
             else:
                 self._seen[index] = self._square(index, gradient)
 

@@ -10,7 +10,7 @@ STEPS_MARGIN = 4
 EVALUATIONS, LEAST_EVALUATIONS = 30, 10
 EVALUATION_SHARE = 0.5
 SAVES, LONGEST_UNSAVED_SECONDS = 5, 600.0
-NOISE_SHARE, NOISE_MEASUREMENTS = 0.02, 30
+NOISE_SHARE, NOISE_MEASUREMENTS = 0.01, 30
 
 
 def most_steps(predicted_steps: float) -> int:
@@ -46,12 +46,12 @@ def checkpoint_every(predicted_steps: float, *, step_seconds: float, evaluate_ev
 
 
 def noise_every(predicted_steps: float, *, step_seconds: float, noise_seconds: float) -> int:
-    """Updates of which one has its noise scale measured: so many that it takes 2 % of the time, but 30 a run at least.
+    """Updates of which one has its noise scale measured: so many that it takes 1 % of the time, but 30 a run at least.
 
     noise_seconds: what measuring adds to an update.
 
     >>> [noise_every(steps, step_seconds=0.01, noise_seconds=1e-3) for steps in (60, 3000)]
-    [2, 5]
+    [2, 10]
     """
     check_positive(predicted_steps=predicted_steps, step_seconds=step_seconds)
     check_not_negative(noise_seconds=noise_seconds)

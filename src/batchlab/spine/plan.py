@@ -190,7 +190,7 @@ def _noise_every(why: _Reasons, facts: Facts, steps: float, layout: Mapping[str,
         return int(why.keep("noise_every", 1, f"as good as any: {said}", OURS))
     extra, step_seconds = layout["accumulation"] * max(0.0, facts.noise_seconds.value), layout["predicted_step_seconds"]
     every = cadence.noise_every(steps, step_seconds=step_seconds, noise_seconds=extra)
-    rule = "so seldom that measuring takes 2 % of the time, but 30 times in the predicted steps"
+    rule = "so seldom that measuring takes 1 % of the time, but 30 times in the predicted steps"
     return int(why.keep("noise_every", every, rule, OURS, noise_seconds=extra, step_seconds=step_seconds))
 
 
