@@ -35,17 +35,18 @@ def test_interval_holds_every_step_count_that_the_noise_interval_allows(size, va
         assert found.low <= steps * (1 + 1e-12) and (steps <= found.high * (1 + 1e-12))
 
 
-def test_interval_at_the_base_is_the_spacing_of_evaluations():
-    found = Prediction.of(hand_facts()).estimate(32)
+def test_the_spacing_of_evaluations_counts_downwards_alone():
+    found = _after([300] * 3, noise_scale=exact(64.0), gap=9).estimate(32)
     assert (found.low, found.value, found.high) == pytest.approx((291, 300, 300))
-    assert "not the spread between seeds" in found.method
 
 
-def _after(seeds, **changes):
+def _after(seeds, gap=0, **changes):
     """The prediction from reference runs that took these steps, at the reference's batch of 32."""
     known = sorted(steps for steps in seeds if steps is not None)
     median = known[len(known) // 2]
-    reference = Reference(32, 1e-3, median, 1.0, median, ((median - 1, 1.0), (median, 0.5)), steps_by_seed=tuple(seeds))
+    reference = Reference(
+        32, 1e-3, median, 1.0, median, ((median - 1 - gap, 1.0), (median, 0.5)), steps_by_seed=tuple(seeds)
+    )
     return Prediction.of(hand_facts(reference=reference, **changes))
 
 
@@ -61,22 +62,25 @@ def test_a_run_with_a_new_seed_falls_into_the_interval_at_its_stated_rate():
 def test_the_two_errors_add_up_as_squares():
     seeds, noise = [90, 100, 110, 100, 100], Estimate(64.0, 32.0, 128.0, "set by hand")
     luck = _after(seeds, noise_scale=exact(64.0)).estimate(128)
-    law = _after([100, 100], noise_scale=noise).estimate(128)
+    law = _after([100, 100, 100], noise_scale=noise).estimate(128)
     both = _after(seeds, noise_scale=noise).estimate(128)
     for end in ("low", "high"):
         widths = [math.log(getattr(each, end) / each.value) for each in (luck, law, both)]
         assert widths[2] == pytest.approx(math.copysign(math.hypot(*widths[:2]), widths[2]), rel=1e-2)
 
 
-def test_two_seeds_or_one_that_failed_tell_no_spread():
-    assert _after([50, 200]).spread == 1.0 and _after([50, None, 200]).spread == 1.0
+def test_where_too_few_seeds_tell_a_spread_is_assumed_and_said_to_be():
+    one = _after([100], noise_scale=exact(64.0)).estimate(32)
+    assert one.high / one.value == pytest.approx(math.exp(1.959964 * 0.15 * math.sqrt(1 + math.pi / 2)))
+    assert one.method.endswith("an assumed spread between seeds of 15 %, for too few met the target")
+    assert _after([50, 200]).spread == _after([50, None, 200]).spread < _after([100]).spread
     assert _after([100, None, 100, 100]).spread == 1.0 < _after([90, None, 100, 110]).spread
 
 
 def test_unbounded_noise_still_bounds_the_steps():
     noise = Estimate(64.0, 16.0, math.inf, "set by hand")
-    found = Prediction.of(hand_facts(noise_scale=noise)).estimate(128)
-    assert found.low == pytest.approx(291 * 32 / 128)
+    found = _after([300] * 3, noise_scale=noise).estimate(128)
+    assert found.low == pytest.approx(300 * 32 / 128)
     assert found.high == pytest.approx(300 * (1 + 16 / 128) / (1 + 16 / 32))
 
 

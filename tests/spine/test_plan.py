@@ -234,7 +234,8 @@ def test_target_met_untrained():
         plan(hand_job(), facts)
 
 
-def test_exact_noise_scale_gives_an_interval_of_the_evaluations_alone():
-    found = made({"noise_scale": exact(64.0)}, {"batch_size": 64}).predicted_steps
+def test_exact_noise_scale_gives_an_interval_of_the_evaluations_and_the_seeds_alone():
+    alike = dataclasses.replace(hand_facts().reference, steps_by_seed=(300,) * 4)
+    found = made({"noise_scale": exact(64.0), "reference": alike}, {"batch_size": 64}).predicted_steps
     assert found.high == found.value == pytest.approx(200)
     assert found.low == pytest.approx(200 * 291 / 300)

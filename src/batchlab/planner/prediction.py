@@ -3,7 +3,9 @@
 A new run differs from the prediction by the noise scale's error, which grows with the distance from the base batch,
 and by its seed's luck, which does not. ln S of the k reference runs taken as normal, with deviation s, a new one lies
 within t·s·√(1 + π/2k) of their median, t Student's quantile with k - 1 degrees of freedom and π/2 what a median varies
-more than a mean; the two errors are independent, so their widths in ln S add up as squares.
+more than a mean; the two errors are independent, so their widths in ln S add up as squares. With fewer than three runs
+s is taken as 0.15, with the normal's quantile: what it was for the digits job over batch sizes from 8 to 1024
+(`benchmarks/verify.py`), and said to be an assumption.
 """
 
 from __future__ import annotations
@@ -19,7 +21,11 @@ from batchlab.rules.tradeoff import steps_ratio
 
 FEWEST_SEEDS = 3
 LAW = "trade-off law from the reference; the interval carries the noise scale's own"
-WITH_SPREAD, WITHOUT_SPREAD = "and the spread of {} seeds", "not the spread between seeds: too few met the target"
+ASSUMED_DEVIATION = 0.15
+SPREAD, ASSUMED = (
+    "and the spread of {} seeds",
+    "and an assumed spread between seeds of 15 %, for too few met the target",
+)
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,7 @@ class Prediction:
     b_crit: the noise scale; infinite where that is undefined or not positive (`noise_known` is False then).
     b_crit_low, b_crit_high: its interval; 0 and infinity where the data do not bound it.
     base_steps: S(B₀) at `base_batch_size`; base_steps_low: one more than the last evaluation that missed the target.
-    spread: the factor by which a new seed's steps may differ at `coverage`; 1 where it is not known. seeds: that tell.
+    spread: the factor by which a new seed's steps may differ at `coverage`. seeds: whose steps tell.
     reached: whether the reference met the target. If not, its length stands in for S(B₀), a lower bound.
     """
 
@@ -82,19 +88,20 @@ class Prediction:
         ]
         value = self.steps(batch_size)
         low, high = min(value, self.base_steps_low * min(ends)), max(value, self.base_steps * max(ends))
-        luck = WITH_SPREAD.format(self.seeds) if self.seeds >= FEWEST_SEEDS else WITHOUT_SPREAD
+        luck = SPREAD.format(self.seeds) if self.seeds >= FEWEST_SEEDS else ASSUMED
         down, up = _both(value / low, self.spread), _both(high / value, self.spread)
         return Estimate(value, min(value, max(1.0, value / down)), value * up, f"{LAW}, {luck}", self.coverage)
 
 
 def _spread(steps: Sequence[int], coverage: float) -> float:
-    """exp(t·s·√(1 + π/2k)) of k runs' steps; 1 for fewer than three."""
-    if len(steps) < FEWEST_SEEDS:
-        return 1.0
-    from scipy.special import stdtrit
+    """exp(t·s·√(1 + π/2k)) of k runs' steps; s and t as assumed for fewer than three."""
+    from scipy.special import ndtri, stdtrit
 
-    t = float(stdtrit(len(steps) - 1, 0.5 + coverage / 2))
-    return math.exp(t * statistics.stdev(map(math.log, steps)) * math.sqrt(1 + math.pi / 2 / len(steps)))
+    k, place = max(1, len(steps)), 0.5 + coverage / 2
+    deviation, quantile = ASSUMED_DEVIATION, float(ndtri(place))
+    if k >= FEWEST_SEEDS:
+        deviation, quantile = statistics.stdev(map(math.log, steps)), float(stdtrit(k - 1, place))
+    return math.exp(quantile * deviation * math.sqrt(1 + math.pi / 2 / k))
 
 
 def _both(first: float, second: float) -> float:
