@@ -1,6 +1,6 @@
 """Pictures of a report page, as a reader with a wide screen sees its first part: docs/images is made with it.
 
-    python scripts/report_picture.py runs/digits/report.html docs/images/report.png
+python scripts/report_picture.py runs/digits/report.html docs/images/report.png
 """
 
 import argparse

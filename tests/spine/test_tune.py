@@ -1,6 +1,7 @@
 """The main road from end to end, and what it refuses before it measures anything."""
 
 import math
+import statistics
 
 import pytest
 
@@ -9,6 +10,7 @@ from batchlab.core.facts import Facts
 from batchlab.core.plan import Plan
 from batchlab.core.run import Run
 from batchlab.core.study import Study
+from batchlab.spine.study_chapters import findings
 from batchlab.spine.tune import around, tune
 from tests.spine.forked import in_ranks
 from tests.spine.jobs import squared_error, toy_job
@@ -26,12 +28,21 @@ def test_it_probes_plans_trains_and_reports(tmp_path):
     assert "<html" in (run.path / "report.html").read_text()
 
 
-def test_verify_adds_the_sweep(tmp_path):
+def test_verify_adds_the_sweep_and_the_plans_own_runs(tmp_path):
     run = tune(toy_job(), out=tmp_path / "r", budget=4.0, device="cpu", verify=True)
     study = Study.open(run.path / "sweep")
     assert study.summary["status"] == "finished" and study.target == run.plan.target
     assert run.plan.batch_size / 8 <= min(row["batch_size"] for row in study.rows()) <= run.plan.batch_size
-    assert "measured" in (run.path / "report.html").read_text().lower()
+    assert "measured against predicted" in (run.path / "report.html").read_text().lower()
+    own = study.plan_trials()
+    assert len(own) == 3 == len({trial["seed"] for trial in own})
+    assert {trial["batch_size"] for trial in own} == {run.plan.batch_size}
+    said = {name: value for name, value, _ in findings(study)}.get("The plan's time over the sweep's best")
+    met = [trial for trial in own if trial["steps_to_target"] is not None]
+    assert (said is not None) == (len(met) > 1)
+    if len(met) == 3:
+        best = min(row["seconds"] for row in study.rows() if row["median"] is not None)
+        assert said == f"{statistics.median(trial['seconds'] for trial in own) / best:.3g}"
 
 
 def test_fewer_steps_than_the_target_needs_end_well(tmp_path):

@@ -21,6 +21,7 @@ from batchlab.core.jsonl import read_lines
 
 SCHEMA = 1
 STUDY_FILE, TRIALS_FILE, DATABASE_FILE, LOCK_FILE = "study.json", "trials.jsonl", "study.db", "study.lock"
+PLAN_TRIALS_FILE = "plan_trials.jsonl"
 SEARCH, CONFIRM = "search", "confirm"
 REACHED, NOT_REACHED, DIVERGED, INTERRUPTED = "reached", "not reached", "diverged", "interrupted"
 EDGE = 0.05
@@ -80,6 +81,10 @@ class Study:
         end; metric: the target's, at the end; evaluations: (updates, metric).
         """
         return list({trial["id"]: trial for trial in read_lines(self.path / TRIALS_FILE)}.values())
+
+    def plan_trials(self) -> list[dict[str, Any]]:
+        """Runs of the plan that the study was to verify, each with a fresh seed, by the names of `trials`; or none."""
+        return list(read_lines(self.path / PLAN_TRIALS_FILE))
 
     def best(self, batch_size: int) -> dict[str, Any] | None:
         """The search trial with the fewest updates to the target; of equal ones the first by number. None if none.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -48,7 +49,7 @@ def findings(study: Study) -> list[Line]:
     if predicted is not None:
         estimate = _as_estimate(predicted)
         lines.insert(0, ("Predicted critical batch size", *_value_and_range(estimate, "from the noise scale")))
-    return lines
+    return lines + (_against_best(_known(study), _own_runs(study, {})) if study.plan_trials() else [])
 
 
 def verdict(study: Study) -> tuple[str, Literal["good", "bad", "open"]]:
@@ -81,13 +82,11 @@ def found(study: Study) -> Section:
 
 def measured_against_predicted(study: Study, facts: Facts | None, plan: Plan | None, run: Mapping[str, Any]) -> Section:
     """Steps and time to target at each batch size beside what was predicted. run: the summary of the plan's run."""
-    rows = study.summary["rows"]
-    known = [row for row in rows if row["median"] is not None]
+    rows, known = study.summary["rows"], _known(study)
     if not known:
         none = "No batch size has reached the target yet."
         return Section("measured", "Measured against predicted", [Paragraph(none, quiet=True)])
-    fit = tradeoff_of(study)
-    met = plan is not None and run.get("target_step")
+    fit, own = tradeoff_of(study), None if plan is None else _own_runs(study, run)
     steps = Chart(
         "tradeoff",
         "Steps to target against batch size",
@@ -96,7 +95,7 @@ def measured_against_predicted(study: Study, facts: Facts | None, plan: Plan | N
             [_interval_of(row) for row in known],
             fit=_fit_curve(fit, known) if fit else (),
             predicted=_predicted_curve(facts, known),
-            run=(plan.batch_size, run["target_step"]) if plan is not None and met else None,
+            run=(plan.batch_size, own[0]) if plan is not None and own else None,
         ),
         row_table(rows),
     )
@@ -106,14 +105,15 @@ def measured_against_predicted(study: Study, facts: Facts | None, plan: Plan | N
         "Training time only, at the learning rate tuned for each batch size.",
         plots.time_measured(
             [(row["batch_size"], row["seconds"], row["seconds"], row["seconds"]) for row in known],
-            run=(plan.batch_size, run["target_seconds"]) if plan is not None and met else None,
+            run=(plan.batch_size, own[1]) if plan is not None and own else None,
         ),
         row_table(rows),
     )
     blocks: list[Block] = [Row([steps, time])]
     if plan is not None:
         text, tone = verdict(study)
-        blocks = [Tiles([*findings(study), *_against_best(known, plan, run)]), Verdict(text, tone), *blocks]
+        first = [] if study.plan_trials() else _against_best(known, own)
+        blocks = [Tiles([*findings(study), *first]), Verdict(text, tone), *blocks]
         blocks += [Bullets(notes)] if (notes := _notes(study)) else []
     return Section("measured", "Measured against predicted", blocks)
 
@@ -191,15 +191,32 @@ def _notes(study: Study) -> list[str]:
     return [str(note) for note in study.summary.get("notes") or ()]
 
 
-def _against_best(known: Sequence[Mapping[str, Any]], plan: Plan, run: Mapping[str, Any]) -> list[Line]:
-    if not run.get("target_seconds"):
+def _known(study: Study) -> list[dict[str, Any]]:
+    """The batch sizes that met the target."""
+    return [row for row in study.summary["rows"] if row["median"] is not None]
+
+
+def _own_runs(study: Study, run: Mapping[str, Any]) -> tuple[float, float, int] | None:
+    """Median steps and seconds to the target of the plan's own runs, and their number; None where most did not meet it.
+
+    The fresh ones where there are some, for they ran as the sweep's did; else the one run, which began cold.
+    """
+    trials = study.plan_trials()
+    if not trials:
+        return (run["target_step"], run["target_seconds"], 1) if run.get("target_step") else None
+    met = [trial["steps_to_target"] is not None for trial in trials]
+    steps = statistics.median(t["steps_to_target"] if ok else math.inf for t, ok in zip(trials, met, strict=True))
+    seconds = statistics.median(t["seconds"] if ok else math.inf for t, ok in zip(trials, met, strict=True))
+    return (steps, seconds, len(trials)) if math.isfinite(steps) else None
+
+
+def _against_best(known: Sequence[Mapping[str, Any]], own: tuple[float, float, int] | None) -> list[Line]:
+    if own is None or not known:
         return []
     best = min(known, key=lambda row: float(row["seconds"]))
-    ratio = run["target_seconds"] / best["seconds"]
-    remark = (
-        f"{duration(run['target_seconds'])} against {duration(best['seconds'])} at batch size {best['batch_size']:,}"
-    )
-    return [("The plan's time over the sweep's best", f"{ratio:.3g}", remark)]
+    against = f"{duration(own[1])} against {duration(best['seconds'])} at batch size {best['batch_size']:,}"
+    seeds = f"medians of {own[2]} and {len(best['seeds'])} runs" if own[2] > 1 else "one run each"
+    return [("The plan's time over the sweep's best", f"{own[1] / best['seconds']:.3g}", f"{against}; {seeds}")]
 
 
 def _interval_of(row: Mapping[str, Any]) -> Interval:
