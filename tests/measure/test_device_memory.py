@@ -61,3 +61,18 @@ def test_a_control_group_leaves_its_limit_less_what_cannot_be_reclaimed(tmp_path
     )
     found = available_memory()
     assert found == left if left is not None else found > 64 * MIB
+
+
+@pytest.mark.parametrize("lines", ["0::/jobs/7/step\n", "5:cpu:/other\n7:cpuset,memory:/jobs/7/step\n"])
+def test_the_tightest_group_above_the_process_counts(tmp_path, monkeypatch, lines):
+    left = {"": 900, "jobs": 800, "jobs/7": 300, "jobs/7/step": 700, "other": 1}
+    for name, free in left.items():
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "memory.max").write_text("1000\n")
+        (tmp_path / name / "memory.current").write_text(f"{1000 - free}\n")
+    (tmp_path / "own").write_text(lines)
+    monkeypatch.setattr(device_memory, "_OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(
+        device_memory, "_CONTROL_GROUPS", ((tmp_path, "memory.max", "memory.current", "inactive_file"),)
+    )
+    assert available_memory() == 300

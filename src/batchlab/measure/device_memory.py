@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
+_OWN_GROUPS = Path("/proc/self/cgroup")
 _CONTROL_GROUPS = (  # version 2, version 1: folder, limit, use, reclaimable
     (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
     (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -72,16 +73,30 @@ def meter(device: torch.device) -> Meter:
 
 
 def available_memory() -> int:
-    """Bytes that this process can still take without swapping: the system's, or less if its control group says so.
+    """Bytes that this process can still take without swapping: the system's, or less if a control group says so.
 
-    Pages of files that were not used lately count as available, as the kernel itself does.
+    Its own group and all above it count, as a scheduler or a service manager sets them. Pages of files that were not
+    used lately count as available, as the kernel itself does.
     """
     left = [_meminfo_available()]
-    for folder, limit_file, used_file, cached in _CONTROL_GROUPS:
-        limit, used = _number(folder / limit_file), _number(folder / used_file)
-        if limit is not None and used is not None:
-            left.append(max(0, limit - used + _cached(folder / "memory.stat", cached)))
+    for root, limit_file, used_file, cached in _CONTROL_GROUPS:
+        for folder in _groups_below(root):
+            limit, used = _number(folder / limit_file), _number(folder / used_file)
+            if limit is not None and used is not None:
+                left.append(max(0, limit - used + _cached(folder / "memory.stat", cached)))
     return min(left)
+
+
+def _groups_below(root: Path) -> set[Path]:
+    """The root, and this process's groups under it: a line says "0::/path" in version 2, "7:memory:/path" in 1."""
+    found = {root}
+    lines = _OWN_GROUPS.read_text().splitlines() if _OWN_GROUPS.exists() else []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "" or "memory" in controllers.split(","):
+            own = root / path.lstrip("/")
+            found |= {own, *(parent for parent in own.parents if parent.is_relative_to(root))}
+    return found
 
 
 def _cached(path: Path, name: str) -> int:
