@@ -1,5 +1,6 @@
 """Signals and terminals: exit codes 130 and 143 wherever they come, and progress only where someone looks."""
 
+import json
 import os
 import pty
 import re
@@ -11,6 +12,7 @@ import time
 
 import pytest
 
+from batchlab.core.checkpoint import newest_whole
 from batchlab.core.run import Run
 from tests.cli.command import USER_JOB, environment
 from tests.spine.facts_fixture import hand_facts
@@ -145,6 +147,72 @@ def test_a_signal_in_training_saves_and_says_how_to_go_on(number, place):
     run = Run.open(place / "runs/a")
     assert run.summary["status"] in ("interrupted", "reached")
     assert list((run.path / "checkpoints").glob("step-*.safetensors"))
+
+
+PHASES = """
+import time
+from pathlib import Path
+import batchlab.spine.folder, batchlab.viz.page
+
+def announce(number=[0]):
+    number[0] += 1
+    if number[0] == AT:
+        Path("reached").touch()
+        time.sleep(1.0)
+
+def announced(function):
+    def wrapper(*given, **named):
+        announce()
+        return function(*given, **named)
+    return wrapper
+
+def counted(module, batch):
+    if WHERE == ("training" if module.training else "evaluation"):
+        announce()
+    return loss(module, batch)
+
+if WHERE == "saving":
+    batchlab.spine.folder.save_checkpoint = announced(batchlab.spine.folder.save_checkpoint)
+if WHERE == "report":
+    batchlab.viz.page.page = announced(batchlab.viz.page.page)
+if WHERE == "compile":
+    import torch._inductor.compile_fx as compiler
+    compiler.compile_fx = announced(compiler.compile_fx)
+job = make(loss=counted)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("where", "at", "command"),
+    [
+        ("training", 3, "train slow.py:job --plan plan.json"),
+        ("training", 8, "train slow.py:job --plan plan.json"),
+        ("evaluation", 4, "train slow.py:job --plan plan.json"),
+        ("saving", 1, "train slow.py:job --plan plan.json"),
+        ("compile", 1, "train slow.py:job --plan plan.json --compile"),
+        ("report", 1, "tune slow.py:job --budget 3"),
+    ],
+)
+def test_a_signal_in_any_phase_leaves_a_run_that_goes_on(number, where, at, command, place):
+    assert start("plan train.py:job --facts facts.json --batch-size 48 --out plan.json", place).wait(60) == 0
+    split = json.loads((place / "plan.json").read_text()) | {"micro_batch": 16, "accumulation": 3}
+    (place / "plan.json").write_text(json.dumps(split))
+    (place / "slow.py").write_text(USER_JOB + f"WHERE, AT = {where!r}, {at}\n" + PHASES)
+    process = start(f"{command} --out runs/a", place)
+    wait_for(place / "reached", process)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=90)
+    assert process.returncode == 128 + number and "Traceback" not in err, err
+    run, (state, problems) = Run.open(place / "runs/a"), newest_whole(place / "runs/a/checkpoints")
+    assert state is not None and not problems
+    assert state["learner"]["step"] == run.summary["steps"]
+    if where == "report":
+        assert run.summary["status"] in ("reached", "not reached")
+        return
+    assert run.summary["status"] == ("reached" if where == "saving" else "interrupted")
+    assert start("train train.py:job --out runs/a --resume", place).wait(90) == 0
+    assert Run.open(place / "runs/a").summary["status"] == "reached"
 
 
 def on_terminal(line, cwd, **changes):

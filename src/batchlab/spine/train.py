@@ -80,6 +80,7 @@ def train(
                     raise
                 folder.save_weights(learner)
                 folder.finish(status)
+                _end_if_asked(signals)
         finally:
             learner.close()
     return Run.open(out)
@@ -113,6 +114,12 @@ def _run(
                 f"stopped by {signal.Signals(stop).name} after step {update.step}; go on with --resume", stop
             )
     return status if status != "running" else "not reached" if plan.target else "finished"
+
+
+def _end_if_asked(signals: StopSignals) -> None:
+    """A signal that came while the last of the run was written ends the caller all the same."""
+    if stop := agree_max(signals.requested):
+        raise Interrupted(f"stopped by {signal.Signals(stop).name} when the run had ended; all of it is saved", stop)
 
 
 def _next_save(step: int, plan: Plan) -> int:
