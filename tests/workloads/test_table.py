@@ -243,6 +243,12 @@ REFUSED = {
         {},
         "column 'y' holds 30 different values in 30 rows, too many to be classes",
     ),
+    "decimal comma": (
+        lambda p: csv(p, "a;y", [f"{i};{i},5" for i in range(30)]),
+        "y",
+        {},
+        "too many to be classes: numbers need a decimal point, these have a comma",
+    ),
     "text regressed": (
         lambda p: csv(p, "a,y", [f"{i},{'uv'[i % 2]}" for i in range(30)]),
         "y",

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -140,6 +141,12 @@ def _checked_task(name: str, task: Task | None, target: Column) -> Task:
     return task
 
 
+def _comma_hint(values: Sequence[Any]) -> str:
+    """What to say of texts that are numbers with a decimal comma."""
+    commas = all(re.fullmatch(r"[+-]?\d+,\d+", str(value).strip()) for value in values)
+    return ": numbers need a decimal point, these have a comma" if commas else ""
+
+
 def _classified(name: str, target: Column) -> _Lesson:
     classes, labels = np.unique(target.values, return_inverse=True)
     if len(classes) < 2:
@@ -147,7 +154,7 @@ def _classified(name: str, target: Column) -> _Lesson:
     if len(classes) > len(labels) / 2:
         raise InputError(
             f"{name}: column {target.name!r} holds {len(classes)} different values in {len(labels)} rows, "
-            "too many to be classes"
+            f"too many to be classes{_comma_hint(classes.tolist())}"
         )
     return _Lesson(torch.as_tensor(labels, dtype=torch.int64), len(classes), cross_entropy, accuracy)
 
