@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from batchlab.core.errors import InputError
 from batchlab.core.job import Job
+from batchlab.core.model import make_model
 from batchlab.core.random import derive_seed, reseed
 from batchlab.data.fetch import fetch, to_device
 from batchlab.data.stream import SampleStream
@@ -28,7 +29,7 @@ class TrainingStep:
     def __init__(self, job: Job, *, device: torch.device, seed: int = 0, copies: int = 0) -> None:
         self.job, self.device, self.phase = job, device, "model"
         reseed(derive_seed(seed, "weights"))
-        self.model: nn.Module = job.model().to(device).train()
+        self.model = make_model(job).to(device).train()
         self.optimizer = create(job.optimizer, self.model, lr=0.0)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self._held = [torch.empty_like(p, requires_grad=False) for p in self.trained for _ in range(copies)]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +21,7 @@ from batchlab.core.device import pick_device
 from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate
 from batchlab.core.job import Job
+from batchlab.core.model import make_model
 from batchlab.core.plan import Plan
 from batchlab.core.random import derive_seed, reseed
 from batchlab.data.fetch import fetch, to_device
@@ -93,7 +93,7 @@ class Learner:
         self.world, self.rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
         self.stream = SampleStream(len(job.train), derive_seed(seed, "stream"))
         reseed(derive_seed(seed, "weights"))
-        self.model = _made(job).to(self.device).train()
+        self.model = make_model(job).to(self.device).train()
         self.optimizer = create(plan.optimizer, self.model, lr=plan.learning_rate, **plan.hyperparameters)
         averages = {"half_life": plan.ema_half_life, "power": plan.average_power}
         self.average = WeightAverage(self.model, **averages) if any(v is not None for v in averages.values()) else None
@@ -283,21 +283,6 @@ class Learner:
         """Takes the hooks off the model."""
         if self.noise is not None:
             self.noise.close()
-
-
-def check_fresh(job: Job) -> None:
-    """`InputError` where `job.model` gives weights that it gave before: training would change the caller's own."""
-    first = [weakref.ref(parameter) for parameter in _made(job).parameters()]
-    again = {id(parameter) for parameter in _made(job).parameters()}
-    if any(id(reference()) in again for reference in first if reference() is not None):
-        raise InputError("job model must return fresh weights at each call, it returned the same ones twice")
-
-
-def _made(job: Job) -> nn.Module:
-    model = job.model()
-    if not isinstance(model, nn.Module):
-        raise InputError(f"job model must return a torch.nn.Module, got {type(model).__name__}")
-    return model
 
 
 def _controller(plan: Plan, examples: int, world: int) -> NoiseScaleBatch | None:

@@ -13,6 +13,7 @@ from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate, Facts
 from batchlab.core.job import Job, Target
 from batchlab.core.jsonio import from_plain
+from batchlab.core.model import check_fresh
 from batchlab.core.plan import Plan
 from batchlab.core.random import derive_seed, preserved_generators
 from batchlab.measure.learning_rate import Choice
@@ -23,7 +24,6 @@ from batchlab.optim.create import check_name, first_step
 from batchlab.parallel.agree import from_first_rank
 from batchlab.spine.base_rate import Spread, base_rate, check_first_loss
 from batchlab.spine.gather import gather
-from batchlab.spine.learner import check_fresh
 from batchlab.spine.reference import Course, derived_target, run_reference, run_restart, time_updates
 from batchlab.spine.stopwatch import Progress, Stopwatch
 

@@ -18,6 +18,8 @@ import torch.distributed as dist
 from batchlab.core.errors import InputError, Interrupted
 from batchlab.core.facts import Facts
 from batchlab.core.job import Job
+from batchlab.core.model import check_fresh
+from batchlab.core.random import preserved_generators
 from batchlab.core.store import check_folder
 from batchlab.core.study import INTERRUPTED, SEARCH, Study
 from batchlab.spine.probe import probe
@@ -69,6 +71,8 @@ def sweep(
     sizes, path = parse_batch_sizes(batch_sizes), Path(out)
     _check(job, sizes, trials=trials, seeds=seeds, seed=seed)
     check_folder(path)
+    with preserved_generators():
+        check_fresh(job)
     known = stored_facts(path) or facts or probe(job, seed=seed, device=device, progress=progress)
     aimed = job if job.target else dataclasses.replace(job, target=(facts or known).target)
     folder = SweepFolder(path, aimed, known, seed=seed, batch_sizes=sizes, trials=trials, seeds=seeds)

@@ -15,13 +15,14 @@ from batchlab.core.errors import InputError, Interrupted, NonFiniteError, Storag
 from batchlab.core.facts import Facts
 from batchlab.core.job import Job
 from batchlab.core.jsonio import to_plain
+from batchlab.core.model import check_fresh
 from batchlab.core.plan import Plan
 from batchlab.core.random import preserved_generators
 from batchlab.core.run import Run
 from batchlab.core.store import check_folder
 from batchlab.parallel.torchrun import agree_max
 from batchlab.spine.folder import WRITE_FAILED, RunFolder, describe, describe_again
-from batchlab.spine.learner import Learner, Update, check_fresh
+from batchlab.spine.learner import Learner, Update
 from batchlab.spine.signals import StopSignals
 
 MAX_SKIPPED_IN_A_ROW = 5

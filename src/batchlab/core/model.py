@@ -1,0 +1,26 @@
+"""Making a job's model."""
+
+from __future__ import annotations
+
+import weakref
+
+from torch import nn
+
+from batchlab.core.errors import InputError
+from batchlab.core.job import Job
+
+
+def make_model(job: Job) -> nn.Module:
+    """What `job.model` returns; `InputError` where that is no module."""
+    model = job.model()
+    if not isinstance(model, nn.Module):
+        raise InputError(f"job model must return a torch.nn.Module, got {type(model).__name__}")
+    return model
+
+
+def check_fresh(job: Job) -> None:
+    """`InputError` where `job.model` gives weights that it gave before: training would change the caller's own."""
+    first = [weakref.ref(parameter) for parameter in make_model(job).parameters()]
+    again = {id(parameter) for parameter in make_model(job).parameters()}
+    if any(id(reference()) in again for reference in first if reference() is not None):
+        raise InputError("job model must return fresh weights at each call, it returned the same ones twice")
