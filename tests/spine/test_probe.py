@@ -171,7 +171,7 @@ def test_a_target_of_the_jobs_own_is_not_given_up_on_a_plateau():
     target = Target("loss", 0.02)
     job = Job("line", lambda: nn.Linear(6, 1).double(), _linear_error, toy_data(400), toy_data(64), optimizer="sgd")
     facts = probe(dataclasses.replace(job, target=target), budget=6.0, device="cpu")
-    assert facts.reference.steps_to_target is not None and not facts.warnings
+    assert facts.reference.steps_to_target is not None and facts.reference.evaluations[-1][1] <= 0.02
 
 
 def _linear_error(module, batch):
@@ -193,7 +193,7 @@ def _probe_on_a_rank(folder):
 def test_ranks_get_the_same_facts(tmp_path):
     assert in_ranks(2, tmp_path, _probe_on_a_rank, tmp_path) == [0, 0]
     first, second = ((tmp_path / f"{rank}.json").read_text() for rank in range(2))
-    assert first == second and Facts.from_json(first).reference.steps_to_target is not None
+    assert first == second and Facts.from_json(first).reference.steps >= FEWEST_STEPS
 
 
 def test_flat_is_little_gained_in_the_last_half():

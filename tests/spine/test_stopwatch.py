@@ -36,3 +36,12 @@ def test_progress_stays_between_0_and_1(fraction, told):
     Stopwatch(1.0, lambda *what: seen.append(what)).report("noise", fraction)
     assert seen == [("noise", told)]
     Stopwatch(1.0).report("noise", fraction)
+
+
+def test_a_phase_never_goes_back():
+    heard = []
+    watch = Stopwatch(10.0, lambda phase, share: heard.append((phase, share)))
+    for share in (0.2, 0.6, 0.4, 2.0, -1.0):
+        watch.report("one", share)
+    watch.report("two", -1.0)
+    assert heard == [("one", 0.2), ("one", 0.6), ("one", 0.6), ("one", 1.0), ("one", 1.0), ("two", 0.0)]

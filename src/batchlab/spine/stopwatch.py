@@ -16,12 +16,14 @@ class Stopwatch:
     def __init__(self, budget: float, progress: Progress | None = None) -> None:
         self.budget, self._progress = budget, progress
         self._started = time.perf_counter()
+        self._reported: dict[str, float] = {}
 
     def left(self, until: float = 1.0) -> float:
         """Seconds until the share `until` of the budget is spent; negative afterwards."""
         return agree_min([until * self.budget - (time.perf_counter() - self._started)])[0]
 
     def report(self, phase: str, fraction: float) -> None:
-        """Tells the caller's `progress`, if there is one, how far a phase is, 0 to 1."""
+        """Tells the caller's `progress`, if there is one, how far a phase is, 0 to 1; it never goes back."""
         if self._progress is not None:
-            self._progress(phase, min(1.0, max(0.0, fraction)))
+            self._reported[phase] = min(1.0, max(fraction, self._reported.get(phase, 0.0)))
+            self._progress(phase, self._reported[phase])
