@@ -176,7 +176,7 @@ def test_unknown_noise_stays_at_the_base():
 def test_unreached_target_is_said():
     result = made({"reached": False})
     assert result.predicted_steps is None
-    assert any("did not reach the target in 300 updates" in note for note in result.notes)
+    assert any("300 updates stand for the steps to the target, which it did not reach" in note for note in result.notes)
 
 
 def test_noise_is_measured_where_splitting_is_cheap():
@@ -239,3 +239,14 @@ def test_exact_noise_scale_gives_an_interval_of_the_evaluations_and_the_seeds_al
     found = made({"noise_scale": exact(64.0), "reference": alike}, {"batch_size": 64}).predicted_steps
     assert found.high == found.value == pytest.approx(200)
     assert found.low == pytest.approx(200 * 291 / 300)
+
+
+def test_all_devices_are_used_where_they_are_there_already():
+    facts = {"examples": 8192, "s_min": 100.0}
+    assert made(facts, {"devices": 16, "goal": "cost"}).world_size == 1
+    assert made(facts, {"devices": 16, "goal": "cost", "all_devices": True}).world_size == 16
+    many = made(facts, {"devices": 5000, "all_devices": True})
+    assert many.world_size == many.batch_size == 5000  # more devices than the rules would give examples
+    assert made(facts, {"all_devices": True}).frontier == made(facts).frontier
+    with pytest.raises(InputError, match="devices must be at most the data set's 64 examples, got 100"):
+        made({"examples": 64}, {"devices": 100, "all_devices": True})

@@ -74,7 +74,7 @@ def gather(
         target=target,
         target_origin=origin,
         evaluation_seconds=statistics.median(first.evaluation_seconds),
-        warnings=(*warnings, *_warned(first, origin, reached)),
+        warnings=(*warnings, *_warned(first, origin, reached, steps)),
         notes=(*_of_data(job), *notes, *_said(courses, target, origin, reached, found)),
         seed=seed,
     )
@@ -118,18 +118,18 @@ def _said(
     return notes
 
 
-def _warned(first: Course, origin: str, reached: Sequence[int | None]) -> list[str]:
+def _warned(first: Course, origin: str, reached: Sequence[int | None], to_target: int | None) -> list[str]:
     """What the budget cut short, and what came out otherwise than it should."""
     steps, warnings = first.evaluations[-1][0], []
+    short = origin != "job" and steps < FEWEST_STEPS
     if first.stopped == "budget" and origin != "job":
         warnings.append(
             f"the budget ended the reference run after {steps} updates, before it had flattened: a larger budget may "
             "set a harder target and find a larger noise scale"
         )
-    if origin != "job" and steps < FEWEST_STEPS:
+    if short:
         warnings.append(f"{steps} updates set no target that is worth the name: steps are not predicted from them")
-    if not any(reached):
-        seeds = "the reference run" if len(reached) == 1 else f"none of {len(reached)} reference runs"
-        met = "did not meet" if len(reached) == 1 else "met"
-        warnings.append(f"{seeds} {met} the target in {steps} updates: steps are not predicted")
+    elif to_target is None:
+        met = sum(each is not None for each in reached)
+        warnings.append(f"{met} of {len(reached)} reference runs met the target in {steps} updates: steps are unknown")
     return warnings

@@ -52,8 +52,10 @@ def plan(
         if not isinstance(value, noun):
             raise InputError(f"{name} must be a batchlab.{noun.__name__}, got {type(value).__name__}")
     _check(job, facts, devices, batch_size)
+    if all_devices and devices > facts.train_examples:
+        raise InputError(f"devices must be at most the data set's {facts.train_examples} examples, got {devices}")
     prediction = Prediction.of(facts)
-    rows = _rows(facts, prediction, devices, batch_size)
+    rows = _rows(facts, prediction, devices, batch_size, least=devices if all_devices else 1)
     if batch_size is None:
         choices = [row for row in rows if row.devices == devices] if all_devices else rows
         chosen = goals.pick(choices, goal, b_crit=prediction.b_crit)
@@ -88,11 +90,15 @@ class _Reasons:
         return value
 
 
-def _rows(facts: Facts, prediction: Prediction, devices: int, batch_size: int | None) -> tuple[FrontierRow, ...]:
+def _rows(
+    facts: Facts, prediction: Prediction, devices: int, batch_size: int | None, *, least: int
+) -> tuple[FrontierRow, ...]:
+    """The frontier. least: an example for each device that must be used, though the rules would have fewer."""
     base = min(facts.base_batch_size, facts.train_examples)
     sizes = {base, batch_size or base}
     if prediction.noise_known:
         sizes |= set(size_grid(*size_range(prediction.b_crit, facts.train_examples)))
+    sizes |= {least} if max(sizes) < least <= facts.train_examples else set()
     counts = [count for count in device_grid(devices) if count <= max(sizes)]
     return frontier(facts, prediction, batch_sizes=sorted(sizes), devices=counts)
 
@@ -251,8 +257,8 @@ def _notes(facts: Facts, prediction: Prediction, chosen: FrontierRow, devices: i
         notes.append("the data do not bound the noise scale from above: larger batches may pay more than predicted")
     if not prediction.reached:
         notes.append(
-            f"the reference run did not reach the target in {facts.reference.steps} updates: the frontier's steps and "
-            "times are lower bounds, good for comparing batch sizes only"
+            f"the reference's {facts.reference.steps} updates stand for the steps to the target, which it did not "
+            "reach: the frontier's steps and times are lower bounds, good for comparing batch sizes only"
         )
     if chosen.devices < devices:
         notes.append(f"{chosen.devices} of {devices} devices serve this goal best")

@@ -49,8 +49,8 @@ def run_reference(
     """Trains `plan` until the job's target is met, or else the loss has flattened, or the budget's share is spent.
 
     Flattened: the last half of the updates improved the best value by no more than 1 % of all improvement. until: the
-    share. every: updates between evaluations at least. Less than 15 updates tell nothing: they
-    are run past `until`, up to twice the whole budget.
+    share of the budget; fewer than 15 updates tell nothing, so they are run past it, up to twice the whole budget.
+    every: updates between evaluations at least.
     """
     target = job.target or UNREACHABLE
     started = watch.left(until)

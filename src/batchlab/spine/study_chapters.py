@@ -215,7 +215,7 @@ def _against_best(known: Sequence[Mapping[str, Any]], own: tuple[float, float, i
         return []
     best = min(known, key=lambda row: float(row["seconds"]))
     against = f"{duration(own[1])} against {duration(best['seconds'])} at batch size {best['batch_size']:,}"
-    seeds = f"medians of {own[2]} and {len(best['seeds'])} runs" if own[2] > 1 else "one run each"
+    seeds = f"medians of {own[2]} and {len(best['seeds'])} runs"
     return [("The plan's time over the sweep's best", f"{own[1] / best['seconds']:.3g}", f"{against}; {seeds}")]
 
 
