@@ -28,8 +28,13 @@ $(VENV)/installed: $(SPELLED_OUT) | $(VENV)/bin/python
 	$(PIP_INSTALL) -e .
 	@touch $@
 
+# The curvature extra without torchvision, which one of its packages asks for and none loads: it has no CPU build here.
+CURVATURE = curvlinops-for-pytorch backpack-for-pytorch
+CURVATURE_NEEDS = einconv einops linear_operator opt-einsum tqdm unfoldNd
+
 $(VENV)/installed-dev: $(SPELLED_OUT) | $(VENV)/bin/python
-	$(PIP_INSTALL) -e '.[dev,docs,hf,lightning]'
+	$(PIP_INSTALL) -e '.[dev,docs,hf,lightning,energy]' $(CURVATURE_NEEDS)
+	$(PIP_INSTALL) --no-deps $(CURVATURE)
 	@touch $@ $(VENV)/installed
 
 tune: $(VENV)/installed

@@ -16,7 +16,7 @@ from batchlab.data.fetch import fetch
 from batchlab.measure.learning_rate import Choice
 from batchlab.measure.memory import MicroBatch
 from batchlab.measure.run_level import run_level
-from batchlab.measure.throughput import Throughput
+from batchlab.measure.step_time import Throughput
 from batchlab.spine.reference import FEWEST_STEPS, Course
 
 MOST_POINTS = 60

@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate, MicroBatchTime
 from batchlab.core.job import Job
-from batchlab.measure.throughput import Throughput, saturation, throughput
+from batchlab.measure.step_time import Throughput, saturation, throughput
 from tests.spine.jobs import toy_job
 
 LOAD, FIXED, EACH, UPDATE = 2.0**-8, 2.0**-6, 2.0**-6, 0.125  # seconds; powers of 2, so that their sums are exact
@@ -63,7 +63,7 @@ def timed(monkeypatch):
 
     def make(**options):
         made = Timed(**options)
-        monkeypatch.setattr("batchlab.measure.throughput.time", SimpleNamespace(perf_counter=lambda: made.now))
+        monkeypatch.setattr("batchlab.measure.step_time.time", SimpleNamespace(perf_counter=lambda: made.now))
         hooks.append(register_optimizer_step_post_hook(made.updated))
         return made
 
