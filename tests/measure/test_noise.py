@@ -197,6 +197,30 @@ def test_under_bf16_autocast():
     assert got == pytest.approx(_expected(model, [8, 24], torch.float32), rel=0.1)
 
 
+def test_a_loss_scale_is_taken_out_and_its_overflow_is_a_skipped_step():
+    """As in training: scaled passes, unscale_, the noise scale, step, update; the third step overflows."""
+    model, plain = _model(), _model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1)
+    noise, pairs = GradientNoise(model), []
+    x, y = _batch(32, torch.float32)
+    for step in range(4):
+        optimizer.zero_grad()
+        for part_x, part_y in zip(x.split([8, 24]), y.split([8, 24]), strict=True):
+            with noise.micro_batch(len(part_x)):
+                loss = (model(part_x).squeeze(1) - part_y).square().mean() * len(part_x) / 32
+                scaler.scale(loss * (math.inf if step == 2 else 1.0)).backward()
+        scaler.unscale_(optimizer)
+        noise.step()
+        pairs.append(noise.pair)
+        scaler.step(optimizer)
+        scaler.update()
+    assert noise.skipped == 1 and pairs.pop(2) is None
+    expected = pytest.approx(_expected(plain, [8, 24], torch.float32), rel=1e-4)
+    assert pairs == [expected] * 3
+    assert scaler.get_scale() == 2.0**12  # grew twice before the overflow, halved at it, grew once after
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_attaching_changes_no_bit(tied):
     finals = []

@@ -42,7 +42,7 @@ def test_pieces_are_of_each_pass_or_of_all_together(merged):
     expected = [(sum(sizes), whole)] if merged else list(zip(sizes, each, strict=True))
     for piece, (examples, of_each) in zip(norms.take(), expected, strict=True):
         assert piece.examples == examples
-        assert sorted(piece.squares) == pytest.approx(sorted(of_each), rel=1e-12)
+        assert sorted(piece.squares.values()) == pytest.approx(sorted(of_each), rel=1e-12)
     assert norms.empty and norms.take() == []
     norms.close()
     assert not any(p._backward_hooks for p in parameters)
@@ -70,7 +70,7 @@ def test_every_kind_of_parameter_gives_its_square():
     with norms.watch(1):
         net().backward()
     expected = [p.grad.to_dense().double().square().sum().item() for p in net.parameters()]
-    assert sorted(norms.take()[0].squares) == pytest.approx(sorted(expected), rel=1e-5)
+    assert sorted(norms.take()[0].squares.values()) == pytest.approx(sorted(expected), rel=1e-5)
     assert norms.witness.parameter is net.table.weight
     assert norms.witness.take()[:-1].tolist() == net.table.weight.grad.to_dense().flatten().tolist()
 
@@ -86,7 +86,7 @@ def test_a_pass_that_raises_is_forgotten():
         loss(net, 2, 1).backward()
     expected = squares(loss(net, 2, 1), list(net.parameters()))
     (piece,) = norms.take()
-    assert piece.examples == 2 and sorted(piece.squares) == pytest.approx(sorted(expected), rel=1e-12)
+    assert piece.examples == 2 and sorted(piece.squares.values()) == pytest.approx(sorted(expected), rel=1e-12)
 
 
 def test_what_cannot_be_told_apart_is_refused():

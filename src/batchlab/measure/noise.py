@@ -21,6 +21,7 @@ from batchlab.measure.norms import to_floats, total
 from batchlab.measure.pieces import Piece, PieceNorms
 from batchlab.measure.preconditioner import Preconditioner
 from batchlab.measure.ratio import RatioOfMeans
+from batchlab.measure.shards import Mesh, over_meshes, share, whole
 
 METHODS = ("micro_batch", "ranks")
 WEIGHTINGS = ("none", "preconditioned")
@@ -67,9 +68,11 @@ class GradientNoise:
 
     model: its parameters that require a gradient when this is made are watched, a shared one once. method:
     "micro_batch": each micro-batch of each rank is a piece; "ranks": each rank's gradient over all its micro-batches
-    is one (with a micro-batch a rank the two are the same). ema: weight kept at each step, in [0, 1); the default 0.98
+    is one (with a micro-batch a rank the two are the same); with `fully_shard`, where the gradients must not be averaged
+    before the last one. ema: weight kept at each step, in [0, 1); the default 0.98
     remembers about 50 steps (the field uses 0.99 to 0.9998); None keeps all steps alike. coverage: of the interval.
-    process_group: the ranks over which `.grad` is averaged; the default group where one is initialised.
+    process_group: the ranks over which `.grad` is averaged; the default group where one is initialised. Where a model is
+    also split over tensor-parallel ranks, it must be given.
     weighting: "none" for B_simple, which weighs all coordinates alike as SGD does; "preconditioned" for
     tr(P⁻¹Σ)/(GᵀP⁻¹G) in the geometry of the Adam-like `optimizer` (see `Preconditioner`), from its second update on.
     every: measures one step in so many, the first among them; the others run without hooks and cost nothing. Where a
@@ -88,7 +91,13 @@ class GradientNoise:
     it gave none.
 
     An example is whatever is drawn independently: for language models a sequence. With batch normalisation the
-    pieces' gradients depend on each other, and the estimate with them. Not for parameters sharded over ranks.
+    pieces' gradients depend on each other, and the estimate with them. A loss scale is taken out by `scaler.unscale_`
+    before `step`: left in, steps of a larger scale would weigh more.
+
+    Parameters may be spread over ranks (`fully_shard`, tensor parallel, both): norms are of whole tensors, and the number
+    is that of one process. Attach after sharding; the modules that hold such parameters must be called as modules.
+    Preconditioned, each piece gathers the weights of one parameter at a time, which costs as much as a forward pass's
+    gathering: measure one step in many.
     """
 
     def __init__(
@@ -121,7 +130,7 @@ class GradientNoise:
         if any(p.is_complex() for p in self._parameters):
             raise InputError("the noise of complex parameters is not defined here: view them as real ones")
         self._weights = None if optimizer is None else Preconditioner(optimizer, self._parameters)
-        self._norms = PieceNorms(self._parameters, merged=method == "ranks", weights=self._weights)
+        self._norms = PieceNorms(self._parameters, merged=method == "ranks", weights=self._weights, model=model)
 
     def micro_batch(self, examples: int) -> contextlib.AbstractContextManager[None]:
         """Around the backward pass of one piece of `examples` examples; the forward pass may be inside too."""
@@ -156,9 +165,9 @@ class GradientNoise:
         world = dist.get_world_size(self._group) if dist.is_initialized() else 1
         if not pieces and world == 1:
             raise InputError("step needs at least one micro_batch before it")
-        big = self._batch_sq_norm() if grad_sq_norm is None else float(grad_sq_norm)
-        sums, witness = self._over_ranks(pieces, big / world, witness)
-        squares, big, examples, count = sums
+        squares, big = self._sq_norms(pieces, grad_sq_norm)
+        sums = [squares, big / world, float(sum(piece.examples for piece in pieces)), float(len(pieces))]
+        (squares, big, examples, count), witness = self._over_ranks(sums, witness)
         if not count:
             raise InputError("step needs at least one micro_batch before it")
         if not any(p.grad is not None for p in self._parameters) and grad_sq_norm is None:
@@ -174,14 +183,41 @@ class GradientNoise:
             return self._undefined("undefined: one piece a step has nothing to be compared with")
         return self.estimate()
 
-    def _over_ranks(self, pieces: list[Piece], big: float, witness: Tensor) -> tuple[list[float], Tensor]:
-        """Σ|c_i|²/n_i, |g|², N and the number of pieces, over all ranks, where c_i is what piece i adds to `.grad`.
+    def _sq_norms(self, pieces: list[Piece], grad_sq_norm: float | Tensor | None) -> tuple[float, float]:
+        """Σ|c_i|²/n_i over this rank's pieces, where c_i is what piece i adds to `.grad`, and |g|².
 
         c_i = f·(n_i/N)·g_i, f = 1 or the ranks, so that Σ n_i|g_i|²/N = N/f²·Σ|c_i|²/n_i.
         """
-        squares = iter(to_floats([square for piece in pieces for square in piece.squares]))
-        shares = total([next(squares) / piece.examples for piece in pieces for _ in piece.squares])
-        sums = [shares, big, float(sum(piece.examples for piece in pieces)), float(len(pieces))]
+        if pieces and (unmet := self._norms.unmet(pieces)):
+            raise InputError(
+                f"{len(unmet)} sharded parameters have a gradient that no micro_batch saw: every backward pass must be "
+                "in one, and the modules that hold parameters must be called, not their weights alone"
+            )
+        self._refuse_tensor_ranks()
+        squares = to_floats([square for piece in pieces for square in piece.squares.values()])
+        examples_and_places = [(piece.examples, place) for piece in pieces for place in piece.squares]
+        sums: dict[Mesh | None, tuple[list[float], list[float]]] = {None: ([], [])}
+        for square, (examples, place) in zip(squares, examples_and_places, strict=True):
+            sums.setdefault(self._norms.meshes.get(place), ([], []))[0].append(square / examples)
+        if grad_sq_norm is None:
+            for norm, mesh in self._batch_sq_norms():
+                sums.setdefault(mesh, ([], []))[1].append(norm)
+        both = over_meshes({mesh: (total(parts), total(wholes)) for mesh, (parts, wholes) in sums.items()})
+        return both[0], both[1] if grad_sq_norm is None else float(whole(torch.as_tensor(grad_sq_norm)))
+
+    def _refuse_tensor_ranks(self) -> None:
+        """Ranks that share the work on one example must not count as ranks with examples of their own."""
+        ours = set(dist.get_process_group_ranks(self._group)) if self._norms.meshes else set()
+        for mesh in self._norms.meshes.values():
+            for group in mesh.get_all_groups():
+                if len(ours & set(dist.get_process_group_ranks(group))) > 1:
+                    raise InputError(
+                        "process_group must hold the data-parallel ranks alone where a model is also split over "
+                        f"tensor-parallel ones, got one with ranks of the mesh {mesh}"
+                    )
+
+    def _over_ranks(self, sums: list[float], witness: Tensor) -> tuple[list[float], Tensor]:
+        """The sums, and what the witness saw, over all ranks of the group."""
         if not dist.is_initialized() or dist.get_world_size(self._group) == 1:
             return sums, witness
         both = torch.cat([torch.tensor(sums, dtype=torch.float64, device=witness.device), witness])
@@ -197,15 +233,16 @@ class GradientNoise:
         witness.forget()
         return witness.nothing
 
-    def _batch_sq_norm(self) -> float:
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
-        if not gradients:
-            raise InputError("no parameter has a gradient: call step after backward and before zero_grad")
-        if self._weights is None:
-            return total([sq_norm(gradient) for gradient in gradients])
+    def _batch_sq_norms(self) -> list[tuple[float, Mesh | None]]:
+        """|g|² of each parameter's gradient, this rank's share of it where it is spread over a mesh."""
         places = [i for i, p in enumerate(self._parameters) if p.grad is not None]
-        weights = [self._weights[i] if self._weights.known else None for i in places]
-        return total([sq_norm(gradient, weight) for gradient, weight in zip(gradients, weights, strict=True)])
+        if not places:
+            raise InputError("no parameter has a gradient: call step after backward and before zero_grad")
+        shares = [share(gradient) for i in places if (gradient := self._parameters[i].grad) is not None]
+        known = self._weights is not None and self._weights.known
+        weights = [share(self._weights[i]).part if known and self._weights is not None else None for i in places]
+        norms = [sq_norm(held.part, weight) / held.holders for held, weight in zip(shares, weights, strict=True)]
+        return list(zip(to_floats(norms), [held.mesh for held in shares], strict=True))
 
     def skip(self) -> None:
         """Forgets the pieces of a step that the caller will not apply, and counts it."""

@@ -8,10 +8,14 @@ the undamped number has no usable variance.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from batchlab.core.errors import InputError
+from batchlab.measure.norms import total
+from batchlab.measure.shards import Mesh, over_meshes, share
 
 DAMPING = 0.1
 
@@ -53,11 +57,11 @@ class Preconditioner:
             seen = 1.0 - self._decay[parameter] ** step if "exp_avg_sq" in state else 1.0
             roots.append((mean_sq / seen).sqrt())
         count = sum(root.numel() for root in roots)
-        norms = torch.stack(torch._foreach_norm(roots)).double()
-        floor = self._damping * float((norms.square().sum() / count).sqrt())
+        floor = self._damping * math.sqrt(_sum_of_squares(roots) / count)
         if floor > 0:
-            torch._foreach_add_(roots, floor)
-            torch._foreach_reciprocal_(roots)
+            parts = [share(root).part for root in roots]
+            torch._foreach_add_(parts, floor)
+            torch._foreach_reciprocal_(parts)
         self._weights = roots if floor > 0 else []
         return floor > 0
 
@@ -67,5 +71,14 @@ class Preconditioner:
         return bool(self._weights)
 
     def __getitem__(self, index: int) -> Tensor:
-        """The weights of a parameter's coordinates, in its own shape."""
+        """The weights of a parameter's coordinates, in its own shape and spread as it is."""
         return self._weights[index]
+
+
+def _sum_of_squares(tensors: list[Tensor]) -> float:
+    shares = [share(tensor) for tensor in tensors]
+    norms = torch._foreach_norm([each.part for each in shares])
+    sums: dict[Mesh | None, list[Tensor]] = {}
+    for norm, each in zip(norms, shares, strict=True):
+        sums.setdefault(each.mesh, []).append(norm.double().square() / each.holders)
+    return over_meshes({mesh: [total(squares)] for mesh, squares in sums.items()})[0]
