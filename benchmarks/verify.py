@@ -25,10 +25,16 @@ from batchlab.core.plan import Plan
 from batchlab.core.study import REACHED, Study
 from batchlab.spine.trial import run_trial
 from batchlab.spine.tune import around
-from batchlab.workloads import diabetes, digits, pystdlib
+from batchlab.workloads import autoencoder, diabetes, digits, pystdlib, syntax
 
 FACTOR, SLOWER = 2.0, 1.25
-JOBS: dict[str, Callable[..., bl.Job]] = {"digits": digits, "diabetes": diabetes, "pystdlib": pystdlib}
+JOBS: dict[str, Callable[..., bl.Job]] = {
+    "digits": digits,
+    "pystdlib": pystdlib,
+    "diabetes": diabetes,
+    "syntax": syntax,
+    "autoencoder": autoencoder,
+}
 
 
 def main() -> None:

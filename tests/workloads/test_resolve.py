@@ -64,7 +64,8 @@ def test_every_public_name_is_a_function_though_a_module_has_its_name():
     import batchlab.workloads.digits  # noqa: F401
 
     assert all(callable(getattr(workloads, name)) for name in workloads.__all__)
-    assert job_names() == ["digits", "pystdlib", "diabetes", "text:PATH", "images:PATH", "table:PATH", "FILE.py:NAME"]
+    bundled = ["digits", "pystdlib", "diabetes", "syntax", "autoencoder"]
+    assert job_names() == [*bundled, "text:PATH", "images:PATH", "table:PATH", "FILE.py:NAME"]
 
 
 def test_importing_the_jobs_loads_no_heavy_library():

@@ -35,7 +35,8 @@ JobSpec: TypeAlias = Annotated[
     str,
     typer.Argument(
         metavar="JOB",
-        help="digits, pystdlib, diabetes, text:PATH, images:FOLDER, table:FILE.csv, or FILE.py:NAME of a Job of yours.",
+        help="digits, pystdlib, diabetes, syntax, autoencoder, text:PATH, images:FOLDER, table:FILE.csv, or "
+        "FILE.py:NAME of a Job of yours.",
         show_default=False,
     ),
 ]

@@ -45,6 +45,38 @@ def mlp(features: int, outputs: int, *, hidden: int = 64) -> nn.Sequential:
     )
 
 
+def autoencoder_of(features: int, code: int, *, hidden: int = 64) -> nn.Sequential:
+    """(n, features) through (n, code) and back, a hidden layer with tanh on either side."""
+    return nn.Sequential(
+        nn.Linear(features, hidden),
+        nn.Tanh(),
+        nn.Linear(hidden, code),
+        nn.Linear(code, hidden),
+        nn.Tanh(),
+        nn.Linear(hidden, features),
+    )
+
+
+class LstmClassifier(nn.Module):
+    """Tokens (n, length), int64 below `tokens`, to logits (n, classes): the last state of one LSTM layer.
+
+    The forget gate's bias is 1 at the start (Gers, Schmidhuber and Cummins 2000), so that the state is kept at first.
+    """
+
+    def __init__(self, tokens: int, classes: int, *, width: int = 32, hidden: int = 64) -> None:
+        super().__init__()
+        self.tokens, self.recurrent = nn.Embedding(tokens, width), nn.LSTM(width, hidden, batch_first=True)
+        self.head = nn.Linear(hidden, classes)
+        with torch.no_grad():
+            self.recurrent.get_parameter("bias_ih_l0")[hidden : 2 * hidden] = 1.0
+            self.recurrent.get_parameter("bias_hh_l0")[hidden : 2 * hidden] = 0.0
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        states, _ = self.recurrent(self.tokens(tokens))
+        logits: Tensor = self.head(states[:, -1])
+        return logits
+
+
 class _Block(nn.Module):
     """x + attention(norm(x)), then x + feed-forward(norm(x))."""
 

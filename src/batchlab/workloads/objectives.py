@@ -28,6 +28,12 @@ def bits_per_byte(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     return {"bits_per_byte": cross_entropy(model, batch) / math.log(2)}
 
 
+def reconstruction_error(model: nn.Module, batch: Batch) -> Tensor:
+    """(output - target)², mean over all numbers of all examples."""
+    output: Tensor = model(batch.inputs)
+    return F.mse_loss(output, batch.targets)
+
+
 def squared_error(model: nn.Module, batch: Batch) -> Tensor:
     """(prediction - target)², mean over examples: predictions (n, 1), targets (n,), in standard deviations.
 
