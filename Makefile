@@ -28,8 +28,9 @@ $(VENV)/installed: $(SPELLED_OUT) | $(VENV)/bin/python
 	$(PIP_INSTALL) -e .
 	@touch $@
 
-# The curvature extra without torchvision, which one of its packages asks for and none loads: it has no CPU build here.
-CURVATURE = curvlinops-for-pytorch backpack-for-pytorch
+# The curvature extra, and PyHessian to compare with, without torchvision: they ask for it, none loads it, and it has no
+# CPU build here.
+CURVATURE = curvlinops-for-pytorch backpack-for-pytorch PyHessian
 CURVATURE_NEEDS = einconv einops linear_operator opt-einsum tqdm unfoldNd
 
 $(VENV)/installed-dev: $(SPELLED_OUT) | $(VENV)/bin/python
