@@ -16,17 +16,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate
 from batchlab.core.jsonio import JsonNoun
+from batchlab.measure.run_sets import Array, by_size
 
 FEWEST_SIZES = 3
 _BEYOND = 16.0  # e^16 times beyond the grid, the law differs from its limit by 1e-7
 _POINTS = 2001
-
-Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -74,47 +72,20 @@ def fit_tradeoff(batch_sizes: Sequence[float], steps: Sequence[float | None], *,
     """
     if not 0 < coverage < 1:
         raise InputError(f"coverage must lie in (0, 1), got {coverage!r}")
-    sizes, means, counts, censored, notes = _by_size(batch_sizes, steps)
+    runs = by_size(batch_sizes, steps)
+    sizes, notes = runs.sizes, list(runs.notes)
     if len(sizes) < FEWEST_SIZES:
         raise InputError(
             f"batch_sizes must hold at least {FEWEST_SIZES} different sizes that reached the target, got {len(sizes)}"
         )
-    profile = _Profile(np.log(sizes), means, counts)
+    profile = _Profile(np.log(sizes), runs.log_steps, runs.counts)
     best = profile.best()
     bounds = profile.bounds(best, profile.threshold(best, coverage))
     a, b, e = (_estimate(*pair, coverage, len(sizes)) for pair in zip(profile.values(best), bounds, strict=True))
     bracketed = sizes[0] <= b.value <= sizes[-1] and b.low > 0 and math.isfinite(b.high)
     notes += [] if bracketed else [_why_not(b, sizes[0], sizes[-1])]
     residuals = tuple(float(r) for r in profile.residuals(best))
-    return Tradeoff(a, e, b, bool(bracketed), tuple(map(float, sizes)), residuals, censored, "; ".join(notes))
-
-
-def _by_size(batch_sizes: Sequence[float], steps: Sequence[float | None]) -> tuple[Array, Array, Array, int, list[str]]:
-    """Sizes ascending, their mean ln steps, their counts of runs, the runs censored, and what was done about them."""
-    if len(batch_sizes) != len(steps):
-        raise InputError(f"batch_sizes and steps must be of one length, got {len(batch_sizes)} and {len(steps)}")
-    runs: dict[float, list[float]] = {}
-    for size, count in zip(batch_sizes, steps, strict=True):
-        value = math.inf if count is None else float(count)
-        if not 0 < size < math.inf:
-            raise InputError(f"batch_sizes must be finite and > 0, got {size!r}")
-        if not value > 0:
-            raise InputError(f"steps must be > 0, or None where the target was not reached, got {count!r}")
-        runs.setdefault(float(size), []).append(math.log(value))
-    kept, notes, censored = [], [], 0
-    for size in sorted(runs):
-        logs, lost = np.array(runs[size]), int(np.isinf(runs[size]).sum())
-        censored += lost
-        if 2 * lost >= len(logs):
-            notes.append(f"batch size {size:g} is left out: {lost} of {len(logs)} runs did not reach the target")
-            continue
-        if lost:
-            notes.append(
-                f"batch size {size:g} counts by its median: {lost} of {len(logs)} runs did not reach the target"
-            )
-        kept.append((size, float(np.median(logs) if lost else logs.mean()), len(logs)))
-    table = np.array(kept, dtype=np.float64).reshape(-1, 3).T
-    return table[0], table[1], table[2], censored, notes
+    return Tradeoff(a, e, b, bool(bracketed), tuple(map(float, sizes)), residuals, runs.censored, "; ".join(notes))
 
 
 class _Profile:
