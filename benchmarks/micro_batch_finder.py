@@ -3,7 +3,8 @@
 `find_micro_batch` against Lightning's `Tuner.scale_batch_size` (both modes; 3 steps a size, and a margin of 5 % in
 "binsearch", as it comes) and Accelerate's `find_executable_batch_size` (x0.9 after each failure, as it comes): the same
 jobs and limits, in one process with one thread. All start from the same size; Accelerate only backs off, so that it is
-also started from a guess above every limit. A pass is a forward pass, whole or failed.
+also started from a guess above every limit. A pass is a forward pass, whole or failed. Peers do not evaluate, and so
+batchlab's evaluation of each size is off.
 
 Memory is simulated: a model counts the bytes of its weights, gradients, AdamW's moments and what autograd keeps of its
 forward pass, in blocks of 512 as CUDA's allocator does, and raises `torch.OutOfMemoryError` in mid-pass where they
@@ -138,7 +139,7 @@ def plain_step(job: Job) -> Callable[[int], None]:
 
 def batchlab_told(job: Job, device: Device, *, headroom: float) -> Callable[[], int]:
     """`find_micro_batch` as on a GPU; 0 where it says that not even one example leaves so much free."""
-    settings: dict[str, Any] = {"start": START, "max_size": MOST, "saturation": 0, "device": "cpu"}
+    settings: dict[str, Any] = {"start": START, "max_size": MOST, "saturation": 0, "device": "cpu", "evaluation": False}
 
     def search() -> int:
         try:

@@ -1,5 +1,8 @@
 """The search against an oracle: every limit, several starts."""
 
+import math
+import statistics
+
 import pytest
 
 from batchlab.core.errors import InputError
@@ -27,7 +30,7 @@ def check(limits, start, rel_gap, most):
         assert search.ok <= truth
         gap = (truth + 1 - search.ok) / (truth + 1)
         assert search.ok == truth or gap <= rel_gap
-        assert len(search.tried) <= 2 * max(limit, start).bit_length() + 5
+        assert len(search.tried) <= 2 * math.log2(max(limit, start)) + 5
     return counts
 
 
@@ -45,12 +48,23 @@ def test_never_above_the_largest_allowed():
     check(range(1, 301), 32, 0.05, 100)
 
 
-def test_tries_at_the_median():
-    counts = {start: sorted(check(range(1, 301), start, 0.05, 512)) for start in (1, 7, 32, 256)}
-    pooled = sorted(count for each in counts.values() for count in each)
-    assert pooled[len(pooled) // 2] <= 8
-    assert counts[32][len(counts[32]) // 2] <= 8
-    assert pooled[-1] <= 12
+@pytest.mark.parametrize("start", [1, 7, 32, 256])
+@pytest.mark.parametrize("most", [512, 4096, 10**6])
+def test_tries_at_the_median(start, most):
+    counts = check(range(1, 301), start, 0.05, most)
+    assert statistics.median(counts) <= 8
+    assert max(counts) <= 11
+
+
+def test_an_expected_size_is_tried_where_larger_ones_fail():
+    search = SizeSearch(start=90, most=1000, growth=2, leap=1, expected=45)
+    while (size := search.next_size()) is not None:
+        search.record(size, fits=size <= 45)
+    assert search.tried[:2] == [90, 45] and search.ok == 45
+    search = SizeSearch(start=90, most=1000, expected=45)
+    while (size := search.next_size()) is not None:
+        search.record(size, fits=size <= 7)
+    assert search.tried[:3] == [90, 45, 22] and search.ok == 7
 
 
 @pytest.mark.slow

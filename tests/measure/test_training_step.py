@@ -61,6 +61,62 @@ def test_a_seed_is_a_model_and_copies_of_it_are_held():
     assert first.model.training
 
 
+def test_gradients_are_held_while_a_whole_step_runs():
+    """As they are in all but the first micro-batch of an update: the peak is then gradients and activations."""
+    held = []
+
+    def loss(module, batch):
+        held.append([p.grad is not None and not p.grad.any() for p in module.parameters()])
+        return squared_error(module, batch)
+
+    step = TrainingStep(dataclasses.replace(toy_job(), loss=loss), device=CPU)
+    for size in (4, 2):
+        step(size)
+    assert held == [[True] * len(step.trained)] * 2
+
+
+def test_an_evaluation_sees_validation_data_without_gradients_and_leaves_training_mode():
+    seen = []
+
+    def note(module, batch):
+        seen.append((len(batch[0]), module.training, torch.is_grad_enabled(), batch[0][0].clone()))
+        return squared_error(module, batch)
+
+    def metric(module, batch):
+        note(module, batch)
+        raise MemoryError("metric")
+
+    job = dataclasses.replace(toy_job(n=32), loss=note)
+    step = TrainingStep(job, device=CPU)
+    for size in (3, 10**6):
+        step.evaluate(size)
+    assert [each[:3] for each in seen] == [(3, False, False), (len(job.valid), False, False)]
+    assert all(torch.equal(each[3], job.valid[0][0]) for each in seen)
+    assert all(part.training for part in step.model.modules()) and step.phase == "evaluation"
+    step = TrainingStep(dataclasses.replace(job, metric=metric), device=CPU)
+    with pytest.raises(MemoryError):
+        step.evaluate(2)
+    assert all(part.training for part in step.model.modules()) and step.phase == "evaluation"
+
+
+def test_batches_of_the_callers_making_are_used_everywhere():
+    made, used = [], []
+
+    def make_batch(size):
+        made.append((torch.full((size, 6), 2.0, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)))
+        return made[-1]
+
+    def loss(module, batch):
+        used.append(batch)
+        return squared_error(module, batch)
+
+    step = TrainingStep(dataclasses.replace(toy_job(), loss=loss), device=CPU, make_batch=make_batch)
+    step(5)
+    step.evaluate(3)
+    assert [len(batch[0]) for batch in used] == [5, 3]
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(made, used, strict=True))
+
+
 class Refusing(torch.autograd.Function):
     """Fails in the backward pass."""
 

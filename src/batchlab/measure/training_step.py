@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,33 +18,55 @@ from batchlab.optim.create import create
 
 
 class TrainingStep:
-    """Forward, backward and optimizer step of `job` on a fresh model, without any other process taking part.
+    """Forward, backward and optimizer step of `job` on a fresh model; no other process takes part but by the model.
 
     Calling it with a size runs one whole step with so many examples. `phase` says what it is at: "data", "forward",
-    "backward" or "step", and when an error came. The learning rate is 0, so that every step is the same work.
-    The optimizer's state and the gradients are allocated before the first step, and `copies` more copies of the
-    trained weights are held: what an average of the weights or the buckets of DDP will take.
+    "backward", "step" or "evaluation", and when an error came. The learning rate is 0, so that every step is the same
+    work. The optimizer's state is allocated before the first step and gradients before each, as they are held while
+    all but the first of accumulated micro-batches run. `copies` more copies of the trained weights are held: what an
+    average of the weights or the buckets of DDP will take.
+    make_batch: makes the batch of a size, in place of the job's data; that of the evaluation too.
     seed: of the weights and the examples. It sets the global generators: wrap it in `preserved_generators`.
     """
 
-    def __init__(self, job: Job, *, device: torch.device, seed: int = 0, copies: int = 0) -> None:
-        self.job, self.device, self.phase = job, device, "model"
+    def __init__(
+        self,
+        job: Job,
+        *,
+        device: torch.device,
+        seed: int = 0,
+        copies: int = 0,
+        make_batch: Callable[[int], Any] | None = None,
+    ) -> None:
+        self.job, self.device, self.phase, self.make_batch = job, device, "model", make_batch
         reseed(derive_seed(seed, "weights"))
         self.model = make_model(job).to(device).train()
         self.optimizer = create(job.optimizer, self.model, lr=0.0)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self._held = [torch.empty_like(p, requires_grad=False) for p in self.trained for _ in range(copies)]
+        self._held: list[Tensor] = []
+        self.hold_copies(copies)
         self._stream = SampleStream(len(job.train), derive_seed(seed, "stream"))
         self._allocate_state()
 
+    def hold_copies(self, copies: int) -> None:
+        """Holds so many more copies of the trained weights."""
+        self._held += [torch.empty_like(p, requires_grad=False) for p in self.trained for _ in range(copies)]
+
+    def hold_gradients(self) -> None:
+        """Zeros where a trained weight has no gradient."""
+        for parameter in self.trained:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+
     def _allocate_state(self) -> None:
         self.phase = "step"
-        for parameter in self.trained:
-            parameter.grad = torch.zeros_like(parameter)
+        self.hold_gradients()
         self.optimizer.step()
 
     def __call__(self, size: int) -> None:
-        """One whole step with `size` examples."""
+        """One whole step with `size` examples, the last micro-batch of an update that accumulates."""
+        self.phase = "backward"
+        self.hold_gradients()
         self.forward_backward(size)
         self.step()
 
@@ -76,7 +99,26 @@ class TrainingStep:
 
     def batch(self, size: int) -> Any:
         """The first `size` examples of the stream, on the device; epoch after epoch where they are more than it has."""
+        if self.make_batch is not None:
+            return to_device(self.make_batch(size), self.device)
         return to_device(fetch(self.job.train, self._stream.indices(0, size).tolist(), self.job.collate), self.device)
+
+    @torch.no_grad()
+    def evaluate(self, size: int) -> None:
+        """Loss and metrics of the first `size` validation examples, or of all where they are fewer; see `batch`."""
+        self.phase = "evaluation"
+        self.model.eval()
+        try:
+            if self.make_batch is not None:
+                batch = self.batch(size)
+            else:
+                count = min(size, len(self.job.valid))
+                batch = to_device(fetch(self.job.valid, list(range(count)), self.job.collate), self.device)
+            self.job.loss(self.model, batch)
+            if self.job.metric is not None:
+                self.job.metric(self.model, batch)
+        finally:
+            self.model.train()
 
     def clear(self) -> None:
         """Drops the gradients; after a failed step too."""
