@@ -4,6 +4,7 @@ Gradient descent on ½hw² multiplies w by 1 - ηh: the loss is least when η fi
 """
 
 import dataclasses
+import itertools
 import math
 import random
 
@@ -12,12 +13,13 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from sklearn.datasets import load_digits
 from torch import nn
 
 from batchlab.core.errors import InputError
 from batchlab.core.random import derive_seed
 from batchlab.data.stream import SampleStream
-from batchlab.measure.learning_rate import RangeTest, choose, lr_range, ramp, range_test
+from batchlab.measure.learning_rate import RangeTest, choose, lr_range, ramp, range_test, set_momentum
 from tests.spine.jobs import toy_job
 
 
@@ -274,3 +276,185 @@ def test_a_bad_search_is_named(start, ratio):
 def test_a_loss_that_only_rises_falls_nowhere():
     found = range_test(lambda rate: 1 + rate, low=1e-3, high=1.0, steps=10)
     assert found.steepest == found.minimum == found.learning_rates[0]
+
+
+def test_a_linear_ramp_is_even_and_its_steepest_point_is_per_factor_of_the_rate():
+    """Loss 2 - ln(rate) falls by the same per factor everywhere; 10 - rate falls fastest per factor at its end."""
+    options = {"low": 1.0, "high": 9.0, "steps": 9, "smoothing": 1.0, "spacing": "linear", "stop_factor": math.inf}
+    found = range_test(lambda rate: 10 - rate, **options)
+    assert found.learning_rates == tuple(float(rate) for rate in range(1, 10))
+    assert (found.steepest, found.minimum, found.spacing) == (8.0, 9.0, "linear")
+    bent = range_test(lambda rate: -math.log(rate) + 0.3 * (abs(rate - 4) < 0.1), **options)
+    assert bent.steepest == 5.0  # from the bump down; per step the fall from 1 to 3 would be the larger one
+    with pytest.raises(InputError, match='spacing must be "geometric" or "linear", got \'log\''):
+        ramp(1.0, 2.0, 4, "log")
+
+
+def test_with_validation_the_readings_are_of_that_loss():
+    train, valid = iter([5.0, 4.0, 3.0, 2.0, 1.0]), iter([5.0, 1.0, 2.0, 3.0, 9.0])
+    options = {"low": 1e-2, "high": 1e2, "steps": 5, "smoothing": 1.0, "stop_factor": 5.0}
+    found = range_test(lambda _: next(train), validate=lambda: next(valid), **options)
+    assert found.losses == (5.0, 4.0, 3.0, 2.0, 1.0) and found.validation == (5.0, 1.0, 2.0, 3.0, 9.0)
+    assert (found.minimum, found.divergence) == (pytest.approx(0.1), 100.0)
+    assert RangeTest.from_json(found.to_json()) == found
+    with pytest.raises(InputError, match="the loss is nan at the first step of the range test"):
+        range_test(lambda _: 1.0, validate=lambda: math.nan, **options)
+
+
+def test_a_cycle_is_suggested_with_its_reason():
+    feed = iter([4.0, 3.0, 1.0, 2.0, 9.0])
+    found = range_test(lambda _: next(feed), low=1e-2, high=1e2, steps=5, smoothing=1.0)
+    one, several = found.cycle(), found.cycle(3)
+    assert (one.max_lr, several.max_lr) == (found.minimum, found.minimum) == (1.0, 1.0) and one.bracketed
+    assert one.min_lr == pytest.approx(0.1) and several.min_lr == pytest.approx(0.25)
+    assert one.reason == (
+        "max: the smoothed training loss turns up after 1; read from training loss alone it is overstated; "
+        "min: 1/10 of it, for one cycle"
+    )
+    assert several.reason.endswith("min: 1/4 of it, for 3 cycles")
+    falling_still = range_test(lambda rate: 1 / rate, validate=lambda: 1.0, low=1.0, high=2.0, steps=4)
+    assert "the smoothed validation loss" in falling_still.cycle().reason
+    open_end = range_test(lambda rate: 1 / rate, low=1.0, high=2.0, steps=4).cycle()
+    assert not open_end.bracketed and "still fell at 2, where the ramp ended: test higher rates" in open_end.reason
+    rising = range_test(lambda rate: rate, low=1.0, high=2.0, steps=4).cycle()
+    assert not rising.bracketed and "only rose from 1, where the ramp began: test lower rates" in rising.reason
+    for bad in (0, 1.0, True):
+        with pytest.raises(InputError, match="cycles must be an integer of at least 1"):
+            found.cycle(bad)
+
+
+@pytest.mark.parametrize(("optimizer", "key"), [("sgd", "momentum"), ("adamw", "betas")])
+def test_momentum_falls_while_the_rate_rises_as_in_a_plain_loop(optimizer, key):
+    job = line_job(optimizer)
+    options = {"low": 1e-3, "high": 0.5, "steps": 20, "smoothing": 0.2}
+    found = lr_range(job, batch_size=8, momentum=(0.95, 0.85), validation=20, device="cpu", seed=4, **options)
+    model, stream, step = job.model(), SampleStream(32, derive_seed(4, "stream")), 0
+    plain = NAIVE[optimizer](model.parameters())
+    x_valid, y_valid = job.valid[[2 * i for i in range(20)]]
+
+    def update(rate):
+        nonlocal step
+        now = 0.95 - 0.1 * step / 19
+        plain.param_groups[0].update({"lr": rate, key: now if key == "momentum" else (now, 0.999)})
+        x, y = job.train[stream.indices(8 * step, 8)]
+        step += 1
+        plain.zero_grad()
+        loss = (model(x).squeeze(1) - y).square().mean()
+        loss.backward()
+        plain.step()
+        return loss.item()
+
+    def validate():
+        with torch.no_grad():
+            return (model(x_valid).squeeze(1) - y_valid).square().mean().item()
+
+    expected = range_test(update, validate=validate, **options)
+    assert found.losses == pytest.approx(expected.losses, rel=1e-9)
+    assert found.validation == pytest.approx(expected.validation, rel=1e-9)
+    assert found.momenta == pytest.approx(np.linspace(0.95, 0.85, 20)[: len(found.losses)], rel=1e-12)
+    without = lr_range(job, batch_size=8, device="cpu", seed=4, **options)
+    assert without.momenta == () and without.losses != found.losses
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"momentum": (0.85, 0.95)}, r"momentum must be \(high, low\) with 0 <= low <= high < 1, got \(0.85, 0.95\)"),
+        ({"momentum": (1.0, 0.9)}, r"momentum must be \(high, low\) with"),
+        ({"momentum": (math.nan, 0.9)}, r"momentum must be \(high, low\) with"),
+        ({"validation": 41}, r"validation must lie in 0..40, the validation examples, got 41"),
+        ({"validation": -1}, r"validation must lie in 0..40"),
+        ({"spacing": "log"}, "spacing must be"),
+    ],
+)
+def test_a_bad_range_test_of_a_job_is_named(changes, message):
+    with pytest.raises(InputError, match=message):
+        lr_range(line_job("sgd"), batch_size=8, device="cpu", **changes)
+
+
+def test_an_optimizer_without_momentum_cycles_none():
+    with pytest.raises(InputError, match="a cyclical momentum needs momentum or betas, Adagrad has neither"):
+        set_momentum(torch.optim.Adagrad([nn.Parameter(torch.zeros(1))]), 0.9)
+
+
+def digits():
+    data = load_digits()
+    return torch.tensor(data.data / 16.0), torch.tensor(data.target)
+
+
+def digits_update(seed, momentum=0.0, batch_size=64, **options):
+    """An MLP 64-64-10 in float64 on shuffled digits: one SGD step at each call."""
+    (x, y), generator = digits(), torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=momentum, **options)
+    order = torch.cat([torch.randperm(1297, generator=generator) for _ in range(11)])
+    feed = iter(order.split(batch_size))
+
+    def update(rate):
+        optimizer.param_groups[0]["lr"] = rate
+        part = next(feed)
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x[part]), y[part])
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    def validate():
+        with torch.no_grad():
+            return nn.functional.cross_entropy(model(x[1297:]), y[1297:]).item()
+
+    return update, validate
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_it_reads_what_torch_lr_finders_rule_reads(seed):
+    """That rule written out: average from the first loss, stop past 5 times the least average, rates lo·(hi/lo)^(i/99).
+
+    benchmarks/range_test_peer.py runs the package itself beside ours.
+    """
+    update, _ = digits_update(seed, 0.9)
+    rates, averages = [1e-3 * 1e4 ** (i / 99) for i in range(100)], []
+    for rate in rates:
+        loss = update(rate)
+        averages.append(0.05 * loss + 0.95 * averages[-1] if averages else loss)
+        if averages[-1] > 5 * min(averages):
+            break
+    update, _ = digits_update(seed, 0.9)
+    found = range_test(update, low=1e-3, high=10.0, steps=100, smoothing=0.05, stop_factor=5.0, debias=False)
+    assert len(found.losses) == len(averages)
+    assert found.smoothed == pytest.approx(averages, rel=1e-12)
+    assert found.minimum == pytest.approx(rates[int(np.argmin(averages))], rel=1e-12)
+
+
+def test_on_digits_the_largest_rate_is_of_the_size_of_the_best_constant_one():
+    """The best constant rate at batch 128 is 0.3. Five seeds, momentum 0.95, Nesterov: measured 0.35 to 1.7."""
+    for seed in range(5):
+        update, validate = digits_update(seed, 0.95, 128, nesterov=True, weight_decay=1e-4)
+        found = range_test(update, validate=validate, low=1e-3, high=10.0)
+        assert 0.1 < found.cycle().max_lr < 3.0 and found.cycle().bracketed
+        assert found.steepest < found.minimum < (found.divergence or math.inf)
+
+
+def test_a_slower_ramp_never_stops_later_under_noise():
+    """½h|x|² in 20 dimensions with gradient noise; ramps of 100, 400 and 1600 steps, means of ln(stop) over 40 seeds.
+
+    The means fall by more than 1.0 from one ramp to the next; their standard errors are below 0.1.
+    """
+    means = []
+    for steps in (100, 400, 1600):
+        stops = []
+        for seed in range(40):
+            rng, x = np.random.default_rng(seed), np.ones(20)
+
+            def update(rate, rng=rng):
+                nonlocal x
+                loss = 0.5 * float(x @ x)
+                x = x - rate * (x + rng.normal(size=20))
+                return loss
+
+            found = range_test(update, low=1e-3, high=100.0, steps=steps, smoothing=1.0)
+            stops.append(math.log(found.divergence))
+        means.append((np.mean(stops), np.std(stops) / math.sqrt(40)))
+    for (faster, error), (slower, other) in itertools.pairwise(means):
+        assert slower + 4 * math.hypot(error, other) < faster
