@@ -8,7 +8,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from batchlab.core.errors import InputError
-from batchlab.measure.noise import GradientNoise, noise_scale, unbiased_pair
+from batchlab.measure.noise import GradientNoise
+from batchlab.measure.noise_pair import noise_scale, unbiased_pair
 from tests.spine.forked import in_ranks
 
 
@@ -279,7 +280,10 @@ def test_skip_forgets_the_pieces():
     [
         (lambda: unbiased_pair(1.0, 1.0, 4, 4), "1 <= small < big, got small=4, big=4"),
         (lambda: unbiased_pair(1.0, 1.0, 0, 4), "1 <= small < big"),
-        (lambda: GradientNoise(_model(), method="magic"), 'method must be "micro_batch" or "ranks"'),
+        (
+            lambda: GradientNoise(_model(), method="magic"),
+            "method must be one of 'micro_batch', 'per_example', 'norm_layers', 'ranks', got 'magic'",
+        ),
         (lambda: GradientNoise(_model(), ema=1.0), r"ema must lie in \[0, 1\)"),
         (lambda: GradientNoise(nn.Identity()), "no parameter that requires a gradient"),
         (

@@ -8,7 +8,8 @@ from torch import nn
 
 from batchlab.core.errors import InputError
 from batchlab.measure.norms import CHUNK
-from batchlab.measure.pieces import WITNESS, PieceNorms, Witness
+from batchlab.measure.pieces import PieceNorms
+from batchlab.measure.witness import WITNESS, Witness
 
 
 def model():

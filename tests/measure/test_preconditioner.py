@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from batchlab.core.errors import InputError
-from batchlab.measure.noise import GradientNoise, unbiased_pair
+from batchlab.measure.noise import GradientNoise
+from batchlab.measure.noise_pair import unbiased_pair
 from batchlab.measure.preconditioner import Preconditioner
 
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from batchlab.core.errors import InputError
-from batchlab.measure.noise import NoisePair
+from batchlab.measure.noise_pair import NoisePair
 from batchlab.measure.run_level import run_level
 
 

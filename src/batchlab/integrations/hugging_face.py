@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from batchlab.core.errors import BatchlabError, InputError
 from batchlab.core.facts import Estimate
-from batchlab.measure.noise import GradientNoise, sq_norm
+from batchlab.measure.noise import GradientNoise
+from batchlab.measure.norms import sq_norm
 
 try:
     from transformers import TrainerCallback

@@ -31,6 +31,13 @@ def sq_norm(gradient: Tensor, weight: Tensor | None = None) -> Tensor:
     return torch.dot(rows, rows) + _norm(whole[even:], dtype).square()
 
 
+def inner(a: Tensor, b: Tensor) -> float | Tensor:
+    """Σ a·b of two dense tensors of one shape: a number on a CPU, a scalar elsewhere; in chunks as `sq_norm` is."""
+    dtype, parts = _wide(a), zip(*(torch.split(each.detach().reshape(-1), CHUNK) for each in (a, b)), strict=True)
+    dots = [torch.dot(x.to(dtype), y.to(dtype)) for x, y in parts]
+    return total(dots) if a.is_cpu else torch.stack(dots).sum()
+
+
 def _norm(tensor: Tensor, dtype: torch.dtype, dim: int | None = None) -> Tensor:
     norm: Tensor = torch.linalg.vector_norm(tensor, dim=dim, dtype=dtype)
     return norm

@@ -16,22 +16,22 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from batchlab.core.errors import InputError
-from batchlab.measure.norms import CHUNK, flat, sq_norm, to_floats
+from batchlab.measure.norms import CHUNK, flat, inner, sq_norm
 from batchlab.measure.preconditioner import Preconditioner
-from batchlab.measure.shards import Mesh, is_spread, part_like, share, whole
-
-WITNESS = 1024
-_EXACT, _STRANGE = 1e-4, 0.05
+from batchlab.measure.shards import Mesh, is_spread, part_like, share
+from batchlab.measure.witness import Witness
 
 
 class Piece(NamedTuple):
-    """examples: in the piece. squares: |c|² of each parameter that it gave a gradient c to, by the parameter's place;
+    """What one backward pass told. examples: that it was over. squares: |c|² of each parameter that it gave a gradient
+    c to, by the parameter's place; this rank's share of it where c is spread over a mesh of ranks.
 
-    this rank's share of it where c is spread over a mesh of ranks.
+    number: 1, or where each example's own c is known, the examples, and squares hold the sums of their |c|².
     """
 
     examples: int
     squares: dict[int, float | Tensor]
+    number: int = 1
 
 
 class PieceNorms:
@@ -152,7 +152,13 @@ class PieceNorms:
                         'method "ranks" reads the sum of a rank\'s micro-batches off .grad, which was taken away '
                         "between two of them: under fully_shard, set_requires_gradient_sync(False) on all but the last"
                     )
-                self._seen[index] = self._square(index, gradient if before is None else before + gradient)
+                known = self._seen.get(index)
+                if before is None:
+                    self._seen[index] = self._square(index, gradient)
+                elif known is None or self._weights is not None or is_spread(leaf) or gradient.is_sparse:
+                    self._seen[index] = self._square(index, before + gradient)
+                else:  # |a + b|² without making a + b
+                    self._seen[index] = known + 2 * inner(before, gradient) + self._square(index, gradient)
 
         return see
 
@@ -187,62 +193,6 @@ class PieceNorms:
             if not parameter._backward_hooks:
                 parameter._backward_hooks = None  # an empty dict costs 2 µs a pass
         self._hooks = []
-
-
-class Witness:
-    """One small parameter whose gradients are added up, to tell whether those seen are those in `.grad`.
-
-    The largest with at most 1,024 numbers, else the smallest. wanted: whether it listens.
-    """
-
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        small = [p for p in parameters if p.numel() <= WITNESS]
-        self.parameter = max(small, key=Tensor.numel) if small else min(parameters, key=Tensor.numel)
-        self.wanted = True
-        self.nothing = torch.zeros(0, device=self.parameter.device, dtype=torch.float64)
-        self.forget()
-
-    def forget(self) -> None:
-        """Begins anew."""
-        self.sum: Tensor | None = None
-        self.squares: list[Tensor] = []
-
-    def see(self, gradient: Tensor) -> None:
-        """Adds what one backward pass gives."""
-        gradient = whole(gradient.detach()).to_dense()
-        self.sum = gradient.clone() if self.sum is None else self.sum.add_(gradient)
-        self.squares.append(sq_norm(gradient))
-
-    def take(self) -> Tensor:
-        """Σc and, last, Σ|c|², as one vector on the parameter's device; forgotten then."""
-        total, squares = self.sum, self.squares
-        self.forget()
-        if total is None:
-            return torch.zeros(self.parameter.numel() + 1, device=self.parameter.device, dtype=torch.float64)
-        return torch.cat([total.flatten(), torch.stack(squares).sum().reshape(1)]).double()
-
-    def factor(self, seen: Tensor, pieces: int, expected: float) -> float:
-        """f in Σc = f·grad, over all pieces of all ranks: `seen` is the sum of the ranks' `take`.
-
-        expected: f where nothing was done to the gradient, 1, or the ranks that it was averaged over. A loss scale
-        that was taken out, or a division after the backward passes, is another f. Where the gradient cancels so far
-        that nothing can be told, `expected`. Raises `InputError` where Σc is no multiple of `.grad`.
-        """
-        gradient = self.parameter.grad
-        if gradient is None:
-            return expected
-        c, g = seen[:-1], whole(gradient.detach()).to_dense().flatten().to(seen)
-        cc, cg, gg, each = to_floats([torch.dot(c, c), torch.dot(c, g), torch.dot(g, g), seen[-1]])
-        reach = (each * pieces) ** 0.5
-        if max(cc - cg * cg / gg if gg else cc, 0.0) ** 0.5 > _STRANGE * reach:
-            raise InputError(
-                "the gradients seen in micro_batch do not add up to .grad: every backward pass since zero_grad must be "
-                "in a micro_batch, and step must come before anything but a common factor changes .grad"
-            )
-        unsure = max(_EXACT, 8 * torch.finfo(gradient.dtype).eps) * reach / (cc**0.5 or 1.0)
-        if gg == 0 or unsure > 0.5 or abs(cg / gg / expected - 1) <= unsure:
-            return expected
-        return cg / gg
 
 
 def _holders(model: nn.Module | None, parameters: Sequence[nn.Parameter]) -> dict[nn.Module, list[tuple[str, int]]]:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate
-from batchlab.measure.noise import NoisePair
+from batchlab.measure.noise_pair import NoisePair
 from batchlab.measure.ratio import RatioOfMeans
 
 REACH = 6

@@ -53,7 +53,7 @@ def share(tensor: Tensor) -> Share:
 def whole(tensor: Tensor) -> Tensor:
     """The tensor with all its parts, on every rank of its mesh: all of them must call."""
     spread: Any = tensor
-    return spread.full_tensor() if is_spread(tensor) else tensor  # type: ignore[no-any-return]
+    return spread.full_tensor() if is_spread(tensor) else tensor
 
 
 def part_like(tensor: Tensor, other: Tensor) -> Tensor:
