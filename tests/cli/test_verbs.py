@@ -153,3 +153,25 @@ def test_only_the_first_rank_speaks(place):
     words = "plan train.py:job --facts facts.json --json"
     done = batchlab(words, place, TORCHELASTIC_RUN_ID="x", RANK="1", LOCAL_RANK="1", LOCAL_WORLD_SIZE="2")
     assert done.returncode == 0 and done.stdout == ""
+
+
+def test_probe_only_measures_what_is_asked_for_and_keeps_it_in_the_run(place):
+    done = batchlab("probe train.py:job --only noise,landscape --at runs/a --budget 1 --out found.json", place)
+    assert done.returncode == 0, done.stderr
+    assert "Noise scale" in done.stdout and "Width of the minimum" in done.stdout and "Kept in runs/a" in done.stdout
+    assert (place / "found.json").read_text() == (place / "runs/a/findings.json").read_text()
+    reported = batchlab("report runs/a", place)
+    assert reported.returncode == 0 and "Loss landscape" in (place / "runs/a/report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--only nois", "only must name some of noise, memory, curvature, energy, landscape, got ['nois']"),
+        ("--at runs/a", "--at is for --only"),
+        ("--only noise --at nowhere", "nowhere is not a run folder"),
+    ],
+)
+def test_probe_only_names_what_is_wrong(place, words, message):
+    done = batchlab(f"probe train.py:job {words}", place)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr

@@ -11,7 +11,9 @@ from rich.text import Text
 
 from batchlab.core.facts import Facts
 from batchlab.core.plan import Plan
+from batchlab.measure.findings import Findings
 from batchlab.spine import headline
+from batchlab.spine.findings_chapters import lines
 from batchlab.spine.words import aim, duration, figure, interval, size
 from batchlab.viz.table import terminal_table
 from batchlab.viz.text import visible
@@ -37,6 +39,11 @@ def facts_table(facts: Facts) -> Table:
     if best.memory_bytes is not None:
         rows.insert(3, ("Its memory", size(best.memory_bytes), ""))
     return terminal_table(f"{facts.job} on {facts.device}", rows)
+
+
+def findings_table(found: Findings) -> Table:
+    """What was measured on its own."""
+    return terminal_table(f"{found.job} on {found.device}, weights: {found.weights}", lines(found))
 
 
 def plan_table(plan: Plan, facts: Facts) -> Table:

@@ -87,6 +87,22 @@ def probe(
     seed: Seed = 0,
     device: Device = None,
     out: FileOut = None,
+    only: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WHAT,...",
+            help="Only these: noise, memory, curvature, energy, landscape. No plan can be made from them.",
+            show_default=False,
+        ),
+    ] = None,
+    at: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN",
+            help="With --only: at the weights of this run, whose report then shows them.",
+            show_default=False,
+        ),
+    ] = None,
     target: Column = None,
     at_least: AtLeast = None,
     at_most: AtMost = None,
@@ -95,6 +111,9 @@ def probe(
     """Measure JOB on this machine: speed, memory, noise scale, a good learning rate. Its model is not touched."""
     with output(as_json) as out_, progress_bar() as bar:
         arguments.check_file(out)
+        if only is not None or at is not None:
+            _single_facts(job, only, at, out, out_, bar, target, budget=budget, seed=seed, device=device)
+            return
         aim = arguments.learning_target(at_least, at_most)
         from batchlab.cli.tables import facts_table
         from batchlab.core.files import write_atomic
@@ -108,6 +127,38 @@ def probe(
         if out is not None and not other_rank():
             write_atomic(out, facts.to_json())
         out_.result(facts, facts_table(facts), *facts.warnings, *facts.notes, *_written("Facts", out))
+
+
+def _single_facts(
+    job: str,
+    only: str | None,
+    at: Path | None,
+    out: Path | None,
+    out_: Any,
+    bar: Any,
+    target: str | None,
+    **settings: Any,
+) -> None:
+    """`probe --only`: shown, written to a file if asked, and kept in the run that they belong to."""
+    if only is None:
+        raise InputError("--at is for --only: all that a plan needs is measured on fresh weights")
+    from batchlab.cli.tables import findings_table
+    from batchlab.core.files import write_atomic
+    from batchlab.core.run import Run
+    from batchlab.spine.findings import keep
+    from batchlab.spine.probe import probe as verb
+
+    run = None if at is None else Run.open(at)
+    with bar.waiting("load the job"):
+        what = arguments.load(job, target, None)
+    kinds = [kind.strip() for kind in only.split(",") if kind.strip()]
+    found = verb(what, only=kinds, at=run, progress=bar, **settings)
+    if run is not None:
+        keep(run, found)
+    if out is not None:
+        write_atomic(out, found.to_json())
+    kept = [] if run is None else [f"Kept in {run.path}: batchlab report {run.path} shows it"]
+    out_.result(found, findings_table(found), *found.notes, *kept, *_written("Findings", out))
 
 
 @app.command(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, overload
 
 import torch
 import torch.distributed as dist
@@ -27,6 +29,10 @@ from batchlab.spine.gather import gather
 from batchlab.spine.reference import Course, derived_target, run_reference, run_restart, time_updates
 from batchlab.spine.stopwatch import Progress, Stopwatch
 
+if TYPE_CHECKING:
+    from batchlab.core.run import Run
+    from batchlab.measure.findings import Findings
+
 MEMORY_UNTIL, SPEED_UNTIL, RATE_UNTIL, REFERENCE_UNTIL = 0.08, 0.18, 0.5, 0.85
 BASE_BATCH, LEAST_BASE_BATCH, DATA_SHARE = 64, 8, 10
 PIECES, WARMUP_UPDATES, AVERAGE_POWER = 8, 8, 4.0
@@ -40,6 +46,7 @@ EVALUATION_SHARE, FORWARD_SHARE = 0.003, 0.4
 MOST_RUNS, RESTART_FACTOR = 5, 3
 
 
+@overload
 def probe(
     job: Job,
     *,
@@ -47,7 +54,34 @@ def probe(
     seed: int = 0,
     device: str | torch.device | None = None,
     progress: Progress | None = None,
-) -> Facts:
+    only: None = None,
+    at: None = None,
+) -> Facts: ...
+
+
+@overload
+def probe(
+    job: Job,
+    *,
+    budget: float = 20.0,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    progress: Progress | None = None,
+    only: Sequence[str],
+    at: Run | None = None,
+) -> Findings: ...
+
+
+def probe(
+    job: Job,
+    *,
+    budget: float = 20.0,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    progress: Progress | None = None,
+    only: Sequence[str] | None = None,
+    at: Run | None = None,
+) -> Facts | Findings:
     """Measures what `plan` needs to know of `job` on this machine, in about `budget` seconds.
 
     In turn, each on fresh models: the largest micro-batch and the time of steps (18 % of the budget); a learning rate
@@ -60,10 +94,20 @@ def probe(
     `progress(phase, fraction done)`. The caller's random generators are kept. Sizes depend on the clock: with another
     budget or load the runs may be shorter, and `facts.warnings` says what was cut.
 
+    only: in place of all that, single facts, as `Findings`: some of "noise", "memory", "curvature", "energy" and
+    "landscape", the budget shared out evenly. at: a run of the job at whose weights they are measured, instead of
+    fresh ones.
+
     Under an initialised process group every rank calls it; all get the first rank's facts, bit for bit.
     Raises `InputError` for what cannot be measured: a loss that is not finite, a metric that is not there.
     """
     where = _check(job, budget, seed, device)
+    if only is not None:
+        from batchlab.spine.findings import findings
+
+        return findings(job, only, at=at, budget=budget, seed=seed, device=where, progress=progress)
+    if at is not None:
+        raise InputError("at is for only=...: all that a plan needs is measured on fresh weights")
     own = derive_seed(seed, "probe") >> 1
     with preserved_generators():
         check_fresh(job)

@@ -75,6 +75,7 @@ def _run_page(run: Run) -> tuple[str, str, list[Section]]:
                 study_chapters.tuned(study, plan),
             ]
         ),
+        *_measured_at(run),
         chapters.limits(facts),
         chapters.provenance({**run.meta, "status": run.summary["status"]}),
     ]
@@ -93,6 +94,19 @@ def _study_page(study: Study) -> tuple[str, str, list[Section]]:
         chapters.provenance({**study.meta, "status": study.summary["status"]}),
     ]
     return f"batchlab sweep: {study.name}", f"Begun {moment(study.meta.get('created'))}.", sections
+
+
+def _measured_at(run: Run) -> list[Section]:
+    """What probe(only=..., at=run) measured at the run's weights."""
+    from batchlab.measure.findings import FINDINGS_FILE
+
+    if not (run.path / FINDINGS_FILE).is_file():
+        return []
+    from batchlab.spine.findings import found_in
+    from batchlab.spine.findings_chapters import sections
+
+    found = found_in(run)
+    return [] if found is None else sections(found)
 
 
 def _own_study(run: Run) -> Study | None:
