@@ -38,7 +38,7 @@ JOBS: dict[str, Callable[..., bl.Job]] = {
 
 
 def main() -> None:
-    """Prints a row a seed, and one JSON object."""
+    """Prints a row a seed, and one JSON object a job."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("jobs", nargs="*", default=["digits"], help=f"of {', '.join(JOBS)}")
     parser.add_argument("--seeds", type=int, default=6)
@@ -46,15 +46,15 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=20.0, help="seconds of a probe")
     parser.add_argument("--threads", type=int, default=2, help="torch's threads")
     parser.add_argument("--target", help="METRIC>=VALUE or METRIC<=VALUE, in place of the job's own")
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/verify.json")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/verify_JOB.json")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    rows = []
     for name in given.jobs:
+        rows = []
         for seed in range(given.seeds):
             rows.append({"job": name} | verify(JOBS[name](target=_target(given.target)), seed, given))
             print(_sentence(rows[-1]), flush=True)
-    report("verify", " ".join((__doc__ or "").split("\n\n")[0].split()), to_plain(rows), save=given.save)
+        report(f"verify_{name}", " ".join((__doc__ or "").split("\n\n")[0].split()), to_plain(rows), save=given.save)
 
 
 def verify(job: bl.Job, seed: int, given: argparse.Namespace) -> dict[str, Any]:
@@ -81,6 +81,7 @@ def _compared(job: bl.Job, facts: Facts, plan: Plan, study: Study, seed: int, fr
     fit, ratio = study.summary["tradeoff"], study.summary["ratio"]
     return {
         "seed": seed,
+        "metric": facts.target.metric,
         "target": facts.target.value,
         "predicted_b_crit": to_plain(facts.noise_scale),
         "measured_b_crit": fit and fit["b_crit"],

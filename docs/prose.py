@@ -63,11 +63,26 @@ def benchmark_tables(folder: Path) -> str:
         machine, rows = result["machine"], [_flat(row) for row in result["rows"]]
         names = [name for name in rows[0] if any(name in row for row in rows)]
         where = f"{machine['processor']}, {machine['cores']} cores, torch {result['versions']['torch']}"
-        parts += [f"## `benchmarks/{path.stem}.py`", "", result["claim"], "", f"Measured on: {where}.", ""]
+        script = next((name for name in scripts(path.stem) if (folder.parent / name).is_file()), f"{path.stem}.py")
+        what = "" if script == f"{path.stem}.py" else f" ({path.stem})"
+        parts += [f"## `benchmarks/{script}`{what}", "", result["claim"], "", f"Measured on: {where}.", ""]
         parts += ["| " + " | ".join(name.replace("_", " ") for name in names) + " |", "| --- " * len(names) + "|"]
         parts += ["| " + " | ".join(_cell(row.get(name)) for name in names) + " |" for row in rows]
         parts.append("")
     return "\n".join(parts)
+
+
+def scripts(stem: str) -> Iterable[str]:
+    """What may have written a result: a script of its name, or of the part of it before an underscore."""
+    words = stem.split("_")
+    return ("_".join(words[:count]) + ".py" for count in range(len(words), 0, -1))
+
+
+def result_table(paths: Iterable[Path], columns: Mapping[str, str]) -> str:
+    """Rows of committed results as a Markdown table, a column for each (name in the row, heading)."""
+    rows = [_flat(row) for path in sorted(paths) for row in json.loads(path.read_text("utf-8"))["rows"]]
+    head = ["| " + " | ".join(columns.values()) + " |", "| --- " * len(columns) + "|"]
+    return "\n".join(head + ["| " + " | ".join(_cell(row.get(name)) for name in columns) + " |" for row in rows])
 
 
 def _flat(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -71,8 +71,8 @@ class DualNormNoise:
     one is a claim under test (benchmarks/dual_norm_claim.py), so far not borne out in general. Of sign descent on
     quadratics its ratio to the measured one varied less, by a factor of 1.5 about its median against 2.4; of Muon not,
     1.7 against 1.6. On digits it was 1.6 and 1.4 times the measured one, the Euclidean 1.05 and 0.6. The quadratic was
-    set up anew three times until its sweeps were bracketed; in the earlier settings the ratio of sign descent lay between
-    0.001 and 0.08, and once it varied more than the Euclidean one. Take it as a diagnostic.
+    set up anew three times until its sweeps were bracketed; in the earlier settings the ratio of sign descent lay
+    between 0.001 and 0.08, and once it varied more than the Euclidean one. Take it as a diagnostic.
 
     value: with |gbar|_* for |G|_*, as published. It is biased low where noise outweighs signal in the mean gradient:
     of pure noise it gives about π/2 times the step's own examples in the sign geometry, and no more. So the interval
