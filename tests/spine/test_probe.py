@@ -118,7 +118,7 @@ def test_the_callers_generators_are_kept():
 
 def test_the_jobs_own_target_is_kept_and_counted():
     target = Target("loss", 1.0)
-    facts = probe(toy_job(target=target), budget=BUDGET, device="cpu")
+    facts = probe(toy_job(target=target), budget=8.0, device="cpu")
     assert facts.target == target and facts.target_origin == "job"
     reached = facts.reference.steps_to_target
     assert reached is not None and facts.reference.evaluations[-1][1] <= 1.0
@@ -126,9 +126,9 @@ def test_the_jobs_own_target_is_kept_and_counted():
 
 def test_a_slow_job_still_gets_fifteen_updates():
     job = Job(
-        "slow", lambda: nn.Linear(6, 1).double(), squared_error, Counted(toy_data(200), seconds=2e-3), toy_data(8)
+        "slow", lambda: nn.Linear(6, 1).double(), squared_error, Counted(toy_data(200), seconds=6e-3), toy_data(8)
     )
-    facts = probe(job, budget=1.0, device="cpu")
+    facts = probe(job, budget=3.0, device="cpu")
     assert facts.reference.steps >= FEWEST_STEPS
     assert any("the budget ended the reference run" in note for note in facts.warnings)
     assert any("common default, not measured" in note for note in facts.warnings)

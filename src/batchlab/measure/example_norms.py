@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,7 +109,9 @@ class ExampleNorms:
             raise InputError(f"memory_bytes must be an integer of at least 1, got {memory_bytes!r}")
         _refuse(model)
         self.parameters = _chosen(model, parameters)
-        self.names, self._model = list(self.parameters), model
+        self.names = list(self.parameters)
+        norms = nn.modules.batchnorm._BatchNorm
+        self._batch_norms = {name: module for name, module in model.named_modules() if isinstance(module, norms)}
         self.strict, self.memory_bytes = strict, memory_bytes
         self._vectors: dict[Part, Vectors] = {}
         self.verified: set[tuple[Any, ...]] = set()
@@ -126,7 +128,7 @@ class ExampleNorms:
             raise InputError(f"scale must be finite, got {scale!r}")
         if self._busy:
             raise InputError("watch must not be entered twice at once")
-        _refuse_batch_norm(self._model)
+        _refuse_batch_norm(self._batch_norms)
         record, self._busy = ExampleRecord(examples), True
         self.turn = (self.turn + 1) % TURNS
         watched = Pass(self, examples)
@@ -139,7 +141,7 @@ class ExampleNorms:
         if not found.squares and not found.uncovered:
             raise InputError("no watched parameter got a gradient: watch must be around the forward pass and backward")
         record.uncovered, record.eps = found.uncovered, found.eps
-        record.by_parameter = {name: squares * factor**2 for name, (squares, _) in found.squares.items()}
+        record.by_parameter = {name: squares.mul_(factor**2) for name, (squares, _) in found.squares.items()}
         record.rules = {name: rule for name, (_, rule) in found.squares.items()}
         if self.strict and record.uncovered:
             told = "; ".join(f"{name}: {reason}" for name, reason in list(record.uncovered.items())[:3])
@@ -185,9 +187,9 @@ def _refuse(model: nn.Module) -> None:
             raise InputError(f"per-example norms need the model as it was before compiling: {name or 'it'} is compiled")
 
 
-def _refuse_batch_norm(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
+def _refuse_batch_norm(layers: Mapping[str, nn.modules.batchnorm._BatchNorm]) -> None:
+    for name, module in layers.items():
+        if module.training or module.running_mean is None:
             raise InputError(
                 f"{name or type(module).__name__} normalises over the batch: there an example has no gradient of its "
                 "own; put it in eval mode or use another normalisation"

@@ -211,7 +211,6 @@ class Pass:
         self._kept, self._lent, self._swaps, self._attended, self._waiting = {}, {}, {}, {}, {}
 
     def _hook(self, use: _Use) -> Callable[[Tensor], None]:
-        @torch.no_grad()
         def see(g: Tensor) -> None:
             if not self._open or use.taken_back:
                 use.pieces = None
@@ -224,7 +223,7 @@ class Pass:
                 raise InputError("a layer's output got two gradients in one watch: give each backward pass its own")
             if not self._told:
                 raise InputError("the backward pass must begin with loss.backward(), where watch can see it")
-            self._began = True
+            self._began, g = True, g.detach()
             eps = torch.finfo(g.dtype).eps
             self._positions = max(self._positions, g.numel() // max(1, g.shape[-1]))
             for part, piece in pieces(g):
@@ -262,13 +261,13 @@ class Pass:
         return tied.with_embeddings([got[id(use)] for use in order], vectors, memory)
 
     def _parameter_hook(self, index: int) -> Callable[[Tensor], None]:
-        @torch.no_grad()
         def see(gradient: Tensor) -> None:
             if not self._open or self._row >= 0:
                 return
             if index in self._settled:
                 raise InputError("a parameter got two gradients in one watch: give each backward pass its own")
             self._settled.add(index)
+            gradient = gradient.detach()
             if self.examples == 1:
                 whole = gradient.coalesce().values() if gradient.is_sparse else gradient
                 self._found[index] = row_squares(wide(whole).reshape(1, -1)), "instantiated"

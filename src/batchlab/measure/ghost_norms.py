@@ -262,7 +262,7 @@ def _side_by_side(pieces: Sequence[Piece]) -> Factors | None:
 
 def _gram_is_cheaper(piece: Factors) -> bool:
     """T²(R + C) multiplications for the two Gram matrices, T·R·C for the gradient itself."""
-    small = piece.positions * (piece.rows + piece.columns) <= piece.rows * piece.columns
+    small = piece.positions * (piece.rows + piece.columns) < piece.rows * piece.columns
     return piece.indexed or piece.positions == 1 or small
 
 

@@ -106,4 +106,4 @@ def scaled(g: Tensor, normal: Callable[[], Tensor], w: View | None, b: View | No
     if b:
         yield b.part, summed(g)
     if w:
-        yield w.part, Dense((normal() * g).sum(1), g)
+        yield w.part, Dense(normal().mul_(g).sum(1), g)

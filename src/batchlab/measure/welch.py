@@ -99,11 +99,12 @@ def hedges_g(x: Sequence[float], y: Sequence[float]) -> float:
 
 
 def ratio_of_means(x: Sequence[float], y: Sequence[float], *, coverage: float = 0.95) -> Estimate:
-    """E[x]/E[y] of two independent groups: all ρ >= 0 for which Welch's t does not reject x̄ = ρ·ȳ.
+    """E[x]/E[y] of two independent groups: the hull of all ρ >= 0 for which Welch's t does not reject x̄ = ρ·ȳ.
 
-    (Fieller's construction with Satterthwaite's degrees of freedom at each ρ.) The interval holds 1 exactly where the
-    p-value of `welch_t` is at least 1 - coverage. One pair's interval: not widened for the number of pairs. NaN where
-    a mean is not positive, as that of net joules may be.
+    (Fieller's construction with Satterthwaite's degrees of freedom at each ρ.) The interval holds 1 where the p-value
+    of `welch_t` is at least 1 - coverage, and where it is not, only if it is unbounded: two or three noisy runs may
+    reject 1 and neither 0 nor infinity. One pair's interval: not widened for the number of pairs. NaN where a mean is
+    not positive, as that of net joules may be.
 
     >>> ratio_of_means([1.0, 2.0, 3.0], [4.0, 6.0, 8.0])
     Estimate(0.3333 [0, 1.129], 95 %, ratio of means of 3 and 3 runs)
