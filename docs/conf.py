@@ -37,27 +37,7 @@ ESTIMATORS = {
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx_copybutton"]
 exclude_patterns = ["_build"]
-myst_enable_RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
-FIVE_JOBS = {
-    "job": "job",
-    "seed": "seed",
-    "predicted_b_crit": "predicted B_crit",
-    "measured_b_crit": "measured B_crit",
-    "ratio": "measured/predicted",
-}
-ESTIMATORS = {
-    "job": "job",
-    "method": "method",
-    "micro_batches": "micro-batches",
-    "bias": "over the truth",
-    "spread": "spread",
-    "covered": "covered",
-    "repeats": "of",
-    "cost": "cost",
-    "mean_of_ratios": "mean of ratios",
-}
-
-extensions = ["substitution"]
+myst_enable_extensions = ["substitution"]
 myst_heading_anchors = 3
 myst_substitutions = {
     "systems": prose.systems_table(systems()),
