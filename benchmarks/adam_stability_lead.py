@@ -28,8 +28,8 @@ from _paired import median_ratio, paired_seconds, report
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from batchlab.measure.adam_reading import StabilityReading
-from batchlab.measure.adam_stability import AdamStability
+from batchlab.measure.course.adam_reading import StabilityReading
+from batchlab.measure.course.adam_stability import AdamStability
 from batchlab.workloads.digits import digits
 from batchlab.workloads.models import ByteTransformer, ConvNet
 

@@ -17,8 +17,8 @@ from learning_rate_ceiling import cross_entropy, trained
 from pyhessian import hessian
 from torch import nn
 
-from batchlab.measure.hessian import LossSurface
-from batchlab.measure.lanczos import extremes, lanczos, trace
+from batchlab.measure.hessian.lanczos import extremes, lanczos, trace
+from batchlab.measure.hessian.loss_surface import LossSurface
 
 
 def dense(model: nn.Module, data: Any) -> torch.Tensor:

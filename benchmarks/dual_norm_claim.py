@@ -21,8 +21,8 @@ from _paired import report
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from batchlab.measure.dual_norm import DualNormNoise
-from batchlab.measure.tradeoff import fit_tradeoff
+from batchlab.measure.noise.dual_norm import DualNormNoise
+from batchlab.measure.runs.tradeoff import fit_tradeoff
 
 SIZES = [2**k for k in range(0, 15, 2)]
 RATES = {"sign": (3e-4, 0.5), "spectral": (1e-3, 3.0), "sgd": (3e-3, 3.0)}

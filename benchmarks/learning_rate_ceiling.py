@@ -22,8 +22,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from batchlab.measure.curvature_probe import curvature
-from batchlab.measure.stability_limit import stable_rate
+from batchlab.measure.hessian.curvature import curvature
+from batchlab.measure.hessian.stability_limit import stable_rate
 
 SIZES = (8, 32, 128, 512, 1797)
 STEPS, EVERY, LAST = 200, 5, 10

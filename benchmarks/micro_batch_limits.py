@@ -30,7 +30,7 @@ from lightning.pytorch.tuner import Tuner
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from batchlab.measure.memory import find_micro_batch
+from batchlab.measure.memory.micro_batch import find_micro_batch
 
 LIMITS, STARTS, MOST, NEAR, STEPS = range(1, 301), (1, 7, 32, 256), 4096, 0.05, 8
 FIXED = 0.3

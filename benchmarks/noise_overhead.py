@@ -22,7 +22,7 @@ from _paired import arguments, median_ratio, paired_seconds, report
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from batchlab.measure.noise import GradientNoise
+from batchlab.measure.noise.gradient_noise import GradientNoise
 from batchlab.planner.cadence import noise_every
 from batchlab.workloads.models import ByteTransformer, ConvNet
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
-from batchlab.measure.example_norms import ExampleNorms, norm_layer_names
+from batchlab.measure.examples.example_norms import ExampleNorms, norm_layer_names
 from batchlab.workloads.models import ByteTransformer
 
 TIME, MEMORY = 1.25, 1.10

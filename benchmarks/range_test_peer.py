@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from batchlab.core.errors import InputError
-from batchlab.measure.learning_rate import range_test
+from batchlab.measure.course.learning_rate import range_test
 from batchlab.measure.restore import restored
 
 LOW, HIGH, STEPS, SMOOTHING, STOP = 1e-3, 10.0, 100, 0.05, 5.0

@@ -6,7 +6,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from batchlab.measure.noise import GradientNoise
+from batchlab.measure.noise.gradient_noise import GradientNoise
 
 
 def test_the_loop_of_the_docs():

@@ -8,7 +8,7 @@ from transformers import Trainer, TrainingArguments
 
 from batchlab.core.errors import InputError
 from batchlab.integrations.hugging_face import GradientNoiseCallback
-from batchlab.measure.noise_pair import unbiased_pair
+from batchlab.measure.noise.noise_pair import unbiased_pair
 
 
 class _Net(nn.Module):

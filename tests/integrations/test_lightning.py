@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from batchlab.core.errors import InputError
 from batchlab.integrations.lightning import GradientNoiseCallback
-from batchlab.measure.noise_pair import unbiased_pair
+from batchlab.measure.noise.noise_pair import unbiased_pair
 
 
 class _Module(lightning.LightningModule):

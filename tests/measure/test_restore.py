@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from batchlab.measure.learning_rate import range_test
+from batchlab.measure.course.learning_rate import range_test
 from batchlab.measure.restore import restored
 
 

@@ -199,7 +199,7 @@ def write_study(folder, lines=None, *, finished=True, made_from=None, name="digi
     """Writes what `sweep` writes, and opens it."""
     from batchlab.core.study import SCHEMA as STUDY_SCHEMA
     from batchlab.core.study import STUDY_FILE, TRIALS_FILE, Study
-    from batchlab.measure.tradeoff import fit_tradeoff
+    from batchlab.measure.runs.tradeoff import fit_tradeoff
 
     folder = Path(folder)
     folder.mkdir(parents=True)

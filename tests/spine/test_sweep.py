@@ -16,7 +16,7 @@ from batchlab.core.errors import InputError, Interrupted, StorageError
 from batchlab.core.facts import Estimate
 from batchlab.core.job import Target
 from batchlab.core.study import Study
-from batchlab.measure.tradeoff import Tradeoff, fit_tradeoff
+from batchlab.measure.runs.tradeoff import Tradeoff, fit_tradeoff
 from batchlab.spine import sweep as sweep_module
 from batchlab.spine import trial as trial_module
 from batchlab.spine import trial_queue

@@ -5,11 +5,11 @@ import math
 import pytest
 
 from batchlab.core.facts import Estimate, MicroBatchTime
-from batchlab.measure.diffusion import fit_diffusion
-from batchlab.measure.learning_rate import range_test
-from batchlab.measure.signal_to_noise import Gsnr, LayerGsnr
-from batchlab.measure.step_time import StepShares, Throughput
-from batchlab.measure.step_time_law import fit_step_time, saturation_interval
+from batchlab.measure.course.diffusion import fit_diffusion
+from batchlab.measure.course.learning_rate import range_test
+from batchlab.measure.noise.signal_to_noise import Gsnr, LayerGsnr
+from batchlab.measure.speed.step_time import StepShares, Throughput
+from batchlab.measure.speed.step_time_law import fit_step_time, saturation_interval
 from batchlab.viz import diagnostics
 
 

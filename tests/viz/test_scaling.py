@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from batchlab.measure.data_overhead import fit_growth
-from batchlab.measure.scaling_regimes import perfect_scaling_limit
-from batchlab.measure.sfo import sfo_complexity
+from batchlab.measure.runs.data_overhead import fit_growth
+from batchlab.measure.runs.scaling_regimes import perfect_scaling_limit
+from batchlab.measure.runs.sfo import sfo_complexity
 from batchlab.viz import scaling
 
 GRID = [2.0**k for k in range(3, 15)]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from batchlab.core.errors import BatchlabError, InputError
 from batchlab.core.facts import Estimate
-from batchlab.measure.noise import GradientNoise
+from batchlab.measure import GradientNoise
 from batchlab.measure.norms import sq_norm
 
 try:
@@ -29,7 +29,7 @@ class GradientNoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignor
     `max_grad_norm=0` is needed. Not for fp16 with a loss scale, DeepSpeed or FSDP. Where the Trainer weighs
     micro-batches by their tokens, equal numbers of tokens are assumed.
 
-    options: of `batchlab.measure.noise.GradientNoise`. `estimate` is the latest one, None before the first.
+    options: of `batchlab.measure.GradientNoise`. `estimate` is the latest one, None before the first.
     """
 
     def __init__(self, **options: Any) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from batchlab.core.errors import BatchlabError, InputError
 from batchlab.core.facts import Estimate
-from batchlab.measure.noise import GradientNoise
+from batchlab.measure import GradientNoise
 
 try:
     from lightning.pytorch.callbacks import Callback
@@ -26,7 +26,7 @@ class GradientNoiseCallback(Callback):  # type: ignore[misc, unused-ignore]
     comes after it and does no harm. For automatic optimization with one optimizer; not for precision "16-mixed",
     whose loss scale hides the gradient, nor for sharded strategies.
 
-    options: of `batchlab.measure.noise.GradientNoise`. `estimate` is the latest one, None before the first.
+    options: of `batchlab.measure.GradientNoise`. `estimate` is the latest one, None before the first.
     """
 
     def __init__(self, **options: Any) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate
 from batchlab.core.jsonio import JsonNoun
-from batchlab.measure.curvature_probe import Curvature
-from batchlab.measure.energy_use import EnergyUse
-from batchlab.measure.surface import Landscape
+from batchlab.measure.energy.energy_use import EnergyUse
+from batchlab.measure.hessian.curvature import Curvature
+from batchlab.measure.surface.landscape import Landscape
 
 SCHEMA = 1
 KINDS = ("noise", "memory", "curvature", "energy", "landscape")

@@ -11,7 +11,7 @@ import torch
 from batchlab.core.errors import InputError
 from batchlab.core.job import Job, MapDataset
 from batchlab.core.plan import Plan
-from batchlab.measure.learning_rate import RATIO, Choice, Trial, choose, range_test
+from batchlab.measure.course.learning_rate import RATIO, Choice, Trial, choose, range_test
 from batchlab.spine.learner import Learner
 from batchlab.spine.stopwatch import Stopwatch
 

@@ -22,8 +22,7 @@ from batchlab.core.random import derive_seed, preserved_generators, reseed
 from batchlab.core.run import CHECKPOINTS, Run
 from batchlab.data.fetch import fetch, to_device
 from batchlab.data.stream import SampleStream
-from batchlab.measure.curvature_probe import curvature
-from batchlab.measure.energy import Energy
+from batchlab.measure.energy.energy import Energy
 from batchlab.measure.findings import (
     FINDINGS_FILE,
     KINDS,
@@ -33,9 +32,10 @@ from batchlab.measure.findings import (
     MemoryFinding,
     NoiseFinding,
 )
-from batchlab.measure.memory import find_micro_batch
-from batchlab.measure.noise import GradientNoise
-from batchlab.measure.surface import landscape
+from batchlab.measure.hessian.curvature import curvature
+from batchlab.measure.memory.micro_batch import find_micro_batch
+from batchlab.measure.noise.gradient_noise import GradientNoise
+from batchlab.measure.surface.landscape import landscape
 from batchlab.measure.training_step import TrainingStep
 from batchlab.spine.evaluate import scalar, units_of
 from batchlab.spine.stopwatch import Progress, Stopwatch

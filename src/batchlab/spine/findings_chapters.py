@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from batchlab.measure.curvature_probe import Curvature
 from batchlab.measure.findings import EnergyFinding, Findings, LandscapeFinding, MemoryFinding, NoiseFinding
+from batchlab.measure.hessian.curvature import Curvature
 from batchlab.spine.words import duration, figure, interval
 from batchlab.viz import curvature as curvature_plots
 from batchlab.viz import landscape as landscape_plots

@@ -13,10 +13,10 @@ from batchlab.core.job import Job, Target
 from batchlab.core.plan import Plan
 from batchlab.core.provenance import machine
 from batchlab.data.fetch import fetch
-from batchlab.measure.learning_rate import Choice
-from batchlab.measure.memory import MicroBatch
-from batchlab.measure.run_level import run_level
-from batchlab.measure.step_time import Throughput
+from batchlab.measure.course.learning_rate import Choice
+from batchlab.measure.memory.micro_batch import MicroBatch
+from batchlab.measure.noise.run_level import run_level
+from batchlab.measure.speed.step_time import Throughput
 from batchlab.spine.reference import FEWEST_STEPS, Course
 
 MOST_POINTS = 60

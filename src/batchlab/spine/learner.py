@@ -26,7 +26,7 @@ from batchlab.core.plan import Plan
 from batchlab.core.random import derive_seed, reseed
 from batchlab.data.fetch import fetch, to_device
 from batchlab.data.stream import SampleStream
-from batchlab.measure.noise import GradientNoise
+from batchlab.measure.noise.gradient_noise import GradientNoise
 from batchlab.optim.average import WeightAverage
 from batchlab.optim.create import ADAM_LIKE, create
 from batchlab.rules.learning_rate import rescale

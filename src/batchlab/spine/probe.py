@@ -18,10 +18,10 @@ from batchlab.core.jsonio import from_plain
 from batchlab.core.model import check_fresh
 from batchlab.core.plan import Plan
 from batchlab.core.random import derive_seed, preserved_generators
-from batchlab.measure.learning_rate import Choice
-from batchlab.measure.memory import MicroBatch, find_micro_batch
+from batchlab.measure.course.learning_rate import Choice
+from batchlab.measure.memory.micro_batch import MicroBatch, find_micro_batch
 from batchlab.measure.order import median_interval
-from batchlab.measure.step_time import Throughput, throughput
+from batchlab.measure.speed.step_time import Throughput, throughput
 from batchlab.optim.create import check_name, first_step
 from batchlab.parallel.agree import from_first_rank
 from batchlab.spine.base_rate import Spread, base_rate, check_first_loss

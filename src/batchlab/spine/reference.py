@@ -13,7 +13,7 @@ from batchlab.core.errors import InputError
 from batchlab.core.facts import NoisePoint
 from batchlab.core.job import Job, Target
 from batchlab.core.plan import Plan
-from batchlab.measure.noise_pair import NoisePair
+from batchlab.measure.noise.noise_pair import NoisePair
 from batchlab.spine.learner import Learner, Update
 from batchlab.spine.stopwatch import Stopwatch
 from batchlab.spine.trial import next_evaluation

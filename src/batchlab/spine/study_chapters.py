@@ -13,7 +13,7 @@ from batchlab.core.facts import Estimate, Facts
 from batchlab.core.jsonio import from_plain
 from batchlab.core.plan import Plan
 from batchlab.core.study import SEARCH, Study
-from batchlab.measure.tradeoff import Tradeoff
+from batchlab.measure.runs.tradeoff import Tradeoff
 from batchlab.planner.prediction import Prediction
 from batchlab.spine.columns import number
 from batchlab.spine.words import aim, duration, figure, plural

@@ -19,7 +19,7 @@ from batchlab.core.jsonio import dumps, to_plain
 from batchlab.core.jsonl import append_line
 from batchlab.core.provenance import git_commit, machine, versions
 from batchlab.core.study import DATABASE_FILE, LOCK_FILE, SCHEMA, STUDY_FILE, TRIALS_FILE, Study
-from batchlab.measure.tradeoff import Tradeoff, fit_tradeoff
+from batchlab.measure.runs.tradeoff import Tradeoff, fit_tradeoff
 from batchlab.spine.sweep_search import HOPELESS_FACTOR, MOST_STEPS_FACTOR, RATE_FACTOR
 from batchlab.spine.trial import RESOLUTION
 

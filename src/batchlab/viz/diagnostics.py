@@ -13,10 +13,10 @@ from batchlab.viz.text import label
 from batchlab.viz.traces import Numbers, line, points_with_spread, upright_line
 
 if TYPE_CHECKING:
-    from batchlab.measure.diffusion import Diffusion
-    from batchlab.measure.learning_rate import Cycle, RangeTest
-    from batchlab.measure.signal_to_noise import Gsnr
-    from batchlab.measure.step_time import Throughput
+    from batchlab.measure.course.diffusion import Diffusion
+    from batchlab.measure.course.learning_rate import Cycle, RangeTest
+    from batchlab.measure.noise.signal_to_noise import Gsnr
+    from batchlab.measure.speed.step_time import Throughput
 
 _LAYER_LABEL = 36
 

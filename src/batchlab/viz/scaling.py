@@ -23,9 +23,9 @@ from batchlab.viz.text import label
 from batchlab.viz.traces import Interval, add_band, line, log_range, points_with_spread, upright_line
 
 if TYPE_CHECKING:
-    from batchlab.measure.data_overhead import Growth
-    from batchlab.measure.scaling_regimes import ScalingRegimes
-    from batchlab.measure.sfo import SfoComplexity
+    from batchlab.measure.runs.data_overhead import Growth
+    from batchlab.measure.runs.scaling_regimes import ScalingRegimes
+    from batchlab.measure.runs.sfo import SfoComplexity
 
 _AXIS_LABEL = 40
 

@@ -1,0 +1,306 @@
+"""Smith's range test (2018, arXiv 1803.09820): the learning rate rises during one short run, and its loss is read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import nn
+
+from batchlab.core.device import pick_device
+from batchlab.core.errors import InputError
+from batchlab.core.job import Job
+from batchlab.core.jsonio import JsonNoun
+from batchlab.core.random import derive_seed, preserved_generators, reseed
+from batchlab.data.fetch import fetch, to_device
+from batchlab.data.stream import SampleStream
+from batchlab.measure.course.rate_search import RATIO as RATIO
+from batchlab.measure.course.rate_search import Choice as Choice
+from batchlab.measure.course.rate_search import Trial as Trial
+from batchlab.measure.course.rate_search import choose as choose
+from batchlab.measure.training_step import TrainingStep
+
+LOW, HIGH, STEPS = 1e-6, 10.0, 100
+SMOOTHING, STOP_FACTOR = 0.05, 4.0
+ONE_CYCLE, MANY_CYCLES = 10.0, 4.0
+
+Spacing = Literal["geometric", "linear"]
+
+
+@dataclass(frozen=True)
+class Cycle(JsonNoun):
+    """The ends of a cyclical learning rate, as a range test suggests them, and why.
+
+    bracketed: whether the test saw the loss fall and turn up, so that `max_lr` is not merely an end of the ramp.
+    """
+
+    min_lr: float
+    max_lr: float
+    bracketed: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class RangeTest(JsonNoun):
+    """One ramp of the learning rate. learning_rates, losses: as far as it went; smoothed: what the readings are of.
+
+    steepest: where the smoothed loss falls fastest per factor of the rate, before its minimum. minimum: where it is
+    least. divergence: where it passed `stop_factor` times the least, or was not finite; None if it never did.
+    validation: the validation loss after each update, where one was given; the readings are then of that. momenta:
+    the momentum (or β₁) at each rate, where it was cycled. spacing: of the rates.
+
+    The point of divergence is not the stability limit: it depends on the speed of the ramp (a slower one never gives
+    a larger stop under noise), and by a factor of several on the noise. `max_stable_lr` finds that limit.
+    """
+
+    learning_rates: tuple[float, ...]
+    losses: tuple[float, ...]
+    smoothed: tuple[float, ...]
+    steepest: float
+    minimum: float
+    divergence: float | None
+    validation: tuple[float, ...] = ()
+    momenta: tuple[float, ...] = ()
+    spacing: Spacing = "geometric"
+
+    @property
+    def suggestion(self) -> float:
+        """Where to start short runs: halfway between the steepest point and the minimum, in the logarithm."""
+        return math.sqrt(self.steepest * self.minimum)
+
+    @property
+    def reason(self) -> str:
+        """What was read, in a sentence."""
+        end = "never diverged" if self.divergence is None else f"diverged at {self.divergence:.3g}"
+        return f"range test: falls fastest at {self.steepest:.3g}, least at {self.minimum:.3g}, {end}"
+
+    def cycle(self, cycles: int = 1) -> Cycle:
+        """The ends for `cycles` cycles of the learning rate, by Smith's rules.
+
+        max_lr: the largest rate before the (validation) loss turns up, which is where it is least. min_lr: a tenth of
+        that for one cycle (he uses a tenth or a twentieth), a quarter for several (a third or a quarter). It holds
+        for the batch size and the weight decay of the test. A test of 100 updates at a high momentum understates
+        max_lr on small networks; one that reads the training loss alone overstates it.
+        """
+        if isinstance(cycles, bool) or not isinstance(cycles, int) or cycles < 1:
+            raise InputError(f"cycles must be an integer of at least 1, got {cycles!r}")
+        part = ONE_CYCLE if cycles == 1 else MANY_CYCLES
+        what = "validation loss" if self.validation else "training loss"
+        ended = self.divergence is None and self.minimum == self.learning_rates[-1]
+        bracketed = not ended and self.minimum > self.learning_rates[0]
+        turn = f"the smoothed {what} turns up after {self.minimum:.3g}"
+        if ended:
+            turn = f"the smoothed {what} still fell at {self.minimum:.3g}, where the ramp ended: test higher rates"
+        elif not bracketed:
+            turn = f"the smoothed {what} only rose from {self.minimum:.3g}, where the ramp began: test lower rates"
+        overstated = "" if self.validation else "; read from training loss alone it is overstated"
+        few = "one cycle" if cycles == 1 else f"{cycles} cycles"
+        reason = f"max: {turn}{overstated}; min: 1/{part:g} of it, for {few}"
+        return Cycle(self.minimum / part, self.minimum, bracketed, reason)
+
+
+def ramp(low: float, high: float, steps: int, spacing: Spacing = "geometric") -> list[float]:
+    """Both ends included: low·(high/low)^(i/(steps - 1)), or low + (high - low)·i/(steps - 1) if "linear".
+
+    >>> [round(rate, 6) for rate in ramp(0.001, 1.0, 4)]
+    [0.001, 0.01, 0.1, 1.0]
+    >>> ramp(1.0, 4.0, 4, "linear")
+    [1.0, 2.0, 3.0, 4.0]
+    """
+    if not 0 < low < high < math.inf:
+        raise InputError(f"low and high must satisfy 0 < low < high, got low={low!r}, high={high!r}")
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 4:
+        raise InputError(f"steps must be an integer of at least 4, got {steps!r}")
+    if spacing not in ("geometric", "linear"):
+        raise InputError(f'spacing must be "geometric" or "linear", got {spacing!r}')
+    shares = [i / (steps - 1) for i in range(steps)]
+    if spacing == "linear":
+        return [low + (high - low) * share for share in shares]
+    return [low * (high / low) ** share for share in shares]
+
+
+def range_test(
+    update: Callable[[float], float],
+    *,
+    low: float = LOW,
+    high: float = HIGH,
+    steps: int = STEPS,
+    smoothing: float = SMOOTHING,
+    stop_factor: float = STOP_FACTOR,
+    debias: bool = True,
+    spacing: Spacing = "geometric",
+    validate: Callable[[], float] | None = None,
+) -> RangeTest:
+    """Ramps the learning rate from `low` to `high` and reads where the loss falls, is least, and diverges.
+
+    update: does one optimizer step at the rate given and returns the loss before it.
+    smoothing: weight f of the newest loss in the moving average sₜ = f·lₜ + (1 - f)·sₜ₋₁, in (0, 1]. debias: start it
+    at 0 and divide by 1 - (1 - f)^t, so that the first loss does not weigh more than others; False starts it at the
+    first loss, as torch-lr-finder does. stop_factor: it ends when s passes so many times its least; Smith's 4 to 5.
+    validate: returns the loss on validation data that stay the same, asked after each update; all readings are then
+    of that loss. The average lags behind by some 1/f steps, and each reading with it.
+
+    A loss that may be 0 or negative has no such factor: the rise is measured from the least, in units of its size.
+    What it does to a model is the caller's to undo: `restored` does. Raises `InputError` if the loss is not finite at
+    the first step.
+    """
+    if not 0 < smoothing <= 1:
+        raise InputError(f"smoothing must lie in (0, 1], got {smoothing!r}")
+    if not stop_factor > 1:
+        raise InputError(f"stop_factor must be > 1, got {stop_factor!r}")
+    rates: list[float] = []
+    losses: list[float] = []
+    validation: list[float] = []
+    smoothed: list[float] = []
+    state, best, divergence = 0.0, math.inf, None
+    for t, rate in enumerate(ramp(low, high, steps, spacing), start=1):
+        loss = update(rate)
+        read = validate() if validate is not None and math.isfinite(loss) else loss
+        if not math.isfinite(read):
+            if t == 1:
+                raise InputError(f"the loss is {read} at the first step of the range test, learning rate {rate:g}")
+            divergence = rate
+            break
+        if debias:
+            state = smoothing * read + (1 - smoothing) * state
+            value = state / (1 - (1 - smoothing) ** t)
+        else:
+            state = value = read if t == 1 else smoothing * read + (1 - smoothing) * state
+        rates.append(rate)
+        losses.append(loss)
+        smoothed.append(value)
+        if validate is not None:
+            validation.append(read)
+        best = min(best, value)
+        if value > best + (stop_factor - 1) * abs(best):
+            divergence = rate
+            break
+    least = min(range(len(smoothed)), key=smoothed.__getitem__)
+    steepest = rates[_steepest(rates, smoothed, least, spacing)]
+    return RangeTest(
+        tuple(rates),
+        tuple(losses),
+        tuple(smoothed),
+        steepest,
+        rates[least],
+        divergence,
+        validation=tuple(validation),
+        spacing=spacing,
+    )
+
+
+def _steepest(rates: Sequence[float], smoothed: Sequence[float], least: int, spacing: Spacing) -> int:
+    """Where the smoothed loss falls most per factor of the rate, up to its minimum (central differences)."""
+    falls = []
+    for i in range(1, min(least, len(smoothed) - 1)):
+        factor = 1.0 if spacing == "geometric" else math.log(rates[i + 1] / rates[i - 1])
+        falls.append(((smoothed[i + 1] - smoothed[i - 1]) / factor, i))
+    return min(falls)[1] if falls else least
+
+
+def lr_range(
+    job: Job,
+    *,
+    batch_size: int = 64,
+    low: float = LOW,
+    high: float = HIGH,
+    steps: int = STEPS,
+    smoothing: float = SMOOTHING,
+    stop_factor: float = STOP_FACTOR,
+    spacing: Spacing = "geometric",
+    momentum: tuple[float, float] | None = None,
+    validation: int = 0,
+    device: str | torch.device | None = None,
+    seed: int = 0,
+) -> RangeTest:
+    """`range_test` of a job at `batch_size`, on a fresh model in this process; the caller's generators are kept.
+
+    momentum: (high, low) in [0, 1), cycled against the rate: it falls linearly over the steps from the first to the
+    second; Adam's β₁ where the optimizer has betas. Smith's is (0.95, 0.85). None leaves the job's own.
+    validation: so many validation examples, spread evenly over the data and the same at each step, are what is read;
+    0 reads the training loss, which overstates the largest rate. The result holds for this batch size and decay.
+    """
+    if not 1 <= batch_size <= len(job.train):
+        raise InputError(f"batch_size must lie in 1..{len(job.train)}, the training examples, got {batch_size!r}")
+    if isinstance(validation, bool) or not (isinstance(validation, int) and 0 <= validation <= len(job.valid)):
+        raise InputError(f"validation must lie in 0..{len(job.valid)}, the validation examples, got {validation!r}")
+    momenta = [] if momentum is None else _falling(momentum, len(ramp(low, high, steps, spacing)))
+    where = pick_device(device)
+    with preserved_generators():
+        step = TrainingStep(job, device=where, seed=seed)
+        step.reset_optimizer()
+        stream = SampleStream(len(job.train), derive_seed(seed, "stream"))
+        done = 0
+
+        def update(rate: float) -> float:
+            nonlocal done
+            reseed(derive_seed(seed, "update", done * batch_size))
+            for group in step.optimizer.param_groups:
+                group["lr"] = rate
+            if momenta:
+                set_momentum(step.optimizer, momenta[done])
+            indices = stream.indices(done * batch_size, batch_size).tolist()
+            done += 1
+            loss = step.backward_on(to_device(fetch(job.train, indices, job.collate), where))
+            step.step()
+            return float(loss)
+
+        fixed = [i * len(job.valid) // validation for i in range(validation)]
+        found = range_test(
+            update,
+            low=low,
+            high=high,
+            steps=steps,
+            smoothing=smoothing,
+            stop_factor=stop_factor,
+            spacing=spacing,
+            validate=(lambda: _loss_on(job, step.model, fixed, batch_size, where)) if fixed else None,
+        )
+    return replace(found, momenta=tuple(momenta[: len(found.learning_rates)]))
+
+
+def _falling(momentum: tuple[float, float], steps: int) -> list[float]:
+    high, low = momentum
+    if not 0 <= low <= high < 1:
+        raise InputError(f"momentum must be (high, low) with 0 <= low <= high < 1, got {momentum!r}")
+    return [high - (high - low) * i / (steps - 1) for i in range(steps)]
+
+
+def set_momentum(optimizer: torch.optim.Optimizer, momentum: float) -> None:
+    """Sets the momentum of every parameter group: "momentum", or β₁ of "betas".
+
+    >>> optimizer = torch.optim.Adam([nn.Parameter(torch.zeros(1))])
+    >>> set_momentum(optimizer, 0.85)
+    >>> optimizer.param_groups[0]["betas"]
+    (0.85, 0.999)
+    """
+    for group in optimizer.param_groups:
+        if "betas" in group:
+            group["betas"] = (momentum, *group["betas"][1:])
+        elif "momentum" in group:
+            group["momentum"] = momentum
+        else:
+            raise InputError(f"a cyclical momentum needs momentum or betas, {type(optimizer).__name__} has neither")
+
+
+@torch.no_grad()
+def _loss_on(job: Job, model: nn.Module, indices: Sequence[int], batch_size: int, device: torch.device) -> float:
+    """The mean loss over all units of the validation examples at `indices`, in evaluation mode."""
+    were_training = [part for part in model.modules() if part.training]
+    model.eval()
+    total, units = 0.0, 0
+    try:
+        for start in range(0, len(indices), batch_size):
+            part = list(indices[start : start + batch_size])
+            batch = to_device(fetch(job.valid, part, job.collate), device)
+            per_example = job.units_per_example
+            count = per_example(batch) if callable(per_example) else per_example * len(part)
+            total += float(job.loss(model, batch)) * count if count else 0.0
+            units += count
+    finally:
+        for module in were_training:
+            module.training = True
+    return total / units if units else math.nan

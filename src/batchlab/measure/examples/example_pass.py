@@ -1,0 +1,437 @@
+"""One forward and backward pass under `ExampleNorms`: the uses that it saw, and what came back to them."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+
+from batchlab.core.errors import InputError
+from batchlab.measure.examples.ghost_norms import (
+    Factors,
+    Norms,
+    Piece,
+    TiedOutput,
+    Vectors,
+    joint_norms,
+    piece_norms,
+    row_squares,
+    wide,
+)
+from batchlab.measure.examples.layer_rules import RULES, opened_attention
+from batchlab.measure.examples.layer_uses import Layout, Part, Pieces, View
+from batchlab.measure.norms import to_floats
+
+TURNS = 8
+
+
+class Watcher(Protocol):
+    """What a pass needs of the `ExampleNorms` that it belongs to.
+
+    verified: the sequences of uses whose rows were found to be the examples. complete: those in which every gradient
+    was the sum of its uses. turn: the parameters number turn,
+    turn + 8, ... are checked in this pass.
+    """
+
+    names: list[str]
+    parameters: dict[str, nn.Parameter]
+    memory_bytes: int
+    verified: set[tuple[Any, ...]]
+    complete: set[tuple[Any, ...]]
+    turn: int
+
+    def vectors(self, part: Part) -> Vectors:
+        """The random u and v of that part."""
+
+
+@dataclass
+class PassNorms:
+    """|c_i|² of each parameter that is covered, with its rule; why others are not; the coarsest eps seen."""
+
+    squares: dict[str, tuple[Tensor, str]]
+    uncovered: dict[str, str]
+    eps: float
+
+
+@dataclass(eq=False)
+class _Use:
+    """One call that used parts of parameters."""
+
+    name: str
+    parts: list[Part]
+    layout: Layout
+    edge: GradientEdge | None
+    pieces: Pieces | None
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    source: bool
+    index: Tensor | None = None
+    taken_back: bool = False
+    verified: bool = False
+    mixed: bool = False
+
+
+class PassMode(TorchFunctionMode):
+    """Shows the pass every call that has a rule, and the beginning of the backward pass."""
+
+    def __init__(self, watched: Pass) -> None:
+        super().__init__()
+        self._pass = watched
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.multi_head_attention_forward:
+            with self, self._pass.sequence_first():
+                out = opened_attention(*args, **kwargs)
+            self._pass.attend([*args, *kwargs.values()], out[0])
+            return out
+        if func is Tensor.backward:
+            self._pass.before_backward()
+        out = func(*args, **kwargs)
+        rule = RULES.get(func)
+        if rule is not None:
+            rule(self._pass, out, *args, **kwargs)
+        return out
+
+
+class Pass:
+    """One pass: the uses of its forward pass, then the pieces that its backward pass gives."""
+
+    def __init__(self, norms: Watcher, examples: int) -> None:
+        self.norms, self.examples, self.second = norms, examples, False
+        parameters = norms.parameters.values()
+        self._views = {id(p): View(Part(i), p.shape) for i, p in enumerate(parameters)}
+        self._kept: dict[int, Tensor] = {id(p): p for p in parameters}
+        self._lent: dict[int, tuple[weakref.ref[Tensor], View, Tensor, int | None, _Use | None]] = {}
+        self._swaps: dict[int, Tensor] = {}
+        self._attended: dict[int, weakref.ref[Tensor]] = {}
+        self._uses: list[_Use] = []
+        self._waiting: dict[Part, list[tuple[_Use, Piece | TiedOutput]]] = {}
+        self._done: dict[Part, Norms] = {}
+        self._found: dict[int, tuple[Tensor, str]] = {}
+        self._checks: list[_Check] = []
+        self._check_all = False
+        self._why: dict[int, str] = {}
+        self._settled: set[int] = set()
+        self._eps: dict[int, float] = {}
+        self._positions = examples
+        self._open, self._row, self._began, self._told = True, -1, False, False
+        self._signature: tuple[Any, ...] = ()
+
+    # What the rules ask and tell.
+
+    def view(self, tensor: Any) -> View | None:
+        return self._views.get(id(tensor))
+
+    def derive(self, tensor: Tensor, view: View) -> None:
+        self._views[id(tensor)], self._kept[id(tensor)] = view, tensor
+
+    def lend(self, out: Tensor, weight: View, index: Tensor, padding: int | None, use: Any) -> None:
+        self._lent[id(out)] = (weakref.ref(out), weight, index, padding, use)
+
+    def lent(self, tensor: Any) -> tuple[View, Tensor, int | None] | None:
+        found = self._lent.get(id(tensor))
+        if found is None or found[0]() is not tensor:
+            return None
+        _, weight, index, padding, use = found
+        if use is not None:
+            use.taken_back = True
+        return weight, index, padding
+
+    def use(self, out: Tensor, name: str, parts: list[Part], layout: Layout, pieces: Pieces, source: bool) -> Any:
+        if not out.requires_grad or self.examples == 1:
+            return None
+        if self._began:
+            raise InputError("the forward pass must be over before backward begins: watch one backward pass at a time")
+        use = _Use(name, parts, layout, get_gradient_edge(out), pieces, out.shape, out.dtype, out.device, source)
+        self._uses.append(use)
+        out.register_hook(self._hook(use))  # type: ignore[no-untyped-call]
+        return use
+
+    def swap(self, tensor: Tensor, out: Tensor) -> None:
+        attended = self._attended.get(id(tensor))
+        if not self.second and (attended is None or attended() is not tensor):
+            self._swaps[id(out)] = out
+
+    def attend(self, inputs: list[Any], out: Tensor) -> None:
+        """Attention is known to put the sequence first: what was swapped for it alone, and back, is no doubt."""
+        for tensor in inputs:
+            self._swaps.pop(id(tensor), None)
+        self._attended[id(out)] = weakref.ref(out)
+
+    @contextlib.contextmanager
+    def sequence_first(self) -> Iterator[None]:
+        """`F.multi_head_attention_forward` works on [T, n, d]."""
+        before, self.second = self.second, True
+        try:
+            yield
+        finally:
+            self.second = before
+
+    # The backward pass.
+
+    @contextlib.contextmanager
+    def hooked(self) -> Iterator[None]:
+        """Hooks on the parameters while the pass goes on."""
+        hooks: list[RemovableHandle] = []
+        parameters = list(self.norms.parameters.values())
+        try:
+            for index, parameter in enumerate(parameters):
+                see = self._parameter_hook(index)
+                if parameter.grad is None:  # a hook on the gradient itself would make autograd copy it
+                    hooks.append(parameter.register_post_accumulate_grad_hook(_given(see)))  # type: ignore[no-untyped-call]
+                else:
+                    hooks.append(parameter.register_hook(see))  # type: ignore[no-untyped-call]
+            yield
+        finally:
+            self._close()
+            for hook in hooks:
+                hook.remove()
+            for parameter in parameters:
+                if not parameter._backward_hooks:
+                    parameter._backward_hooks = None
+
+    def _close(self) -> None:
+        """A use holds an edge of the graph, whose hook holds the use: a circle that no collector sees."""
+        self._open = False
+        for use in self._uses:
+            use.edge = use.pieces = None
+        self._kept, self._lent, self._swaps, self._attended, self._waiting = {}, {}, {}, {}, {}
+
+    def _hook(self, use: _Use) -> Callable[[Tensor], None]:
+        def see(g: Tensor) -> None:
+            if not self._open or use.taken_back:
+                use.pieces = None
+                return
+            if self._row >= 0:
+                self._check_rows(use, g)
+                return
+            pieces, use.pieces = use.pieces, None
+            if pieces is None:
+                raise InputError("a layer's output got two gradients in one watch: give each backward pass its own")
+            if not self._told:
+                raise InputError("the backward pass must begin with loss.backward(), where watch can see it")
+            self._began, g = True, g.detach()
+            eps = torch.finfo(g.dtype).eps
+            self._positions = max(self._positions, g.numel() // max(1, g.shape[-1]))
+            for part, piece in pieces(g):
+                self._eps[part.place] = max(eps, self._eps.get(part.place, 0.0))
+                self._arrive(use, part, piece)
+
+        return see
+
+    def _arrive(self, use: _Use, part: Part, piece: Piece) -> None:
+        vectors, memory = self._vectors(part), self.norms.memory_bytes
+        others = [u for u in self._uses if u is not use and part in u.parts and not u.taken_back]
+        if not others:
+            self._done[part] = piece_norms(piece, vectors, memory)
+            return
+        kept: Piece | TiedOutput = piece
+        if isinstance(piece, Factors) and not piece.indexed and piece.blocks == 1:
+            indices = [u.index for u in others if u.index is not None]
+            if len(indices) == len(others) and sum(i.shape[1] for i in indices) < piece.rows:
+                left, right = piece.chunk(0, len(piece))
+                picked = torch.cat(indices, 1)[:, None].expand(-1, piece.positions, -1)
+                kept = TiedOutput(wide(left[:, 0].gather(2, picked)), right[:, 0], piece_norms(piece, vectors, memory))
+        self._waiting.setdefault(part, []).append((use, kept))
+
+    def _join(self, part: Part) -> Norms:
+        """All that arrived for a part that was used several times."""
+        arrived = self._waiting.pop(part)
+        vectors, memory = self._vectors(part), self.norms.memory_bytes
+        tied = next((piece for _, piece in arrived if isinstance(piece, TiedOutput)), None)
+        if tied is None:
+            return joint_norms([p for _, p in arrived if not isinstance(p, TiedOutput)], vectors, memory)
+        order = [u for u in self._uses if part in u.parts and u.index is not None and not u.taken_back]
+        got = {id(use): piece for use, piece in arrived if isinstance(piece, Factors)}
+        if len(got) < len(order):
+            raise InputError("an embedding with a tied output layer was used without getting a gradient")
+        return tied.with_embeddings([got[id(use)] for use in order], vectors, memory)
+
+    def _parameter_hook(self, index: int) -> Callable[[Tensor], None]:
+        def see(gradient: Tensor) -> None:
+            if not self._open or self._row >= 0:
+                return
+            if index in self._settled:
+                raise InputError("a parameter got two gradients in one watch: give each backward pass its own")
+            self._settled.add(index)
+            gradient = gradient.detach()
+            if self.examples == 1:
+                whole = gradient.coalesce().values() if gradient.is_sparse else gradient
+                self._found[index] = row_squares(wide(whole).reshape(1, -1)), "instantiated"
+            else:
+                self._settle(index, gradient)
+
+        return see
+
+    def _settle(self, index: int, gradient: Tensor) -> None:
+        """One parameter's norms, after all its uses; each part's gradient must be the one that its pieces give."""
+        for part in [part for part in self._waiting if part.place == index]:
+            self._done[part] = self._join(part)
+        parts = sorted(part for part in self._done if part.place == index and part.dim is not None)
+        if not parts and Part(index) not in self._done:
+            self._why.setdefault(index, "no call that has a rule used it")
+            return
+        if (parts and Part(index) in self._done) or _overlap(parts):
+            self._why[index] = "its uses take slices that overlap"
+            return
+        parts = parts or [Part(index)]
+        for part in parts:
+            own = part.of(gradient)
+            self._compare(index, part, own, self._done[part])
+        if parts[0].dim is not None:
+            self._checks.append(_Check(index, 0.0, [_outside(gradient, parts)]))
+        done = [self._done.pop(part) for part in parts]
+        rule = "instantiated" if any(norms.rule == "instantiated" for norms in done) else "ghost"
+        squares = done[0].squares if len(done) == 1 else torch.stack([norms.squares for norms in done]).sum(0)
+        self._found[index] = squares, rule
+
+    def _vectors(self, part: Part) -> Vectors | None:
+        """None where this parameter's turn to be checked has not come."""
+        return self.norms.vectors(part) if self._check_all or part.place % TURNS == self.norms.turn else None
+
+    def _compare(self, index: int, part: Part, gradient: Tensor, norms: Norms) -> None:
+        vectors, witness = self._vectors(part), norms.witness
+        if vectors is None or witness is None:
+            return
+        eps, fine = max(torch.finfo(gradient.dtype).eps, self._eps[index]), torch.finfo(witness.value.dtype).eps
+        numbers = [vectors.of(gradient), *witness, *([vectors.spread(gradient)] if eps > fine else [])]
+        self._checks.append(_Check(index, eps, numbers, fine, self._positions))
+
+    # Whether dim 0 is the example.
+
+    def before_backward(self) -> None:
+        """At a new sequence of uses, two rows' gradients are sent back and must stay in their rows."""
+        uses = [use for use in self._uses if not use.taken_back]
+        self._signature = tuple((use.name, tuple(use.parts), use.layout[1:], len(use.shape)) for use in uses)
+        self._told, self._check_all = True, self._signature not in self.norms.complete
+        reason = self._doubt(uses)
+        if not reason and self._signature not in self.norms.verified:
+            reason = self._mixed(uses)
+            if not reason:
+                self.norms.verified.add(self._signature)
+        for use in self._uses:
+            use.edge = None
+        for use in uses if reason else ():
+            use.taken_back = True
+            self._why.update((part.place, reason) for part in use.parts)
+
+    def _doubt(self, uses: list[_Use]) -> str:
+        """What the shapes leave open and no gradient could tell: layers that agree with each other may all be wrong."""
+        n = self.examples
+        if self._swaps and any(u.shape[:2] == (n, n) and len(u.shape) > 2 and not u.layout.dim for u in uses):
+            return "examples and positions are equally many and change places: use another size"
+        if uses and not any(n in use.shape[: use.layout.dim + 1] for use in uses):
+            return f"no layer's output has the {n} examples as a dimension of its own"
+        return ""
+
+    def _mixed(self, uses: list[_Use]) -> str:
+        """From the last use back, then from the last of those that this did not reach, and so on."""
+        left = list(uses)
+        while len(left) > 1:
+            root = left.pop()
+            inputs = [u for i, u in enumerate(left) if i == 0 or u.source]
+            for row in (0, self.examples - 1):
+                self._row = row
+                self._send_back(root, inputs)
+            self._row = -1
+            for use in uses:
+                if use.mixed:
+                    names = ", ".join(self.norms.names[part.place] for part in use.parts)
+                    return f"the gradient of one example reaches others at the {use.name} of {names}"
+            left = [use for use in left if not use.verified]
+        return ""
+
+    def _send_back(self, root: _Use, inputs: list[_Use]) -> None:
+        generator = torch.Generator().manual_seed(self._row)
+        cotangent = torch.zeros(root.shape, dtype=root.dtype, device=root.device)
+        first = root.layout.first(cotangent)
+        group = len(first) // self.examples
+        row = first[self._row * group : (self._row + 1) * group]
+        row.copy_(torch.randn(row.shape, generator=generator))
+        edges = [use.edge for use in (root, *inputs) if use.edge is not None]
+        torch.autograd.grad(edges[:1], edges[1:], grad_outputs=[cotangent], retain_graph=True, allow_unused=True)
+
+    def _check_rows(self, use: _Use, g: Tensor) -> None:
+        use.verified = True
+        rows = use.layout.fold(g, 0).reshape(self.examples, -1)
+        others = torch.cat([rows[: self._row], rows[self._row + 1 :]])
+        use.mixed |= bool(((others != 0) & ~others.isnan()).any())
+
+    # The end.
+
+    def norms_by_name(self) -> PassNorms:
+        """After the pass."""
+        floats = to_floats([number for check in self._checks for number in check.numbers])
+        numbers, complete = iter(floats), all(map(math.isfinite, floats))
+        for check in self._checks:
+            if check.fails([next(numbers) for _ in check.numbers]):
+                self._why.setdefault(check.parameter, "its gradient is not the sum of its uses that were seen")
+                complete = False
+        if complete and self._told:
+            self.norms.complete.add(self._signature)
+        names = self.norms.names
+        found = {names[index]: found for index, found in self._found.items() if index not in self._why}
+        why = {names[index]: self._why[index] for index in sorted(self._why)}
+        return PassNorms(
+            {name: found[name] for name in names if name in found}, why, max(self._eps.values(), default=0.0)
+        )
+
+
+class _Check(NamedTuple):
+    """The numbers that tell whether the uses that were seen make up a parameter's gradient, still on their device.
+
+    eps: of the numbers that were summed; fine: of the sums, over so many positions.
+    """
+
+    parameter: int
+    eps: float
+    numbers: list[Tensor]
+    fine: float = 0.0
+    positions: int = 0
+
+    def fails(self, numbers: list[float]) -> bool:
+        """Whether uᵀGv and uᵀ(ΣG_i)v differ by more than rounding explains; not where one is not finite."""
+        if len(numbers) == 1:
+            return numbers[0] > 0
+        value, expected, squares, absolute = numbers[:4]
+        spread = max(squares, 0.0) ** 0.5 + abs(value)
+        allowed = self.fine * (8 * self.positions**0.5 * spread + 8 * absolute)
+        if self.eps > self.fine:
+            allowed += 4 * self.eps * (spread + numbers[4])
+        return bool(abs(value - expected) > allowed)
+
+
+def _given(see: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+    def of(parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            see(parameter.grad)
+
+    return of
+
+
+def _overlap(parts: list[Part]) -> bool:
+    if len({part.dim for part in parts}) > 1:
+        return True
+    return any(a.stop > b.start for a, b in itertools.pairwise(parts))
+
+
+def _outside(gradient: Tensor, parts: list[Part]) -> Tensor:
+    """The norm of the gradient outside the parts, which must be 0."""
+    rest = gradient.detach().clone()
+    for part in parts:
+        part.of(rest).zero_()
+    norm: Tensor = torch.linalg.vector_norm(wide(rest))
+    return norm

@@ -1,0 +1,207 @@
+"""The rules of normalisation layers and convolutions (see `layer_rules`)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from batchlab.core.errors import InputError
+from batchlab.measure.examples.ghost_norms import Factors, Piece, pad_for, padded, unfold, wide
+from batchlab.measure.examples.layer_uses import Layout, Part, Uses, is_source, layout_of, scaled, summed
+
+
+def _affine(
+    uses: Uses,
+    out: Tensor,
+    name: str,
+    input: Tensor,
+    weight: Any,
+    bias: Any,
+    fold: Callable[[Tensor], Tensor],
+    normalise: Callable[[Tensor], Tensor],
+) -> None:
+    """out = weight·normalise(input) + bias; fold brings a tensor to [n, T, *weight.shape]."""
+    w, b = uses.view(weight), uses.view(bias)
+    parts = [view.part for view in (w, b) if view]
+    if not parts:
+        return
+    a = input.detach()
+
+    def pieces(g: Tensor) -> Iterable[tuple[Part, Piece]]:
+        return scaled(wide(fold(g)), lambda: fold(normalise(wide(a))), w, b)
+
+    uses.use(out, name, parts, Layout(uses.examples), pieces, is_source(input))
+
+
+def layer_norm(
+    uses: Uses,
+    out: Tensor,
+    input: Tensor,
+    normalized_shape: list[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> None:
+    _last_dims(uses, out, "layer_norm", input, normalized_shape, weight, bias, F.layer_norm, eps)
+
+
+def rms_norm(
+    uses: Uses,
+    out: Tensor,
+    input: Tensor,
+    normalized_shape: list[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> None:
+    eps = torch.finfo(input.dtype).eps if eps is None else eps
+    _last_dims(uses, out, "rms_norm", input, normalized_shape, weight, None, F.rms_norm, eps)
+
+
+def _last_dims(
+    uses: Uses, out: Tensor, name: str, input: Tensor, shape: list[int], weight: Any, bias: Any, norm: Any, eps: float
+) -> None:
+    shape = list(shape)
+    layout = layout_of(out.shape[: out.ndim - len(shape)], uses.examples, second=uses.second)
+    w, b = uses.view(weight), uses.view(bias)
+    if layout is None or not (w or b):
+        return
+    a, features = input.detach(), len(shape)
+
+    def pieces(g: Tensor) -> Iterable[tuple[Part, Piece]]:
+        normal = lambda: layout.fold(norm(wide(a), shape, eps=eps), features)  # noqa: E731
+        return scaled(wide(layout.fold(g, features)), normal, w, b)
+
+    uses.use(out, name, [view.part for view in (w, b) if view], layout, pieces, is_source(input))
+
+
+def channels(n: int) -> Callable[[Tensor], Tensor]:
+    """[N, C, *spatial] to [n, T, C]."""
+
+    def fold(tensor: Tensor) -> Tensor:
+        return tensor.reshape(n, len(tensor) // n, tensor.shape[1], -1).transpose(2, 3).flatten(1, 2)
+
+    return fold
+
+
+def group_norm(
+    uses: Uses,
+    out: Tensor,
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> None:
+    if len(out) % uses.examples == 0:
+        fold = channels(uses.examples)
+        _affine(uses, out, "group_norm", input, weight, bias, fold, lambda a: F.group_norm(a, num_groups, eps=eps))
+
+
+def instance_norm(
+    uses: Uses,
+    out: Tensor,
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> None:
+    if len(out) % uses.examples:
+        return
+    if use_input_stats:
+        fold = channels(uses.examples)
+        _affine(uses, out, "instance_norm", input, weight, bias, fold, lambda a: F.instance_norm(a, eps=eps))
+    else:
+        _by_statistics(uses, out, "instance_norm", input, running_mean, running_var, weight, bias, eps)
+
+
+def batch_norm(
+    uses: Uses,
+    out: Tensor,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> None:
+    if training or running_mean is None:
+        raise InputError(
+            "batch normalisation over the batch was called: there an example has no gradient of its own; use the "
+            "running statistics (eval mode) or another normalisation"
+        )
+    if len(out) % uses.examples == 0:
+        _by_statistics(uses, out, "batch_norm", input, running_mean, running_var, weight, bias, eps)
+
+
+def _by_statistics(
+    uses: Uses, out: Tensor, name: str, input: Tensor, mean: Any, var: Any, weight: Any, bias: Any, eps: float
+) -> None:
+    def normalise(a: Tensor) -> Tensor:
+        return F.batch_norm(a, mean.to(a.dtype), var.to(a.dtype), training=False, eps=eps)
+
+    _affine(uses, out, name, input, weight, bias, channels(uses.examples), normalise)
+
+
+def conv(
+    uses: Uses,
+    out: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> None:
+    w, b, n, spatial = uses.view(weight), uses.view(bias), uses.examples, weight.ndim - 2
+    whole = (w is None or w.part.dim is None) and input.ndim == weight.ndim and len(out) % n == 0
+    if not (w or b) or not whole:
+        return
+    stride, dilation = (_each(value, spatial) for value in (stride, dilation))
+    sides = pad_for(padding if isinstance(padding, str) else _each(padding, spatial), weight.shape[2:], dilation)
+    a, frames, kernel = input.detach() if w else None, len(out) // n, weight.shape[2:]
+
+    def pieces(g: Tensor) -> Iterable[tuple[Part, Piece]]:
+        if b:
+            yield b.part, summed(channels(n)(g))
+        if w and a is not None:
+            places, rows = math.prod(g.shape[2:]), weight.shape[0] // groups
+            columns = math.prod(weight.shape[1:])
+
+            def chunk(start: int, stop: int) -> tuple[Tensor, Tensor]:
+                after = g[start * frames : stop * frames].reshape(-1, groups, rows, places).mT
+                patches = unfold(padded(a[start * frames : stop * frames], sides), kernel, stride, dilation)
+                split = patches.reshape(len(patches), groups, -1, *patches.shape[2:])
+                before = split.transpose(2, 3).flatten(3)
+                return _frames(after, frames), _frames(before, frames)
+
+            size = 4 * groups * frames * places * (rows + 2 * columns)
+            yield w.part, Factors(n, groups, frames * places, rows, columns, chunk, bytes=size)
+
+    parts = [view.part for view in (w, b) if view]
+    uses.use(out, "conv", parts, Layout(n), pieces, is_source(input))
+
+
+def _frames(tensor: Tensor, frames: int) -> Tensor:
+    """[c·frames, groups, L, k] to [c, groups, frames·L, k]."""
+    if frames == 1:
+        return tensor
+    return tensor.reshape(-1, frames, *tensor.shape[1:]).transpose(1, 2).flatten(2, 3)
+
+
+def _each(value: Any, count: int) -> tuple[int, ...]:
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    return values * count if len(values) == 1 else values

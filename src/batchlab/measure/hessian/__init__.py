@@ -1,0 +1,1 @@
+"""Eigenvalues of the loss's Hessian, and the learning rates that they allow."""

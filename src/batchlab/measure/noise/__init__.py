@@ -1,0 +1,1 @@
+"""What gradients say of batch size: the noise scale, live in any loop, and its relatives."""

@@ -1,0 +1,127 @@
+"""tr(Σ) of a whole model from that of its normalisation layers, whose per-example gradients are nearly free.
+
+Gray, Tiwari, Bergsma and Hestness 2024 (arXiv 2411.00999) found that the noise scale of the normalisation layers
+follows that of all layers. Here only the trace is taken from them, times a factor α = tr(Σ)/tr(Σ_norm) that is measured
+in the run itself on a step now and then: |G|² needs no example's own gradient, so it is always that of all layers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from batchlab.core.errors import InputError
+from batchlab.core.facts import Estimate
+from batchlab.measure.examples.example_norms import norm_layer_names
+from batchlab.measure.noise.example_pieces import ExamplePieces
+from batchlab.measure.noise.noise_pair import NoisePair
+from batchlab.measure.noise.norm_pieces import NormPieces
+from batchlab.measure.ratio import RatioOfMeans
+
+FIRST, AGAIN, KEEP, AGREE = 10, 50, 0.95, 0.01
+
+
+class NormLayers:
+    """When to measure all layers, and what the normalisation layers' share says of all.
+
+    parameters: of the normalisation layers. All layers are measured at the first 10 measured steps and then at one in
+    50; α remembers about 20 of these. The numbers are batchlab's: a step with all layers costs a fifth more.
+    """
+
+    def __init__(self, model: nn.Module, *, coverage: float) -> None:
+        names = norm_layer_names(model)
+        if not names:
+            raise InputError('method "norm_layers" needs a layer, RMS, group or instance norm with trainable weights')
+        own = dict(model.named_parameters(remove_duplicate=False))
+        self.parameters: list[nn.Parameter] = list(dict.fromkeys(own[name] for name in names))
+        self.turn = 0
+        self._fast, self._model = NormPieces(model, self.parameters), model
+        self._slow: ExamplePieces | None = None
+        self._differed = 0
+        self._alpha = RatioOfMeans(ema=KEEP, coverage=coverage)
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether this step is one to measure all layers at."""
+        return self.turn < FIRST or (self.turn - FIRST) % AGAIN == 0
+
+    @property
+    def source(self) -> NormPieces | ExamplePieces:
+        """What the layers' own pieces are told by: their hooks, or where those are not sound the general rules."""
+        if self._fast.sound:
+            return self._fast
+        if self._slow is None:
+            self._slow = ExamplePieces(self._model, self.parameters)
+        return self._slow
+
+    @contextlib.contextmanager
+    def beside(self, all_layers: contextlib.AbstractContextManager[None], examples: int) -> Iterator[None]:
+        """Watches the layers by their hooks too while all layers are measured, to compare the two."""
+        with contextlib.ExitStack() as stack:
+            if self._fast.sound:
+                stack.enter_context(self._fast.watch(examples))
+            stack.enter_context(all_layers)
+            yield
+
+    def compare(self, square: float) -> None:
+        """square: Σ|c_i|² of the layers as the measurement of all layers has it; the hooks must have the same.
+
+        At its first pass that measurement sends rows of its own back through the graph, which the hooks see too: so
+        among the first steps it takes three that differ in a row.
+        """
+        seen = self._fast.square
+        self._fast.take()
+        self._fast.witness.forget()
+        differs = math.isfinite(square) and not math.isclose(seen, square, rel_tol=AGREE)
+        self._differed = self._differed + 1 if differs else 0
+        if self._differed > (2 if self.turn < FIRST else 0):
+            self._fast.sound = False
+
+    def calibrate(self, trace: float, norm_trace: float) -> None:
+        """Takes in tr(Σ) of all layers and of the normalisation layers at one step."""
+        self._alpha.update(trace, norm_trace)
+
+    def pair(self, norm_trace: float, big_sq_norm: float, big: float) -> NoisePair | None:
+        """The whole model's pair, |G|² = |g|² - α·tr(Σ_norm)/N; None while α is not known."""
+        trace, norm = self._alpha.means
+        if not (self._alpha.count and norm > 0):
+            return None
+        own = trace / norm * norm_trace
+        return NoisePair(big_sq_norm - own / big, own)
+
+    def widened(self, estimate: Estimate, batch_size: float) -> Estimate:
+        """The estimate's interval with α's own uncertainty in it.
+
+        In log, 𝓑 moves by (1 + 𝓑/N) times what α moves by, N the batch size, and the two errors add in quadrature.
+        """
+        alpha = self._alpha.ratio(lowest=0.0)
+        if not (estimate.defined and estimate.value > 0):
+            return estimate
+        reach = 1 + estimate.value / batch_size
+        up = _log_ratio(alpha.high, alpha.value) * reach
+        down = _log_ratio(alpha.value, alpha.low) * reach
+        high = estimate.value * _exp(math.hypot(_log_ratio(estimate.high, estimate.value), up))
+        low = estimate.value / _exp(math.hypot(_log_ratio(estimate.value, estimate.low), down))
+        said = f"{estimate.method}, tr(Σ) {alpha.value:.3g} [{alpha.low:.3g}, {alpha.high:.3g}] times that of its norms"
+        return Estimate(estimate.value, low, high, said, estimate.coverage)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The turn and α's sums, as plain numbers."""
+        return {"turn": self.turn, "alpha": self._alpha.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over what `state_dict` gave."""
+        self.turn = state["turn"]
+        self._alpha.load_state_dict(state["alpha"])
+
+
+def _log_ratio(more: float, less: float) -> float:
+    return math.log(more / less) if 0 < less <= more < math.inf else math.inf
+
+
+def _exp(x: float) -> float:
+    return math.exp(x) if x < 700 else math.inf

@@ -1,0 +1,176 @@
+"""Per-example gradients of normalisation layers, read off each layer's input, output gradient and statistics.
+
+y = γ·x̂ + β with x̂ = (x - μ)·r, so example i adds Σ_t g·x̂ to the gradient of γ and Σ_t g to that of β, g the gradient at
+y and t all that belongs to the example. x̂ itself is not made:
+
+    Σ_t g·x̂ = Σ_t r·(g·x) - Σ_t (r·μ)·g
+
+is one product and two sums. For a group norm r and μ belong to the whole group, and leave the sums.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from batchlab.measure.noise.pieces import Piece
+from batchlab.measure.noise.witness import Witness
+from batchlab.measure.norms import total
+from batchlab.measure.shards import Mesh
+
+NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
+Parts = tuple[Tensor, Tensor]  # Σ_t g·x̂ and Σ_t g, each (n, features)
+
+
+class NormPieces:
+    """Hooks on layer, RMS and group norms that act inside `watch` alone; the same surface as `ExamplePieces`.
+
+    parameters: theirs. `sound` turns false for good where a layer was called with something whose first dimension is
+    not the examples; whether the numbers are right is for the caller to compare with `ExamplePieces` now and then.
+    """
+
+    def __init__(self, model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
+        self.parameters = list(parameters)
+        self._places = {parameter: place for place, parameter in enumerate(self.parameters)}
+        self._modules = [m for m in model.modules() if isinstance(m, NORMS) and self._own(m)]
+        held = {p for m in self._modules for _, p in self._own(m)}
+        self.sound = held == set(self.parameters)
+        self.witness, self.meshes = Witness(self.parameters), dict[int, Mesh]()
+        self._examples: int | None = None
+        self._rows: dict[int, Tensor] = {}
+        self._pieces: list[Piece] = []
+        self._hooks: list[RemovableHandle] = []
+
+    def _own(self, module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+        named = module.named_parameters(recurse=False)
+        return [(name, parameter) for name, parameter in named if parameter in self._places]
+
+    @property
+    def empty(self) -> bool:
+        """Whether no pass has begun since the last `take`."""
+        return not self._pieces and self._examples is None
+
+    @contextlib.contextmanager
+    def watch(self, examples: int) -> Iterator[None]:
+        """Around the forward and the backward pass of one micro-batch; a pass that raises is forgotten."""
+        self._examples, self._rows = examples, {}
+        hooks = [module.register_forward_hook(self._see) for module in self._modules]
+        hooks.append(self.witness.parameter.register_hook(self._testify))  # type: ignore[no-untyped-call]
+        try:
+            yield
+            squares = {place: torch.dot(rows.reshape(-1), rows.reshape(-1)) for place, rows in self._rows.items()}
+            self._pieces.append(Piece(examples, dict(squares), number=examples))
+        finally:
+            self._examples, self._rows = None, {}
+            for hook in hooks:
+                hook.remove()
+
+    def _testify(self, gradient: Tensor) -> None:
+        if self.witness.wanted:
+            self.witness.see(gradient)
+
+    def _see(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if not isinstance(output, Tensor) or not output.requires_grad:
+            return
+        if output.ndim < 2 or len(output) != self._examples or not inputs:
+            self.sound = False
+            return
+        parts = _RULES[type(module)](module, inputs[0].detach(), output)
+        output.register_hook(lambda gradient: self._add(module, parts(gradient)))  # type: ignore[no-untyped-call]
+
+    def _add(self, module: nn.Module, parts: Parts) -> None:
+        for name, parameter in self._own(module):
+            place, rows = self._places[parameter], parts[0] if name == "weight" else parts[1]
+            before = self._rows.get(place)
+            self._rows[place] = rows if before is None else before + rows
+
+    @property
+    def square(self) -> float:
+        """Σ|c_i|² over all examples since the last `take`."""
+        return total([square for piece in self._pieces for square in piece.squares.values()])
+
+    def take(self) -> list[Piece]:
+        """The passes since the last `take`, which are then forgotten."""
+        pieces, self._pieces = self._pieces, []
+        return pieces
+
+    def unmet(self, pieces: Sequence[Piece]) -> list[int]:
+        """None: parameters spread over ranks are refused where all layers are measured."""
+        return []
+
+    def listen(self) -> None:
+        """Nothing to put on: hooks live inside `watch`."""
+
+    def close(self) -> None:
+        """Nothing to take off."""
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+
+
+def _features(module: Any) -> int:
+    return math.prod(module.normalized_shape)
+
+
+def _layer_norm(module: Any, x: Tensor, output: Tensor) -> Callable[[Tensor], Parts]:
+    """Statistics as the forward pass kept them, where it did; (n, t) each."""
+    n, features = len(x), _features(module)
+    node: Any = output.grad_fn
+    if node is not None and node.name() == "NativeLayerNormBackward0":
+        mean, r = node._saved_result1, node._saved_result2
+    else:
+        variance, mean = torch.var_mean(_wide(x).reshape(n, -1, features), -1, correction=0)
+        r = (variance + module.eps).rsqrt()
+    r, mean = r.reshape(n, 1, -1), mean.reshape(n, 1, -1)
+
+    def parts(gradient: Tensor) -> Parts:
+        g = _wide(gradient.detach()).reshape(n, -1, features)
+        of_g = torch.cat([r * mean, torch.ones_like(r)], 1).to(g.dtype) @ g
+        return (r.to(g.dtype) @ (g * _wide(x).reshape(n, -1, features))).squeeze(1) - of_g[:, 0], of_g[:, 1]
+
+    return parts
+
+
+def _rms_norm(module: Any, x: Tensor, output: Tensor) -> Callable[[Tensor], Parts]:
+    n, features = len(x), _features(module)
+
+    def parts(gradient: Tensor) -> Parts:
+        g, wide = _wide(gradient.detach()).reshape(n, -1, features), _wide(x).reshape(n, -1, features)
+        eps: Any = torch.finfo(x.dtype).eps if module.eps is None else module.eps
+        r = (wide.square().mean(-1) + eps).rsqrt().unsqueeze(1)
+        return (r @ (g * wide)).squeeze(1), g.new_zeros(n, features)
+
+    return parts
+
+
+def _group_norm(module: Any, x: Tensor, output: Tensor) -> Callable[[Tensor], Parts]:
+    """Statistics of each example's groups, (n, groups)."""
+    n, channels, groups = len(x), x.shape[1], int(module.num_groups)
+    node: Any = output.grad_fn
+    if node is not None and node.name() == "NativeGroupNormBackward0":
+        mean, r = node._saved_result1, node._saved_result2
+    else:
+        variance, mean = torch.var_mean(_wide(x).reshape(n, groups, -1), -1, correction=0)
+        r = (variance + module.eps).rsqrt()
+    mean, r = (each.reshape(n, groups).repeat_interleave(channels // groups, 1) for each in (mean, r))
+
+    def parts(gradient: Tensor) -> Parts:
+        g = _wide(gradient.detach()).reshape(n, channels, -1)
+        of_g = g.sum(-1)
+        return r.to(g.dtype) * ((g * _wide(x).reshape(n, channels, -1)).sum(-1) - mean.to(g.dtype) * of_g), of_g
+
+    return parts
+
+
+_RULES: dict[type, Callable[[Any, Tensor, Tensor], Callable[[Tensor], Parts]]] = {
+    nn.LayerNorm: _layer_norm,
+    nn.RMSNorm: _rms_norm,
+    nn.GroupNorm: _group_norm,
+}

@@ -1,0 +1,213 @@
+"""The critical batch size as the batch that costs 20 % more data, and its growth (Zhang et al. 2024, arXiv 2410.21676).
+
+Steps to a target are steps(B) = a + b/B, so that a run at B takes aB + b examples. With r the overhead allowed over a
+base batch B_o, on a part of the law where data hardly depend on the batch,
+
+  aB* + b = (1 + r)(aB_o + b)   gives   B* = (1 + r)·B_o + r·b/a.
+
+a = S_min and b = E_min of `fit_tradeoff`, b/a = B_crit: B* is B_crit stretched and moved, and so is its interval.
+Across model sizes or token counts x, B* = d·x^β.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from batchlab.core.errors import InputError
+from batchlab.core.facts import Estimate
+from batchlab.core.jsonio import JsonNoun
+from batchlab.measure.runs.tradeoff import Tradeoff, fit_tradeoff
+
+FEWEST_SIZES = 3
+
+
+@dataclass(frozen=True)
+class CriticalBatch(JsonNoun):
+    """B*, in the unit of the batch sizes, and what it follows from.
+
+    size: B* with its interval; infinite above where the steps do not bound it. overhead: r. base: B_o.
+    fit: a = fit.s_min, b = fit.e_min, the residuals ln(measured/fitted) at each size, the censored runs.
+    bracketed: whether B* and its interval are bounded and B* lies among the sizes tried; B_crit need not. note: why
+    not, and the fit's own.
+    """
+
+    size: Estimate
+    overhead: float
+    base: float
+    fit: Tradeoff
+    bracketed: bool
+    note: str = ""
+
+    def data_overhead(self, batch_size: float) -> float:
+        """(aB + b)/(aB_o + b) - 1: the data that a run at `batch_size` needs beyond the base's, as a share."""
+        if not 0 < batch_size < math.inf:
+            raise InputError(f"batch_size must be finite and > 0, got {batch_size!r}")
+        a, b = self.fit.s_min.value, self.fit.e_min.value
+        return a * (batch_size - self.base) / (a * self.base + b)
+
+
+def critical_batch(
+    batch_sizes: Sequence[float],
+    steps: Sequence[float | None],
+    overhead: float = 0.2,
+    base: float | None = None,
+    *,
+    coverage: float = 0.95,
+) -> CriticalBatch:
+    """B*: where the data to the target are `overhead` above those at `base`, from (batch size, steps to target) a run.
+
+    batch_sizes: in any one unit, examples, sequences or tokens; B* is in it too. steps: updates to the target; None or
+    infinity where it was not reached, treated as in `fit_tradeoff`. Runs of one size are repeats: their ln steps are
+    averaged. Of a search over other settings give the best, as the source does.
+    overhead: r, 0.2 in the source. base: B_o; None for the smallest size tried. The source takes 256 sequences of 512
+    tokens, a size of its own grid. B* is never below (1 + r)·B_o, so a base near B_crit makes B* large: choose one
+    where halving the batch still doubles the steps.
+
+    The interval is that of B_crit, mapped: `fit_tradeoff` says for which errors it holds. The base is a chosen number
+    and adds nothing to it.
+
+    Raises `InputError` for fewer than 3 sizes, for what is not positive, and where no plateau is seen (a = 0): B* is
+    then unbounded. Not for runs with one fixed learning rate, β₂ or weight average at all sizes: small batches then
+    look bad, and B* comes out too large.
+
+    >>> round(critical_batch([16, 64, 256, 1024], [500, 200, 125, 106.25]).size.value, 6)
+    32.0
+    """
+    if not 0 < overhead < math.inf:
+        raise InputError(f"overhead must be finite and > 0, as 0.2 for 20 %, got {overhead!r}")
+    if base is not None and not 0 < base < math.inf:
+        raise InputError(f"base must be finite and > 0, got {base!r}")
+    fit = fit_tradeoff(batch_sizes, steps, coverage=coverage)
+    chosen = fit.batch_sizes[0] if base is None else float(base)
+    low, value, high = (
+        (1 + overhead) * chosen + overhead * b for b in (fit.b_crit.low, fit.b_crit.value, fit.b_crit.high)
+    )
+    if not math.isfinite(value):
+        raise InputError(
+            f"no plateau seen: B* unbounded. The steps fall as 1/B up to batch size {fit.batch_sizes[-1]:g}; B* is at "
+            f"least {low:.4g} at {100 * coverage:g} % coverage. Add larger batch sizes"
+        )
+    origin = "the smallest size tried" if base is None else "as given"
+    method = f"{100 * overhead:g} % more data than at batch size {chosen:g} ({origin}), {fit.b_crit.method}"
+    why = _why_not_bracketed(fit, value, high)
+    notes = [note for note in (why, fit.note) if note]
+    return CriticalBatch(
+        Estimate(value, low, high, method, coverage), float(overhead), chosen, fit, not why, "; ".join(notes)
+    )
+
+
+def _why_not_bracketed(fit: Tradeoff, value: float, high: float) -> str:
+    smallest, largest = fit.batch_sizes[0], fit.batch_sizes[-1]
+    if fit.b_crit.low == 0:
+        return "not bracketed: the steps may not fall with the batch size at all"
+    if high == math.inf:
+        return f"not bracketed: no plateau is sure up to batch size {largest:g}"
+    if not smallest <= value <= largest:
+        return f"not bracketed: B* = {value:.4g} lies outside the sizes tried, {smallest:g} to {largest:g}"
+    return ""
+
+
+@dataclass(frozen=True)
+class Growth(JsonNoun):
+    """B* = d·x^β. d: B* at x = 1, in the batch sizes' unit. beta: the exponent, a plain number.
+
+    sizes, critical_batches: the points fitted. residuals: ln(measured/fitted) at each. unit: what x counts, as given.
+    """
+
+    d: Estimate
+    beta: Estimate
+    sizes: tuple[float, ...]
+    critical_batches: tuple[float, ...]
+    residuals: tuple[float, ...]
+    unit: str = ""
+
+    def predict(self, size: float) -> Estimate:
+        """B* at x = `size`, in the unit of the fit. The interval is for one more B* measured as those of the fit were.
+
+        It holds the scatter about the law as well as the law's own uncertainty, and widens away from the points.
+        """
+        if not 0 < size < math.inf:
+            raise InputError(f"size must be finite and > 0, got {size!r}")
+        line = _Line.through(self.sizes, self.critical_batches)
+        method = f"power law over {line.count} points, Student's interval of one more B*"
+        return line.at(math.log(size), method, self.beta.coverage, extra=1.0)
+
+
+@dataclass(frozen=True)
+class _Line:
+    """ln y = mean_y + slope·(ln x - mean_x) by least squares. spread: Σ(ln x - mean_x)². deviation: about the line."""
+
+    count: int
+    mean_x: float
+    mean_y: float
+    slope: float
+    spread: float
+    deviation: float
+
+    @classmethod
+    def through(cls, xs: Sequence[float], ys: Sequence[float]) -> _Line:
+        x, y = np.log(xs), np.log(ys)
+        dx, dy = x - x.mean(), y - y.mean()
+        spread = float(dx @ dx)
+        slope = float(dx @ dy) / spread
+        deviation = math.sqrt(float(((dy - slope * dx) ** 2).sum()) / (len(xs) - 2))
+        return cls(len(xs), float(x.mean()), float(y.mean()), slope, spread, deviation)
+
+    def student(self, coverage: float) -> float:
+        """Student's two-sided quantile, n - 2 degrees of freedom."""
+        from scipy.special import stdtrit
+
+        return float(stdtrit(self.count - 2, 0.5 + coverage / 2))
+
+    def at(self, log_x: float, method: str, coverage: float, *, extra: float = 0.0) -> Estimate:
+        """y there. extra: 1 for the interval of a new point, 0 for that of the line."""
+        away = log_x - self.mean_x
+        half = self.student(coverage) * self.deviation * math.sqrt(extra + 1 / self.count + away**2 / self.spread)
+        value = self.mean_y + self.slope * away
+        return Estimate(_exp(value), _exp(value - half), _exp(value + half), method, coverage)
+
+
+def _exp(value: float) -> float:
+    """e^value, infinite where a float cannot hold it."""
+    return math.exp(value) if value < 709.0 else math.inf
+
+
+def fit_growth(
+    sizes: Sequence[float], critical_batches: Sequence[float], *, unit: str = "", coverage: float = 0.95
+) -> Growth:
+    """B* = d·x^β by least squares on ln B* = ln d + β·ln x, with Student's intervals (n - 2 degrees of freedom).
+
+    sizes: x, the model size or the tokens of each B*, in whatever unit; d holds for that unit alone, β for any.
+    unit: its name, kept with the law, as "million tokens": the source's d = 22.91 is for millions, with billions it
+    would be 589. critical_batches: B* at each x, one a run of `critical_batch`, all in one unit.
+
+    The intervals take ln B* as scattered alike about the law. A third parameter, c + d·x^β, is not fitted: the source
+    found c = 0. Not for x that span less than the law is asked to: an exponent from a factor of 2 says little.
+
+    >>> law = fit_growth([1, 10, 100], [50, 500, 5000], unit="million parameters")
+    >>> round(law.d.value, 6), round(law.beta.value, 6), round(law.predict(1000).value, 6)
+    (50.0, 1.0, 50000.0)
+    """
+    if not 0 < coverage < 1:
+        raise InputError(f"coverage must lie in (0, 1), got {coverage!r}")
+    if len(sizes) != len(critical_batches):
+        raise InputError(
+            f"sizes and critical_batches must be of one length, got {len(sizes)} and {len(critical_batches)}"
+        )
+    for name, values in (("sizes", sizes), ("critical_batches", critical_batches)):
+        for value in values:
+            if not 0 < value < math.inf:
+                raise InputError(f"{name} must be finite and > 0, got {value!r}")
+    if len(set(map(float, sizes))) < FEWEST_SIZES:
+        raise InputError(f"sizes must hold at least {FEWEST_SIZES} different values, got {len(set(sizes))}")
+    xs, ys = tuple(map(float, sizes)), tuple(map(float, critical_batches))
+    line, method = _Line.through(xs, ys), f"least squares on ln B* over {len(xs)} points, Student's interval"
+    half = line.student(coverage) * line.deviation / math.sqrt(line.spread)
+    beta = Estimate(line.slope, line.slope - half, line.slope + half, method, coverage)
+    fitted = line.mean_y + line.slope * (np.log(xs) - line.mean_x)
+    residuals = tuple(float(residual) for residual in np.log(ys) - fitted)
+    return Growth(line.at(0.0, method, coverage), beta, xs, ys, residuals, unit)

@@ -1,0 +1,1 @@
+"""The time of a training step against its micro-batch, and where it goes."""

@@ -1,0 +1,99 @@
+"""The stated interval holds the noise scale of a real model at its rate, for every method.
+
+The examples of the digits job are the whole population, drawn with replacement at fixed weights, so that |G|² and
+tr(Σ) are known. A batch of 64 examples a step; half a hundred steps an interval.
+"""
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.func import functional_call, grad, vmap
+from torch.nn import functional as F
+
+from batchlab.measure.noise.gradient_noise import GradientNoise
+from batchlab.workloads import digits
+from tests.spine.forked import in_ranks
+
+BATCH, STEPS, SEEDS = 64, 50, 400
+
+
+def _digits():
+    job = digits()
+    return job.train.inputs.flatten(1), job.train.targets
+
+
+def _model(x, y):
+    """A small net after twenty updates, its weights fixed from then on."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 8), nn.Tanh(), nn.Linear(8, 10))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    for _ in range(20):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return model
+
+
+def _truth(model, x, y):
+    """tr(Σ)/|G|² over the population, from each example's own gradient."""
+    parameters = {name: p.detach().double() for name, p in model.named_parameters()}
+
+    def loss(parameters, x, y):
+        return F.cross_entropy(functional_call(model, parameters, (x[None],)), y[None])
+
+    per_example = vmap(grad(loss), (None, 0, 0))(parameters, x.double(), y)
+    rows = torch.cat([g.flatten(1) for g in per_example.values()], 1)
+    return (rows.var(0, correction=0).sum() / rows.mean(0).square().sum()).item()
+
+
+def _interval(model, x, y, method, pieces, generator, wrapped=None):
+    """The interval of one repetition, on this rank's share of the batches."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    noise = GradientNoise(model, method=method, ema=None)
+    for _ in range(STEPS):
+        model.zero_grad()
+        own = torch.randint(len(x), (BATCH,), generator=generator).view(world, -1)[rank]
+        for part in own.chunk(pieces):
+            with noise.micro_batch(len(part)):
+                (F.cross_entropy((wrapped or model)(x[part]), y[part]) / pieces).backward()
+        got = noise.step()
+    noise.close()
+    return got.low, got.high
+
+
+def _covered(method, pieces, seeds):
+    x, y = _digits()
+    model = _model(x, y)
+    truth, generator = _truth(model, x, y), torch.Generator().manual_seed(1)
+    intervals = [_interval(model, x, y, method, pieces, generator) for _ in range(seeds)]
+    return sum(low <= truth <= high for low, high in intervals), np.median([high / low for low, high in intervals])
+
+
+def test_the_interval_of_a_real_model():
+    covered, width = _covered("micro_batch", 4, 60)
+    assert covered >= 52 and width < 2.5  # P(Binomial(60, 0.95) < 52) = 0.006; half as wide would hold 68 %
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "pieces"), [("micro_batch", 2), ("micro_batch", 16), ("per_example", 1)])
+def test_the_interval_of_a_real_model_over_400_seeds(method, pieces):
+    covered, _ = _covered(method, pieces, SEEDS)
+    assert 0.93 <= covered / SEEDS <= 0.97
+
+
+def _covered_by_ranks(folder):
+    x, y = _digits()
+    model = _model(x, y)
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    truth, generator = _truth(model, x, y), torch.Generator().manual_seed(1)
+    intervals = [_interval(model, x, y, "ranks", 1, generator, wrapped) for _ in range(SEEDS)]
+    if dist.get_rank() == 0:
+        (folder / "covered").write_text(str(sum(low <= truth <= high for low, high in intervals)))
+
+
+@pytest.mark.slow
+def test_the_interval_of_ranks_over_400_seeds(tmp_path):
+    assert in_ranks(4, tmp_path, _covered_by_ranks, tmp_path, timeout=900) == [0] * 4
+    assert 0.93 <= int((tmp_path / "covered").read_text()) / SEEDS <= 0.97

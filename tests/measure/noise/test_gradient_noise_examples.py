@@ -1,0 +1,259 @@
+"""The noise scale from single examples: of all layers, and of the normalisation layers alone."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from batchlab.core.errors import InputError
+from batchlab.core.facts import Estimate
+from batchlab.measure.noise.example_pieces import ExamplePieces
+from batchlab.measure.noise.gradient_noise import GradientNoise
+from batchlab.measure.noise.noise_pair import unbiased_pair
+from batchlab.measure.noise.norm_layers import AGAIN, FIRST, NormLayers
+from batchlab.measure.noise.norm_pieces import NormPieces
+from tests.spine.forked import in_ranks
+
+
+def _model():
+    torch.manual_seed(0)
+    layers = [nn.Linear(6, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 8), nn.GroupNorm(2, 8), nn.Tanh()]
+    return nn.Sequential(*layers, nn.Linear(8, 3)).double()
+
+
+def _batch(seed, n=12):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 6, generator=generator, dtype=torch.float64)
+    return x, (x[:, :3] + torch.randn(n, 3, generator=generator, dtype=torch.float64)).argmax(1)
+
+
+def _passes(noise, model, x, y, sizes, total=None):
+    for part_x, part_y in zip(x.split(sizes), y.split(sizes), strict=True):
+        with noise.micro_batch(len(part_x)):
+            (F.cross_entropy(model(part_x), part_y) * len(part_x) / (total or len(x))).backward()
+
+
+def _naive(model, x, y, parameters):
+    """The pair of single examples, each from a backward pass of its own."""
+    rows = []
+    for i in range(len(x)):
+        loss = F.cross_entropy(model(x[i : i + 1]), y[i : i + 1])
+        rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]))
+    rows = torch.stack(rows)
+    return unbiased_pair(
+        rows.square().sum(1).mean().item(), rows.mean(0).square().sum().item(), 1, len(rows)
+    ), rows.mean(0).square().sum().item()
+
+
+@pytest.mark.parametrize("sizes", [[12], [1, 11], [4, 4, 4]])
+def test_single_examples_give_the_naive_pair(sizes):
+    model, (x, y) = _model(), _batch(0)
+    expected, _ = _naive(model, x, y, list(model.parameters()))
+    noise = GradientNoise(model, method="per_example")
+    _passes(noise, model, x, y, sizes)
+    noise.step()
+    assert noise.pair == pytest.approx(expected, rel=1e-10)
+
+
+def test_a_loss_scale_that_was_taken_out_is_found():
+    model, (x, y) = _model(), _batch(0)
+    expected, _ = _naive(model, x, y, list(model.parameters()))
+    noise = GradientNoise(model, method="per_example")
+    with noise.micro_batch(12):
+        (64 * F.cross_entropy(model(x), y)).backward()
+    for p in model.parameters():
+        p.grad /= 64
+    noise.step()
+    assert noise.pair == pytest.approx(expected, rel=1e-6)
+
+
+def _ranks(folder, method):
+    model = _model()
+    noise, wrapped = GradientNoise(model, method=method), DistributedDataParallel(model)
+    rank = torch.distributed.get_rank()
+    x, y = (part.chunk(2)[rank] for part in _batch(0))
+    _passes(noise, wrapped, x, y, [6])
+    noise.step()
+    torch.save(torch.tensor(noise.pair, dtype=torch.float64), folder / f"{rank}.pt")
+
+
+@pytest.mark.parametrize("method", ["per_example", "norm_layers"])
+def test_ranks_add_their_examples(tmp_path, method):
+    assert in_ranks(2, tmp_path, _ranks, tmp_path, method) == [0, 0]
+    model, (x, y) = _model(), _batch(0)
+    expected, _ = _naive(model, x, y, list(model.parameters()))
+    for rank in range(2):
+        assert torch.load(tmp_path / f"{rank}.pt").tolist() == pytest.approx(list(expected), rel=1e-10)
+
+
+@pytest.mark.parametrize("method", ["per_example", "norm_layers"])
+def test_attaching_changes_no_bit_and_leaves_nothing(method):
+    plain, model = _model(), _model()
+    noise = GradientNoise(model, method=method)
+    for each in (plain, model):
+        optimizer = torch.optim.Adam(each.parameters(), lr=0.01)
+        for step in range(12):
+            optimizer.zero_grad()
+            x, y = _batch(step)
+            if each is model:
+                _passes(noise, model, x, y, [4, 8])
+                noise.step()
+            else:
+                for part_x, part_y in zip(x.split([4, 8]), y.split([4, 8]), strict=True):
+                    (F.cross_entropy(each(part_x), part_y) * len(part_x) / 12).backward()
+            optimizer.step()
+    noise.close()
+    assert all(map(torch.equal, plain.parameters(), model.parameters()))
+    assert not any(p._backward_hooks for p in model.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_norm_layers_give_all_layers_while_they_calibrate_and_their_share_of_the_trace_afterwards():
+    model = _model()
+    norms = [p for i in (1, 4) for p in model[i].parameters()]
+    noise, traces, norm_traces = GradientNoise(model, method="norm_layers"), [], []
+    for step in range(FIRST + 4):
+        model.zero_grad()
+        x, y = _batch(step)
+        whole, big = _naive(model, x, y, list(model.parameters()))
+        own, _ = _naive(model, x, y, norms)
+        _passes(noise, model, x, y, [5, 7])
+        noise.step()
+        if step <= FIRST:  # the first ten, and the first of the ones that come again
+            traces, norm_traces = [*traces, whole.trace], [*norm_traces, own.trace]
+            expected = whole
+        else:
+            weights = [0.95**k for k in reversed(range(len(traces)))]
+            alpha = sum(w * t for w, t in zip(weights, traces, strict=True)) / sum(
+                w * t for w, t in zip(weights, norm_traces, strict=True)
+            )
+            expected = (big - alpha * own.trace / 12, alpha * own.trace)
+        assert noise.pair == pytest.approx(expected, rel=1e-9)
+    assert (AGAIN, noise.skipped) == (50, 0)
+    assert "times that of its norms" in noise.estimate().method
+
+
+def test_the_share_of_the_trace_widens_the_interval():
+    layers = NormLayers(_model(), coverage=0.95)
+    for trace in (9.0, 10.0, 11.0, 10.5, 9.5):
+        layers.calibrate(trace, 1.0)
+    plain = Estimate(100.0, 80.0, 125.0, "")
+    wide, at_large = layers.widened(plain, 50.0), layers.widened(plain, 1e9)
+    assert wide.low < at_large.low < 80 and wide.high > at_large.high > 125 and wide.value == 100
+    alpha = layers._alpha.ratio(lowest=0.0)
+    squares = math.log(1.25) ** 2 + (3 * math.log(alpha.high / alpha.value)) ** 2
+    assert math.log(wide.high / 100) == pytest.approx(math.sqrt(squares), rel=1e-9)
+    unknown = NormLayers(_model(), coverage=0.95)
+    assert unknown.widened(plain, 50.0).low == 0 and unknown.widened(plain, 50.0).high == math.inf
+    assert unknown.pair(1.0, 1.0, 12) is None
+
+
+class _Norms(nn.Module):
+    """Every kind of norm, one used twice, in float64."""
+
+    def __init__(self, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.first, self.twice, self.root = nn.Linear(6, 8), nn.LayerNorm(8), nn.RMSNorm(8, eps=1e-5)
+        self.group, self.bare, self.last = (
+            nn.GroupNorm(2, 4),
+            nn.LayerNorm(8, elementwise_affine=False),
+            nn.Linear(8, 3),
+        )
+        for p in self.parameters():
+            nn.init.normal_(p, 0.5)
+
+    def forward(self, x):
+        h = self.first(x).unsqueeze(1).repeat(1, 5, 1) * torch.arange(1, 6).view(1, 5, 1)
+        h = self.root(torch.tanh(self.twice(torch.tanh(self.twice(h))))) + self.bare(h)
+        h = self.group(h.unflatten(2, (4, 2)).transpose(1, 2)).transpose(1, 2).flatten(2)
+        return self.last(h.mean(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_norms_own_hooks_have_what_the_general_rules_have(dtype):
+    model, (x, y) = _Norms().to(dtype), _batch(0)
+    parameters = [p for name, p in model.named_parameters() if name.split(".")[0] in ("twice", "root", "group")]
+    fast, general = NormPieces(model, parameters), ExamplePieces(model, parameters)
+    for source in (fast, general):
+        with source.watch(12):
+            F.cross_entropy(model(x.to(dtype)), y).backward()
+    assert fast.sound and len(parameters) == 5
+    seen, expected = ({p: float(s) for p, s in source.take()[0].squares.items()} for source in (fast, general))
+    assert seen == pytest.approx(expected, rel=1e-10 if dtype == torch.float64 else 1e-4)
+
+
+def test_norms_that_do_not_see_examples_first_are_measured_by_the_general_rules():
+    class Turned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.norm, self.last = nn.LayerNorm(6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            turned = torch.stack([x, 2 * x, x.square()])  # (3, n, 6)
+            return self.last(self.norm(turned).mean(0))
+
+    model = Turned().double()
+    noise = GradientNoise(model, method="norm_layers")
+    for step in range(FIRST + 3):
+        model.zero_grad()
+        x, y = _batch(step)
+        _passes(noise, model, x, y, [12])
+        noise.step()
+    assert isinstance(noise._norm_layers.source, ExamplePieces)
+    own, _ = _naive(model, x, y, list(model.norm.parameters()))
+    trace, norm = noise._norm_layers._alpha.means
+    assert noise.pair.trace == pytest.approx(trace / norm * own.trace, rel=1e-9)
+
+
+def test_the_state_goes_on_where_it_was():
+    def run(resume_at):
+        model = _model()
+        noise, seen = GradientNoise(model, method="norm_layers"), []
+        for step in range(16):
+            if step == resume_at:
+                state = noise.state_dict()
+                noise = GradientNoise(model, method="norm_layers")
+                noise.load_state_dict(state)
+            model.zero_grad()
+            _passes(noise, model, *_batch(step), [12])
+            estimate = noise.step()
+            seen.append((*noise.pair, estimate.value, estimate.low, estimate.high))
+        return seen
+
+    expected = [pytest.approx(step, rel=1e-9, nan_ok=True) for step in run(None)]
+    assert run(5) == expected and run(12) == expected
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: GradientNoise(nn.Linear(2, 2), method="norm_layers"), "needs a layer, RMS, group or instance norm"),
+        (
+            lambda: GradientNoise(
+                nn.Linear(2, 2),
+                method="per_example",
+                weighting="preconditioned",
+                optimizer=torch.optim.Adam([torch.zeros(1, requires_grad=True)]),
+            ),
+            'preconditioned" needs method "micro_batch" or "ranks", got \'per_example\'',
+        ),
+        (lambda: GradientNoise(nn.Linear(2, 2), method="per_example").step(), "step needs at least one micro_batch"),
+    ],
+)
+def test_bad_input_is_named(call, message):
+    with pytest.raises(InputError, match=message):
+        call()
+
+
+def test_one_example_says_that_there_is_nothing_to_compare():
+    for method in ("per_example", "norm_layers"):
+        model = _model()
+        noise = GradientNoise(model, method=method)
+        _passes(noise, model, *(part[:1] for part in _batch(0)), [1])
+        got = noise.step()
+        assert math.isnan(got.value) and got.high == math.inf and "a step has nothing to be compared with" in got.method
