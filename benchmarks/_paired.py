@@ -63,8 +63,18 @@ def arguments(description: str | None, *, pairs: int) -> argparse.Namespace:
 
 def report(name: str, claim: str, rows: Sequence[dict[str, Any]], *, save: bool) -> None:
     """Prints one JSON object: the claim, the rows, versions and machine; also into results/NAME.json if asked."""
-    result = {"benchmark": name, "claim": claim, "rows": list(rows), "versions": versions(), "machine": machine()}
+    found = result(name, claim, rows)
     if save:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-    print(json.dumps(result | {"rows": [{k: v for k, v in row.items() if k != "pairs"} for row in rows]}))
+        write(found)
+    print(json.dumps(found | {"rows": [{k: v for k, v in row.items() if k != "pairs"} for row in rows]}))
+
+
+def result(name: str, claim: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """With the versions of what was measured and the machine that it was measured on."""
+    return {"benchmark": name, "claim": claim, "rows": list(rows), "versions": versions(), "machine": machine()}
+
+
+def write(found: dict[str, Any]) -> None:
+    """Into results/NAME.json."""
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{found['benchmark']}.json").write_text(json.dumps(found, indent=1) + "\n", "utf-8")

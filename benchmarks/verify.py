@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from _paired import report
+from _paired import report, result, write
 
 import batchlab as bl
 from batchlab.core.facts import Facts
@@ -50,11 +50,13 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     for name in given.jobs:
-        rows = []
+        rows, claim = [], " ".join((__doc__ or "").split("\n\n")[0].split())
         for seed in range(given.seeds):
             rows.append({"job": name} | verify(JOBS[name](target=_target(given.target)), seed, given))
             print(_sentence(rows[-1]), flush=True)
-        report(f"verify_{name}", " ".join((__doc__ or "").split("\n\n")[0].split()), to_plain(rows), save=given.save)
+            if given.save:  # a seed takes minutes to an hour: what is done is kept
+                write(result(f"verify_{name}", claim, to_plain(rows)))
+        report(f"verify_{name}", claim, to_plain(rows), save=given.save)
 
 
 def verify(job: bl.Job, seed: int, given: argparse.Namespace) -> dict[str, Any]:

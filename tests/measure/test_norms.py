@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchlab.measure.norms import CHUNK, sq_norm, to_floats, total
+from batchlab.measure.norms import CHUNK, sq_norm, sq_norm_of_sum, to_floats, total
 
 DTYPES = {torch.float64: 1e-13, torch.float32: 1e-4, torch.bfloat16: 1e-4, torch.float16: 1e-4}
 SHAPES = [(), (1,), (0,), (3, 5), (CHUNK,), (CHUNK + 1,), (2, CHUNK), (3, 7, 9999)]
@@ -43,6 +43,15 @@ def test_the_layout_changes_nothing(view):
     assert sq_norm(gradient).item() == pytest.approx(naive(gradient), rel=1e-13)
     weight = random(gradient.shape, torch.float64, seed=1).abs()
     assert sq_norm(gradient, weight).item() == pytest.approx(naive(gradient, weight), rel=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("views", [(torch.clone, torch.clone), (torch.t, torch.t), (torch.t, lambda g: g.t().clone())])
+@pytest.mark.parametrize("size", [7, 301])
+def test_of_a_sum_it_is_that_of_the_sum_made(size, views, dtype):
+    """Also longer than a chunk, and where the two do not lie alike in memory: the first's places are the second's."""
+    a, b = (view(random((size, size), dtype, seed=i)) for i, view in enumerate(views))
+    assert sq_norm_of_sum(a, b) == pytest.approx(naive(a + b), rel=DTYPES[dtype] / 10)
 
 
 @given(rows=st.lists(st.integers(0, 5), max_size=20))

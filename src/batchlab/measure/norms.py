@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 CHUNK = 2**16
+_DEVICE_CHUNK = 2**24
 
 
 def sq_norm(gradient: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -31,11 +32,16 @@ def sq_norm(gradient: Tensor, weight: Tensor | None = None) -> Tensor:
     return torch.dot(rows, rows) + _norm(whole[even:], dtype).square()
 
 
-def inner(a: Tensor, b: Tensor) -> float | Tensor:
-    """Σ a·b of two dense tensors of one shape: a number on a CPU, a scalar elsewhere; in chunks as `sq_norm` is."""
-    dtype, parts = _wide(a), zip(*(torch.split(each.detach().reshape(-1), CHUNK) for each in (a, b)), strict=True)
-    dots = [torch.dot(x.to(dtype), y.to(dtype)) for x, y in parts]
-    return total(dots) if a.is_cpu else torch.stack(dots).sum()
+def sq_norm_of_sum(a: Tensor, b: Tensor) -> float | Tensor:
+    """|a + b|² of two dense tensors of one shape, never holding more than a part of a + b.
+
+    A number on a CPU, a scalar elsewhere.
+    """
+    a, b = a.detach(), b.detach()
+    a, b = (flat(a), flat(b)) if a.stride() == b.stride() else (a.reshape(-1), b.reshape(-1))
+    size = CHUNK if a.is_cpu else _DEVICE_CHUNK
+    squares = [sq_norm(x + y) for x, y in zip(a.split(size), b.split(size), strict=True)]
+    return total(squares) if a.is_cpu else torch.stack(squares).sum()
 
 
 def _norm(tensor: Tensor, dtype: torch.dtype, dim: int | None = None) -> Tensor:

@@ -31,8 +31,8 @@ PHASES = ("data", "forward", "backward", "step", "evaluation")
 
 def without_freeing(patch):
     """For steps that hold nothing: collecting garbage takes 50 ms."""
-    for module in ("memory", "size_finder", "subjects"):
-        patch.setattr(f"batchlab.measure.{module}.free", lambda device=None: None)
+    for module in ("micro_batch", "size_finder", "subjects"):
+        patch.setattr(f"batchlab.measure.memory.{module}.free", lambda device=None: None)
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from batchlab.core.errors import InputError
 from batchlab.measure.noise.preconditioner import Preconditioner
 from batchlab.measure.noise.witness import Witness
-from batchlab.measure.norms import CHUNK, flat, inner, sq_norm
+from batchlab.measure.norms import CHUNK, flat, sq_norm, sq_norm_of_sum
 from batchlab.measure.shards import Mesh, is_spread, part_like, share
 
 
@@ -122,10 +122,13 @@ class PieceNorms:
         else:
             self._pieces.append(Piece(examples, self._seen))
 
-    def _hook(self, index: int, leaf: Tensor) -> Callable[[Tensor], None]:
+    def _plain(self, leaf: Tensor) -> bool:
+        """Whether one dot product gives the square."""
         plain = leaf.is_cpu and leaf.numel() <= CHUNK and leaf.dtype in (torch.float32, torch.float64)
-        plain = plain and self._weights is None and not is_spread(leaf)
-        dot, strided, vector = torch.dot, torch.strided, leaf.ndim == 1
+        return plain and self._weights is None and not is_spread(leaf)
+
+    def _hook(self, index: int, leaf: Tensor) -> Callable[[Tensor], None]:
+        plain, dot, strided, vector = self._plain(leaf), torch.dot, torch.strided, leaf.ndim == 1
 
         def see(gradient: Tensor) -> None:
             if self._examples is None:
@@ -144,21 +147,24 @@ class PieceNorms:
         return see
 
     def _merged_hook(self, index: int, leaf: Tensor) -> Callable[[Tensor], None]:
+        plain, dot, strided = self._plain(leaf), torch.dot, torch.strided
+
         def see(gradient: Tensor) -> None:
-            if self._examples is not None:
-                before = leaf.grad
-                if before is None and index in self._seen:
-                    raise InputError(
-                        'method "ranks" reads the sum of a rank\'s micro-batches off .grad, which was taken away '
-                        "between two of them: under fully_shard, set_requires_gradient_sync(False) on all but the last"
-                    )
-                known = self._seen.get(index)
-                if before is None:
-                    self._seen[index] = self._square(index, gradient)
-                elif known is None or self._weights is not None or is_spread(leaf) or gradient.is_sparse:
-                    self._seen[index] = self._square(index, before + gradient)
-                else:  # |a + b|² without making a + b
-                    self._seen[index] = known + 2 * inner(before, gradient) + self._square(index, gradient)
+            if self._examples is None:
+                return
+            before = leaf.grad
+            if before is None and index in self._seen:
+                raise InputError(
+                    'method "ranks" reads the sum of a rank\'s micro-batches off .grad, which was taken away '
+                    "between two of them: under fully_shard, set_requires_gradient_sync(False) on all but the last"
+                )
+            if plain and gradient.layout is strided:
+                numbers = flat(gradient if before is None else before + gradient)
+                self._seen[index] = dot(numbers, numbers).item()
+            elif before is None or self._weights is not None or is_spread(leaf) or gradient.is_sparse:
+                self._seen[index] = self._square(index, gradient if before is None else before + gradient)
+            else:
+                self._seen[index] = sq_norm_of_sum(before, gradient)
 
         return see
 
