@@ -11,7 +11,7 @@ from batchlab.core.files import write_atomic
 from batchlab.core.job import Target
 from batchlab.core.jsonio import dumps
 from batchlab.core.jsonl import append_line
-from batchlab.core.study import Study, at_edge, row, winner
+from batchlab.core.study import Study, at_edge, chosen, contenders, row
 
 
 def trial(number, status="reached", steps=100, *, rate=None, kind="search", batch_size=16, seed=0, **changes):
@@ -59,13 +59,42 @@ def study_folder(path, trials, **meta):
         max_size=12,
     )
 )
-def test_the_winner_is_the_first_of_the_table_sorted_by_steps_and_number(table):
+def test_contenders_are_those_that_reached_sorted_by_steps_and_number(table):
     trials = [trial(number, status, steps, kind=kind) for number, (status, steps, kind) in enumerate(table)]
     good = sorted(
         (steps, n) for n, (status, steps, kind) in enumerate(table) if (status, kind) == ("reached", "search")
     )
-    found = winner(reversed(trials))
-    assert (found and (found["steps_to_target"], found["number"])) == (good[0] if good else None)
+    found = contenders(reversed(trials))
+    assert [(trial["steps_to_target"], trial["number"]) for trial in found] == good
+
+
+def confirmed(rate, *steps):
+    """Runs of a rate with fresh seeds; a negative number of steps did not reach the target."""
+    return [
+        trial(k, "reached" if s > 0 else "not reached", abs(s), kind="confirm", rate=rate, id=f"{rate} {k}")
+        for k, s in enumerate(steps)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fresh", "rate"),
+    [
+        ({}, 1.0),
+        ({1.0: [30, 32, 34]}, 1.0),
+        ({1.0: [30, 32, 34], 2.0: [28, 29, 99]}, 2.0),
+        ({1.0: [30, -3, -3], 2.0: [60, 60, 60]}, 2.0),
+        ({1.0: [-3, -3, -3], 2.0: [-3, -3, -3]}, 1.0),
+        ({1.0: [30, 32, 34], 2.0: [5]}, 1.0),
+        ({1.0: [30, 32, 34], 9.0: [1, 1, 1]}, 1.0),
+    ],
+    ids=["none yet", "one", "the better median", "failures are longest", "all fail", "fewer seeds", "no contender"],
+)
+def test_of_contenders_run_again_the_best_median_is_chosen(fresh, rate):
+    search = [trial(0, steps=10, rate=1.0), trial(1, steps=12, rate=2.0), trial(2, "diverged", 3, rate=9.0)]
+    trials = search + [t for each, steps in fresh.items() for t in confirmed(each, *steps)]
+    found = chosen(trials)
+    assert found["learning_rate"] == rate and found["kind"] == "search"
+    assert chosen([t for t in trials if t["status"] != "reached" or t["kind"] != "search"]) is None
 
 
 def test_best_is_of_one_batch_size_and_none_where_nothing_reached(tmp_path):
@@ -85,7 +114,7 @@ def test_best_is_of_one_batch_size_and_none_where_nothing_reached(tmp_path):
     assert study.best(128) is None and study.best(32) is None
 
 
-def test_rows_hold_fresh_seeds_of_the_winner_only(tmp_path):
+def test_rows_hold_fresh_seeds_of_the_best_only(tmp_path):
     fresh = [
         trial(0, steps=110, kind="confirm", rate=2.0, seed=1),
         trial(1, steps=130, kind="confirm", rate=2.0, seed=2, id="b"),

@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import os
 import signal
+import statistics
 
 import optuna
 import pytest
@@ -23,7 +24,7 @@ from batchlab.spine import trial_queue
 from batchlab.spine.learner import Learner
 from batchlab.spine.plan import plan as make_plan
 from batchlab.spine.sweep import parse_batch_sizes, sweep
-from batchlab.spine.sweep_search import trial_plan
+from batchlab.spine.sweep_search import BatchSearch, trial_plan
 from batchlab.spine.trial import next_evaluation, run_trial
 from tests.spine.forked import in_child
 from tests.spine.sweep_jobs import TARGET, linear_facts, linear_job, squared_error
@@ -86,6 +87,16 @@ def test_bad_batch_sizes_are_named(text, message):
         parse_batch_sizes(text)
 
 
+def medians(study, batch_size):
+    """Of the fresh runs, by learning rate; every one of them has as many."""
+    runs = {}
+    for t in study.trials():
+        if (t["kind"], t["batch_size"]) == ("confirm", batch_size):
+            runs.setdefault(t["learning_rate"], []).append(t["steps_to_target"] or math.inf)
+    assert {len(steps) for steps in runs.values()} == {SEEDS}
+    return {rate: statistics.median(steps) for rate, steps in runs.items()}
+
+
 def test_each_size_is_searched_and_its_winner_confirmed(finished):
     study, _ = finished
     assert study.summary["status"] == "finished" == study.meta["status"]
@@ -96,7 +107,10 @@ def test_each_size_is_searched_and_its_winner_confirmed(finished):
         assert len({t["learning_rate"] for t in tried}) == len(tried)
         assert all(t["low_rate"] <= t["learning_rate"] <= t["high_rate"] for t in tried)
         assert {t["seed"] for t in tried} == {0} and len(row["seeds"]) == SEEDS
-        assert row["search_steps"] == min(t["steps_to_target"] for t in tried if t["status"] == "reached")
+        fewest = min((t for t in tried if t["status"] == "reached"), key=lambda t: t["steps_to_target"])
+        again = medians(study, row["batch_size"])
+        assert fewest["learning_rate"] in again and row["median"] == min(again.values())
+        assert row["learning_rate"] == study.best(row["batch_size"])["learning_rate"]
         assert len(row["steps"]) == SEEDS and row["resolution"] <= max(1, 0.03 * row["high"])
     assert len({t["id"] for t in study.trials()}) == len(study.trials())
     assert len({seed for row in study.rows() for seed in [0, *row["seeds"]]}) == 1 + SEEDS * len(SIZES)
@@ -353,6 +367,47 @@ def test_divergence_is_recorded_and_never_wins(tmp_path):
     assert row["diverged"] >= 3 and row["learning_rate"] < 1.0
     assert all(t["steps_to_target"] is None for t in tried if t["status"] == "diverged")
     assert min(t["low_rate"] for t in tried) < 3.0 / 4
+
+
+def _raced(searched, fresh):
+    """Which rates run again, by number of the search trial; trial k takes searched[k] steps, and fresh[k] again."""
+    search = BatchSearch(
+        optuna.storages.InMemoryStorage(),
+        "toy",
+        trial_plan(linear_job(), linear_facts(), 16),
+        trials=2,
+        seeds=3,
+        seed=0,
+    )
+    numbers, again = {}, []
+    while (task := search.next_task()) is not None:
+        rate = task.plan.learning_rate
+        if task.kind == "search":
+            numbers[rate] = len(numbers)
+        else:
+            again.append(numbers[rate])
+        steps = (searched if task.kind == "search" else fresh)[numbers[rate]]
+        task.claim.finish(task.record({"status": "reached" if steps else "not reached", "steps_to_target": steps}))
+    assert search.finished and len(search.records()) == len(numbers) + len(again)
+    assert search.counts() == (len(numbers) + 3 * max(1, len(set(again))),) * 2
+    assert all(again.count(number) == 3 for number in again)
+    return list(dict.fromkeys(again))
+
+
+@pytest.mark.parametrize(
+    ("searched", "fresh", "again"),
+    [
+        ([50, 52], [60, 1], [0]),
+        ([50, 52], [63, 70], [0, 1]),
+        ([52, 50], [70, 70], [1, 0]),
+        ([50, 52], [None, 70], [0, 1]),
+        ([50, None], [None, 70], [0]),
+        ([None, None], [1, 1], []),
+    ],
+    ids=["within a fifth", "beyond", "the other first", "never again", "no other", "none"],
+)
+def test_the_next_contender_runs_again_only_where_it_may_be_better(searched, fresh, again):
+    assert _raced(searched, fresh) == again
 
 
 def test_hopeless_trials_stop_at_twice_the_best(finished):

@@ -74,8 +74,8 @@ class Study:
     def trials(self) -> list[dict[str, Any]]:
         """One dict a trial that ended, each once, in the order written; a line still being written is left out.
 
-        id; kind: "search", or "confirm" for the winner with a fresh seed; batch_size; number: within its batch size
-        and kind; learning_rate; low_rate, high_rate: the range it was drawn from; seed; status: "reached",
+        id; kind: "search", or "confirm" for one of its best with a fresh seed; batch_size; number: within its batch
+        size and kind; learning_rate; low_rate, high_rate: the range it was drawn from; seed; status: "reached",
         "not reached" (within `steps` updates), "diverged" or "interrupted"; steps_to_target: updates, or None;
         resolution: updates since the evaluation before; steps, examples, seconds: of training, to the target or the
         end; metric: the target's, at the end; evaluations: (updates, metric).
@@ -87,11 +87,11 @@ class Study:
         return list(read_lines(self.path / PLAN_TRIALS_FILE))
 
     def best(self, batch_size: int) -> dict[str, Any] | None:
-        """The search trial with the fewest updates to the target; of equal ones the first by number. None if none.
+        """The search trial whose learning rate is the best, as `chosen` finds it. None if none reached the target.
 
         Its steps are too good on average, for it was chosen by them: `rows` has those of fresh seeds.
         """
-        found = winner([trial for trial in self.trials() if trial["batch_size"] == batch_size])
+        found = chosen([trial for trial in self.trials() if trial["batch_size"] == batch_size])
         return None if found is None else dict(found)
 
     def rows(self) -> list[dict[str, Any]]:
@@ -115,13 +115,32 @@ class Study:
         return {"status": "running", "rows": self.rows(), "seconds": seconds} | empty
 
 
-def winner(trials: Iterable[Trial]) -> Trial | None:
-    """Of the search trials of one batch size, the one with the fewest updates to the target, then the least number.
+def contenders(trials: Iterable[Trial]) -> list[Trial]:
+    """The search trials of one batch size that reached the target: by updates to it, then by number.
 
-    Diverged, interrupted and unsuccessful trials are never it.
+    Diverged, interrupted and unsuccessful trials are never among them.
     """
     good = [trial for trial in trials if trial["kind"] == SEARCH and trial["status"] == REACHED]
-    return min(good, key=lambda trial: (trial["steps_to_target"], trial["number"]), default=None)
+    return sorted(good, key=lambda trial: (trial["steps_to_target"], trial["number"]))
+
+
+def chosen(trials: Sequence[Trial]) -> Trial | None:
+    """Of the contenders whose learning rate ran again with the most fresh seeds, the one of the fewest steps there.
+
+    By the median; a run that did not reach the target counts as longer than any that did. The first contender before
+    any ran again, None where there is none.
+    """
+    fresh: dict[float, list[float]] = {}
+    for trial in trials:
+        if trial["kind"] == CONFIRM and trial["status"] != INTERRUPTED:
+            steps = trial["steps_to_target"]
+            fresh.setdefault(trial["learning_rate"], []).append(math.inf if steps is None else steps)
+    found = contenders(trials)
+    most = max((len(fresh.get(trial["learning_rate"], ())) for trial in found), default=0)
+    if most:
+        found = [trial for trial in found if len(fresh.get(trial["learning_rate"], ())) == most]
+        found.sort(key=lambda trial: statistics.median(fresh[trial["learning_rate"]]))
+    return found[0] if found else None
 
 
 def at_edge(trials: Iterable[Trial], learning_rate: float) -> int:
@@ -142,15 +161,15 @@ def at_edge(trials: Iterable[Trial], learning_rate: float) -> int:
 def row(batch_size: int, trials: Sequence[Trial]) -> dict[str, Any]:
     """What the trials of one batch size say together. Steps are updates; None where there is no such number.
 
-    learning_rate: the winner's. search_steps: its own steps to the target, too good on average.
+    learning_rate: the best, as `chosen` finds it. search_steps: those of its search trial, too good on average.
     steps: those of the same learning rate with fresh seeds, None for one that did not reach the target; `seeds`.
     median, low, high: of `steps`, a run that did not reach the target counting as longer than any that did.
     examples, seconds: medians of the same runs, to the target or the end. resolution: the most updates between two
-    evaluations at the target. at_edge: whether the winner lies in the outer 5 % of the learning rates tried: the best
+    evaluations at the target. at_edge: whether the best lies in the outer 5 % of the learning rates tried: the best
     may be beyond. trials, reached, diverged: counts of search trials that ended.
     """
     ended = [trial for trial in trials if trial["kind"] == SEARCH and trial["status"] != INTERRUPTED]
-    best = winner(trials)
+    best = chosen(trials)
     result: dict[str, Any] = {
         "batch_size": batch_size,
         "learning_rate": None if best is None else best["learning_rate"],

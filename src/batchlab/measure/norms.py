@@ -40,7 +40,8 @@ def sq_norm_of_sum(a: Tensor, b: Tensor) -> float | Tensor:
     a, b = a.detach(), b.detach()
     a, b = (flat(a), flat(b)) if a.stride() == b.stride() else (a.reshape(-1), b.reshape(-1))
     size = CHUNK if a.is_cpu else _DEVICE_CHUNK
-    squares = [sq_norm(x + y) for x, y in zip(a.split(size), b.split(size), strict=True)]
+    parts = zip(torch.split(a, size), torch.split(b, size), strict=True)
+    squares = [sq_norm(x + y) for x, y in parts]
     return total(squares) if a.is_cpu else torch.stack(squares).sum()
 
 

@@ -1,7 +1,8 @@
 """`sweep`: steps to target against batch size, the learning rate tuned at each. The truth that plans are held against.
 
 Shallue et al. 2019 (arXiv 1811.03600): at each batch size the learning rate is searched anew, and the fewest steps to
-a goal on held-out data count. The winner of a search is lucky, so it runs again with fresh seeds, and those count.
+a goal on held-out data count. The winner of a search is lucky, so it runs again with fresh seeds, and those count;
+where they take so much longer that another contender may be better, that one runs again too.
 """
 
 from __future__ import annotations
@@ -53,8 +54,9 @@ def sweep(
 
     batch_sizes: examples an update, or a text that `parse_batch_sizes` reads. trials: learning rates tried at each,
     evenly in the logarithm over 1/4 to 4 times what the planner's rule gives; where the best lies in the outer 5 % of
-    those tried, half as many more beyond it, at most three times. seeds: fresh seeds with which each winner runs
-    again, others at each batch size, so that the fit's residuals show a seed's luck too. seed: of the search, the same
+    those tried, half as many more beyond it, at most three times. seeds: fresh seeds with which the
+    best run again (one, or up to four while the median is more than a fifth above what the search saw of the next),
+    others at each batch size, so that the fit's residuals show a seed's luck too. seed: of the search, the same
     in all its trials; the fresh ones are drawn from it.
     facts: of `job`, for the target, the base learning rate and the expected steps; probed if None.
     storage: database URL that workers on many machines share; a SQLite file in `out` if None.

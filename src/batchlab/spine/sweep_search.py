@@ -1,11 +1,12 @@
-"""What is to be run at one batch size: the search for a learning rate, then its winner again with fresh seeds."""
+"""What is to be run at one batch size: the search for a learning rate, then its best again with fresh seeds."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from batchlab.core.facts import Facts
 from batchlab.core.job import Job
 from batchlab.core.plan import Plan
 from batchlab.core.random import derive_seed
-from batchlab.core.study import CONFIRM, SEARCH, Trial, at_edge, winner
+from batchlab.core.study import CONFIRM, SEARCH, Trial, at_edge, contenders
 from batchlab.spine.plan import plan as make_plan
 from batchlab.spine.trial_queue import Claim, TrialQueue
 
@@ -25,6 +26,7 @@ WIDENINGS = 3
 FEWEST_TO_WIDEN = 3
 HOPELESS_FACTOR = 2.0
 MOST_STEPS_FACTOR = 4.0
+CONTENDERS, LUCK = 4, 1.2
 LOOK_EVERY_SECONDS = 1.0
 
 
@@ -104,36 +106,51 @@ class BatchSearch:
         records = self._search.records()
         if self._widen(records):
             return self.next_task()
-        best = winner(records)
-        if best is None:
-            self.finished = True
-            return None
-        return self._next_fresh(best)
+        return self._next_fresh(records)
 
-    def _next_fresh(self, best: Trial) -> Task | None:
-        """The winner again with a seed that it has not met, to the target or four times the steps it took."""
-        rate, steps = best["learning_rate"], best["steps_to_target"]
-        queue = self._fresh(rate)
-        claim = queue.take([(rate, rate, self.seeds)])
-        if claim is not None:
-            plan = dataclasses.replace(self._at(claim), steps=math.ceil(MOST_STEPS_FACTOR * steps))
-            return Task(claim, CONFIRM, plan, self._fresh_seed(claim.run), steps, _Alive(claim, math.inf))
-        self.finished = not queue.running()
+    def _next_fresh(self, records: Sequence[Trial]) -> Task | None:
+        """A contender again with a seed that it has not met, to the target or four times the steps it took."""
+        for contender, queue in self._race(records):
+            rate, steps = contender["learning_rate"], contender["steps_to_target"]
+            claim = queue.take([(rate, rate, self.seeds)])
+            if claim is not None:
+                plan = dataclasses.replace(self._at(claim), steps=math.ceil(MOST_STEPS_FACTOR * steps))
+                return Task(claim, CONFIRM, plan, self._fresh_seed(claim.run), steps, _Alive(claim, math.inf))
+            if queue.running():
+                return None
+        self.finished = True
         return None
+
+    def _race(self, records: Sequence[Trial]) -> Iterator[tuple[Trial, TrialQueue]]:
+        """The contenders to run with fresh seeds, at most four, each with its queue, as far as is known.
+
+        The search's own steps are the luck of one seed, so a contender's are the fewest to hope for: the next one runs
+        while the best median so far is more than a fifth above what it promises.
+        """
+        best = math.inf
+        for contender in contenders(records)[:CONTENDERS]:
+            if best <= LUCK * contender["steps_to_target"]:
+                return
+            queue = self._fresh(contender["learning_rate"])
+            yield contender, queue
+            steps = [math.inf if r["steps_to_target"] is None else r["steps_to_target"] for r in queue.records()]
+            if len(steps) < self.seeds:
+                return
+            best = min(best, statistics.median(steps))
 
     def _fresh_seed(self, run: int) -> int:
         """Another at every batch size: a seed's luck would be much the same at all, and the fit would not see it."""
         return derive_seed(self.seed, "fresh", self.plan.batch_size, run) % 2**31
 
     def records(self) -> list[dict[str, Any]]:
-        """All that ended, of the search and of the present winner."""
+        """All that ended, of the search and of the contenders."""
         searched = self._search.records()
-        best = winner(searched)
-        return searched + ([] if best is None else self._fresh(best["learning_rate"]).records())
+        return searched + [record for _, queue in self._race(searched) for record in queue.records()]
 
     def counts(self) -> tuple[int, int]:
         """Trials that ended, and trials wanted as far as is known."""
-        wanted = sum(count for _, _, count in self._ranges()) + self.seeds
+        race = sum(1 for _ in self._race(self._search.records()))
+        wanted = sum(count for _, _, count in self._ranges()) + self.seeds * max(1, race)
         return (wanted if self.finished else min(len(self.records()), wanted)), wanted
 
     def _fresh(self, rate: float) -> TrialQueue:
@@ -164,7 +181,7 @@ class BatchSearch:
 
     def _side(self, records: Sequence[Trial]) -> int:
         """Towards which side the best lies: by steps to target, else by metric; down if all diverged."""
-        best = winner(records)
+        best = next(iter(contenders(records)), None)
         if best is None:
             sign = 1.0 if self.plan.target is None or self.plan.target.direction == "min" else -1.0
             ended = [r for r in records if isinstance(r["metric"], (int, float)) and math.isfinite(r["metric"])]

@@ -9,7 +9,7 @@ from typing import Any
 
 from batchlab.core.errors import InputError
 from batchlab.core.jsonio import JsonNoun
-from batchlab.core.study import Study, winner
+from batchlab.core.study import Study, chosen
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def _winners(study: Study) -> list[Mapping[str, Any]]:
     trials = study.trials()
     found: list[Mapping[str, Any]] = []
     for row in study.rows():
-        best = winner([trial for trial in trials if trial["batch_size"] == row["batch_size"]])
+        best = chosen([trial for trial in trials if trial["batch_size"] == row["batch_size"]])
         if best is not None:
             found.append(dict(best) | {"at_edge": row["at_edge"]})
     return found
