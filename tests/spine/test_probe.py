@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from batchlab.core.errors import InputError
-from batchlab.core.facts import Facts
+from batchlab.core.facts import Estimate, Facts
 from batchlab.core.job import Job, Target
 from batchlab.core.run import Run
+from batchlab.spine import gather
 from batchlab.spine.plan import plan
 from batchlab.spine.probe import probe
 from batchlab.spine.reference import FEWEST_STEPS, derived_target, flattened
@@ -132,6 +133,16 @@ def test_a_slow_job_still_gets_fifteen_updates():
     assert facts.reference.steps >= FEWEST_STEPS
     assert any("the budget ended the reference run" in note for note in facts.warnings)
     assert any("common default, not measured" in note for note in facts.warnings)
+
+
+@pytest.mark.parametrize(
+    ("low", "value", "high", "said"),
+    [(50.0, 90.0, 200.0, None), (29.0, 90.0, 200.0, "29 to 200"), (50.0, 90.0, 271.0, "50 to 271"), (0, 0, 0, None)],
+)
+def test_a_wide_noise_scale_is_warned_of(low, value, high, said):
+    warned = gather._unsure(Estimate(value, low, high, "by hand"))
+    assert (said is None and not warned) or said in warned[0]
+    assert gather._unsure(Estimate(math.nan, 0.0, math.inf, "undefined")) == []
 
 
 @pytest.mark.parametrize(

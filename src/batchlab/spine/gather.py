@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from batchlab.core.facts import Facts, LearningRateTrial, NoisePoint, Reference
+from batchlab.core.facts import Estimate, Facts, LearningRateTrial, NoisePoint, Reference
 from batchlab.core.job import Job, Target
 from batchlab.core.plan import Plan
 from batchlab.core.provenance import machine
@@ -20,6 +20,7 @@ from batchlab.measure.speed.step_time import Throughput
 from batchlab.spine.reference import FEWEST_STEPS, Course
 
 MOST_POINTS = 60
+WIDE = 3.0
 
 
 def gather(
@@ -74,7 +75,7 @@ def gather(
         target=target,
         target_origin=origin,
         evaluation_seconds=statistics.median(first.evaluation_seconds),
-        warnings=(*warnings, *_warned(first, origin, reached, steps)),
+        warnings=(*warnings, *_warned(first, origin, reached, steps), *_unsure(noise)),
         notes=(*_of_data(job), *notes, *_said(courses, target, origin, reached, found)),
         seed=seed,
     )
@@ -116,6 +117,16 @@ def _said(
             f"updates to the target at the base batch size with {len(reached)} seeds: {steps}; the median counts"
         )
     return notes
+
+
+def _unsure(noise: Estimate) -> list[str]:
+    """Where the plan's batch size rests on little: an end of the interval more than three times away."""
+    if not noise.defined or (noise.low * WIDE >= noise.value and noise.high <= WIDE * noise.value):
+        return []
+    return [
+        f"the noise scale is known no closer than {noise.low:.3g} to {noise.high:.3g} examples: a larger budget fits "
+        "more runs, and narrows it"
+    ]
 
 
 def _warned(first: Course, origin: str, reached: Sequence[int | None], to_target: int | None) -> list[str]:

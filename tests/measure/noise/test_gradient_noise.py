@@ -315,13 +315,36 @@ def _rank_pairs(folder, method, per_rank):
     torch.save(torch.tensor(noise.pair, dtype=torch.float64), folder / f"{rank}.pt")
 
 
-@pytest.mark.parametrize(("method", "per_rank"), [("ranks", [16]), ("micro_batch", [8, 8]), ("micro_batch", [5, 11])])
+@pytest.mark.parametrize(
+    ("method", "per_rank"), [("ranks", [16]), ("ranks", [5, 4, 7]), ("micro_batch", [8, 8]), ("micro_batch", [5, 11])]
+)
 def test_ranks_give_what_one_process_gives(tmp_path, method, per_rank):
     assert in_ranks(2, tmp_path, _rank_pairs, tmp_path, method, per_rank) == [0, 0]
-    expected = _expected(_model(dtype=torch.float64), per_rank * 2)
+    pieces = [sum(per_rank)] if method == "ranks" else per_rank
+    expected = _expected(_model(dtype=torch.float64), pieces * 2)
     for rank in range(2):
         got = torch.load(tmp_path / f"{rank}.pt", weights_only=True).tolist()
         assert got == pytest.approx(list(expected), rel=1e-9)
+
+
+def _averaged_too_early(said):
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+
+    model = _model(dtype=torch.float64)
+    noise = GradientNoise(model, method="ranks")
+    wrapped = DistributedDataParallel(model)
+    x, y = (part.split(16)[dist.get_rank()] for part in _batch(32, torch.float64))
+    for part_x, part_y in zip(x.split(8), y.split(8), strict=True):
+        with noise.micro_batch(8):
+            ((wrapped(part_x).squeeze(1) - part_y).square().mean() / 2).backward()
+    with pytest.raises(InputError, match=said):
+        noise.step()
+
+
+def test_ranks_whose_gradients_were_averaged_between_micro_batches_are_refused(tmp_path):
+    said = r"needs each rank's own sum over its micro-batches.*no_sync\(\) on all but the last"
+    assert in_ranks(2, tmp_path, _averaged_too_early, said) == [0, 0]
 
 
 def _noise_along(every, steps=12, resume_at=None):

@@ -73,7 +73,7 @@ class PieceNorms:
         make = self._merged_hook if self._merged else self._hook
         hooks = [leaf.register_hook(make(index, leaf))]  # type: ignore[no-untyped-call]
         if self.parameters[index] is self.witness.parameter:
-            hooks.append(leaf.register_hook(self._testify))  # type: ignore[no-untyped-call]
+            hooks.append(leaf.register_hook(self._testify_hook(leaf)))  # type: ignore[no-untyped-call]
         return hooks
 
     def _meet(self, module: nn.Module, _: Any) -> None:
@@ -181,9 +181,12 @@ class PieceNorms:
             return None
         return part_like(self._weights[index], gradient)
 
-    def _testify(self, gradient: Tensor) -> None:
-        if self._examples is not None and self.witness.wanted:
-            self.witness.see(gradient)
+    def _testify_hook(self, leaf: Tensor) -> Callable[[Tensor], None]:
+        def testify(gradient: Tensor) -> None:
+            if self._examples is not None and self.witness.wanted:
+                self.witness.see(gradient, before=leaf.grad if self._merged else None)
+
+        return testify
 
     def take(self) -> list[Piece]:
         """The pieces since the last `take`, which are then forgotten."""

@@ -32,17 +32,29 @@ class Witness:
         """Begins anew."""
         self.sum: Tensor | None = None
         self.squares: list[Tensor] = []
+        self._mixed: list[Tensor] = []
 
-    def see(self, gradient: Tensor) -> None:
-        """Adds what one backward pass gives."""
+    def see(self, gradient: Tensor, before: Tensor | None = None) -> None:
+        """Adds what one backward pass gives. before: what it is added to, which must be what was seen so far."""
         gradient = whole(gradient.detach()).to_dense()
+        if before is not None and self.sum is not None:
+            self._mixed.append(sq_norm(whole(before.detach()).to_dense() - self.sum) - _STRANGE**2 * sq_norm(self.sum))
         self.sum = gradient.clone() if self.sum is None else self.sum.add_(gradient)
         self.squares.append(sq_norm(gradient))
 
     def take(self) -> Tensor:
-        """Σc and, last, Σ|c|², as one vector on the parameter's device; forgotten then."""
+        """Σc and, last, Σ|c|², as one vector on the parameter's device; forgotten then.
+
+        Raises `InputError` where a pass was added to something else than the sum of those before it.
+        """
         total, squares = self.sum, self.squares
+        mixed = any(each > 0 for each in to_floats(self._mixed))
         self.forget()
+        if mixed:
+            raise InputError(
+                'method "ranks" needs each rank\'s own sum over its micro-batches, but .grad was changed between two '
+                "of them: under DistributedDataParallel, no_sync() on all but the last"
+            )
         if total is None:
             return torch.zeros(self.parameter.numel() + 1, device=self.parameter.device, dtype=torch.float64)
         return torch.cat([total.flatten(), torch.stack(squares).sum().reshape(1)]).double()
