@@ -36,13 +36,18 @@ def _passes(noise, model, x, y, sizes, total=None):
             (F.cross_entropy(model(part_x), part_y) * len(part_x) / (total or len(x))).backward()
 
 
-def _naive(model, x, y, parameters):
-    """The pair of single examples, each from a backward pass of its own."""
-    rows = []
+def _rows(model, x, y, parameters=None):
+    """The gradient of each example, from a backward pass of its own."""
+    parameters, rows = parameters or list(model.parameters()), []
     for i in range(len(x)):
         loss = F.cross_entropy(model(x[i : i + 1]), y[i : i + 1])
         rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]))
-    rows = torch.stack(rows)
+    return torch.stack(rows)
+
+
+def _naive(model, x, y, parameters):
+    """The pair of single examples, each from a backward pass of its own."""
+    rows = _rows(model, x, y, parameters)
     return unbiased_pair(
         rows.square().sum(1).mean().item(), rows.mean(0).square().sum().item(), 1, len(rows)
     ), rows.mean(0).square().sum().item()
@@ -184,6 +189,56 @@ def test_the_norms_own_hooks_have_what_the_general_rules_have(dtype):
     assert fast.sound and len(parameters) == 5
     seen, expected = ({p: float(s) for p, s in source.take()[0].squares.items()} for source in (fast, general))
     assert seen == pytest.approx(expected, rel=1e-10 if dtype == torch.float64 else 1e-4)
+
+
+@pytest.mark.parametrize("sizes", [[40], [10, 10, 10, 10], [4] * 10, [3, 12, 25], [7, 8], [90]])
+def test_of_many_examples_few_are_looked_at_and_in_turn_each_once(sizes):
+    """As many turns as give all: each place of each pass once, so that the mean over turns is that of all examples."""
+    model, (x, y) = _Norms().double(), _batch(0, sum(sizes))
+    parameters = [p for name, p in model.named_parameters() if name.split(".")[0] in ("twice", "root", "group")]
+
+    def step(source, **how):
+        for part_x, part_y in zip(x.split(sizes), y.split(sizes), strict=True):
+            with source.watch(len(part_x), **how):
+                (F.cross_entropy(model(part_x), part_y) * len(part_x) / len(x)).backward()
+        model.zero_grad()
+        pieces = source.take()
+        assert [piece.number for piece in pieces] == [piece.examples for piece in pieces] == sizes
+        return pieces
+
+    norms = NormPieces(model, parameters)
+    everyone = step(norms, every_one=True)
+    assert not any(piece.left_out for piece in everyone)
+    told, found = [0] * len(sizes), [dict.fromkeys(range(len(parameters)), 0.0) for _ in sizes]
+    for _ in range(200):
+        pieces = step(norms)
+        assert sum(piece.examples - piece.left_out for piece in pieces) <= max(15, max(sizes))
+        for place, piece in enumerate(pieces):
+            told[place] += piece.examples - piece.left_out
+            for parameter, square in piece.squares.items():
+                found[place][parameter] += float(square)
+        if told == sizes:
+            break
+        assert all(each <= size for each, size in zip(told, sizes, strict=True))
+    for piece, sums in zip(everyone, found, strict=True):
+        assert sums == pytest.approx({k: float(v) for k, v in piece.squares.items()}, rel=1e-10)
+
+
+def test_norm_layers_find_the_noise_of_a_large_batch_from_few_of_its_examples():
+    """At fixed weights: the mean over steps of the trace, within four of its standard errors of all layers' own."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 32), nn.LayerNorm(32), nn.Tanh(), nn.Linear(32, 3)).double()
+    noise, traces = GradientNoise(model, method="norm_layers"), []
+    for step in range(FIRST + 240):
+        model.zero_grad()
+        _passes(noise, model, *_batch(step, 64), [16, 16, 32])
+        noise.step()
+        traces.append(noise.pair.trace)
+    rows = torch.cat([_rows(model, *_batch(step, 64)) for step in range(20)])
+    known = (rows - rows.mean(0)).square().sum(1).mean().item()
+    told = torch.tensor(traces[FIRST:])
+    error = told.std().item() / len(told) ** 0.5
+    assert abs(told.mean().item() - known) < 4 * error + 0.03 * known and error < 0.02 * known
 
 
 def test_norms_that_do_not_see_examples_first_are_measured_by_the_general_rules():

@@ -185,7 +185,8 @@ class GradientNoise:
             own = _pair(sums, 0, 0)
             if calibrates:
                 layers.calibrate(_pair(sums, 1, 1).trace, own.trace)
-            self._add(_pair(sums, 1, 1) if calibrates else layers.pair(own.trace, sums.big[1], sums.examples), sums)
+            told = layers.pair(own.trace, sums.big[1], sums.examples) if sums.told else None
+            self._add(_pair(sums, 1, 1) if calibrates else told, sums)
         elif not self.statistics.count:
             return self._undefined("undefined: one example a step has nothing to be compared with")
         return self.estimate()

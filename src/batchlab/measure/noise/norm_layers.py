@@ -63,7 +63,7 @@ class NormLayers:
         """Watches the layers by their hooks too while all layers are measured, to compare the two."""
         with contextlib.ExitStack() as stack:
             if self._fast.sound:
-                stack.enter_context(self._fast.watch(examples))
+                stack.enter_context(self._fast.watch(examples, every_one=True))
             stack.enter_context(all_layers)
             yield
 
@@ -110,13 +110,14 @@ class NormLayers:
         return Estimate(estimate.value, low, high, said, estimate.coverage)
 
     def state_dict(self) -> dict[str, Any]:
-        """The turn and α's sums, as plain numbers."""
-        return {"turn": self.turn, "alpha": self._alpha.state_dict()}
+        """The turn and α's sums, as plain numbers, and which examples are looked at next."""
+        return {"turn": self.turn, "alpha": self._alpha.state_dict(), "sample": self._fast.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over what `state_dict` gave."""
         self.turn = state["turn"]
         self._alpha.load_state_dict(state["alpha"])
+        self._fast.load_state_dict(state["sample"])
 
 
 def _log_ratio(more: float, less: float) -> float:

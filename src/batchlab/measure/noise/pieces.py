@@ -26,12 +26,14 @@ class Piece(NamedTuple):
     """What one backward pass told. examples: that it was over. squares: |c|² of each parameter that it gave a gradient
     c to, by the parameter's place; this rank's share of it where c is spread over a mesh of ranks.
 
-    number: 1, or where each example's own c is known, the examples, and squares hold the sums of their |c|².
+    number: 1, or where each example's own c is known, the examples, and squares hold the sums of their |c|². left_out:
+    how many of these examples were not looked at; those that were stand for them.
     """
 
     examples: int
     squares: dict[int, float | Tensor]
     number: int = 1
+    left_out: int = 0
 
 
 class PieceNorms:

@@ -33,13 +33,15 @@ class Source(Protocol):
 class StepSums(NamedTuple):
     """small: for each subset of parameters Σ n_i|g_i|²/N, g_i the mean gradient of piece i. big: |g|² of each subset.
 
-    examples, number: N and the number of pieces, over all ranks.
+    examples, number: N and the number of pieces, over all ranks. told: how many pieces were looked at, of which the
+    others are taken to be like them; where there was none, `small` is 0.
     """
 
     small: list[float]
     big: list[float]
     examples: float
     number: int
+    told: int
 
 
 def step_sums(
@@ -66,17 +68,18 @@ def step_sums(
     _check(source, pieces, group)
     own = _own_sums(source, gradients_of, pieces, small, big, known, weights)
     own = [*own[: len(small)], *(each / world for each in own[len(small) :])]
-    counts = [float(sum(getattr(piece, name) for piece in pieces)) for name in ("examples", "number")]
+    counts = [float(sum(getattr(piece, name) for piece in pieces)) for name in ("examples", "number", "left_out")]
     sums, witnessed = _over_ranks([*own, *counts, float(len(pieces))], witnessed, group)
-    examples, count, passes = sums[-3:]
+    examples, count, left_out, passes = sums[-4:]
     if not count:
         raise InputError("step needs at least one micro_batch before it")
     if known is None and all(p.grad is None for p in gradients_of):
         raise InputError("no parameter has a gradient: call step after backward and before zero_grad")
     finite = all(each - each == 0 for each in sums)
     factor = source.witness.factor(witnessed, int(passes), world) if len(witnessed) and finite else world
-    scaled = [square * examples / factor**2 for square in sums[: len(small)]]
-    return StepSums(scaled, sums[len(small) : len(own)], examples, int(count))
+    told = count - left_out
+    scaled = [square * examples / factor**2 * count / (told or 1) for square in sums[: len(small)]]
+    return StepSums(scaled, sums[len(small) : len(own)], examples, int(count), int(told))
 
 
 def _check(source: Source, pieces: Sequence[Piece], group: dist.ProcessGroup | None) -> None:
