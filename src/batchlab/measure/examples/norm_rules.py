@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from batchlab.core.errors import InputError
-from batchlab.measure.examples.ghost_norms import Factors, Piece, pad_for, padded, unfold, wide
+from batchlab.measure.examples.ghost_norms import Dense, Factors, Piece, pad_for, padded, unfold, wide
 from batchlab.measure.examples.layer_uses import Layout, Part, Uses, is_source, layout_of, scaled, summed
 
 
@@ -48,7 +48,7 @@ def layer_norm(
     eps: float = 1e-5,
     cudnn_enable: bool = True,
 ) -> None:
-    _last_dims(uses, out, "layer_norm", input, normalized_shape, weight, bias, F.layer_norm, eps)
+    _last_dims(uses, out, "layer_norm", input, normalized_shape, weight, bias, eps)
 
 
 def rms_norm(
@@ -60,24 +60,53 @@ def rms_norm(
     eps: float | None = None,
 ) -> None:
     eps = torch.finfo(input.dtype).eps if eps is None else eps
-    _last_dims(uses, out, "rms_norm", input, normalized_shape, weight, None, F.rms_norm, eps)
+    _last_dims(uses, out, "rms_norm", input, normalized_shape, weight, None, eps)
 
 
 def _last_dims(
-    uses: Uses, out: Tensor, name: str, input: Tensor, shape: list[int], weight: Any, bias: Any, norm: Any, eps: float
+    uses: Uses, out: Tensor, name: str, input: Tensor, shape: list[int], weight: Any, bias: Any, eps: float
 ) -> None:
-    shape = list(shape)
     layout = layout_of(out.shape[: out.ndim - len(shape)], uses.examples, second=uses.second)
     w, b = uses.view(weight), uses.view(bias)
     if layout is None or not (w or b):
         return
     a, features = input.detach(), len(shape)
+    kept = layer_statistics(out) if name == "layer_norm" else None
 
     def pieces(g: Tensor) -> Iterable[tuple[Part, Piece]]:
-        normal = lambda: layout.fold(norm(wide(a), shape, eps=eps), features)  # noqa: E731
-        return scaled(wide(layout.fold(g, features)), normal, w, b)
+        after = wide(layout.fold(g, features))
+        if b:
+            yield b.part, summed(after)
+        if w:
+            before = wide(layout.fold(a, features)).flatten(2)
+            if name == "rms_norm":
+                mean, r = None, (before.square().mean(2, keepdim=True) + eps).rsqrt()
+            elif kept is not None:
+                mean, r = (layout.fold(each, features).flatten(2).to(before.dtype) for each in kept)
+            else:
+                variance, mean = torch.var_mean(before, 2, correction=0, keepdim=True)
+                r = (variance + eps).rsqrt()
+            rows = scale_rows(after.flatten(2), before, mean, r)
+            yield w.part, Dense(rows.reshape(uses.examples, *shape), after)
 
     uses.use(out, name, [view.part for view in (w, b) if view], layout, pieces, is_source(input))
+
+
+def layer_statistics(out: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The mean and 1/σ that a layer norm's forward pass kept for its backward pass, each feature dimension 1."""
+    node: Any = out.grad_fn
+    if node is None or node.name() != "NativeLayerNormBackward0":
+        return None
+    return node._saved_result1, node._saved_result2
+
+
+def scale_rows(g: Tensor, x: Tensor, mean: Tensor | None, r: Tensor) -> Tensor:
+    """Σ_t g·(x - μ)·r, [n, F], which is example i's gradient of the scale of a norm over F; x̂ itself is not made.
+
+    g, x: [n, T, F]. mean, r: [n, T, 1].
+    """
+    centred = g * x if mean is None else (x - mean).mul_(g)
+    return torch.bmm(r.mT, centred).squeeze(1)
 
 
 def channels(n: int) -> Callable[[Tensor], Tensor]:

@@ -1,11 +1,7 @@
 """Per-example gradients of normalisation layers, read off each layer's input, output gradient and statistics.
 
 y = γ·x̂ + β with x̂ = (x - μ)·r, so example i adds Σ_t g·x̂ to the gradient of γ and Σ_t g to that of β, g the gradient at
-y and t all that belongs to the example. x̂ itself is not made:
-
-    Σ_t g·x̂ = Σ_t r·(g·x) - Σ_t (r·μ)·g
-
-is one product and two sums. For a group norm r and μ belong to the whole group, and leave the sums.
+y and t all that belongs to the example. For a group norm r and μ belong to the whole group, and leave the sums.
 
 Of a large batch, evenly spaced examples stand for all: their mean |c_i|² is right on average, and a running mean over
 many steps needs few from each.
@@ -22,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from batchlab.measure.examples.ghost_norms import wide
+from batchlab.measure.examples.norm_rules import layer_statistics, scale_rows
 from batchlab.measure.noise.pieces import Piece
 from batchlab.measure.noise.witness import Witness
 from batchlab.measure.norms import total
@@ -141,30 +139,23 @@ class NormPieces:
         """Nothing to take off."""
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
-
-
 def _features(module: Any) -> int:
     return math.prod(module.normalized_shape)
 
 
 def _layer_norm(module: Any, x: Tensor, output: Tensor, looked_at: slice) -> Callable[[Tensor], Parts]:
-    """Statistics as the forward pass kept them, where it did; (n, t) each."""
-    x, features = x[looked_at], _features(module)
-    n, node = len(x), cast(Any, output.grad_fn)
-    if node is not None and node.name() == "NativeLayerNormBackward0":
-        mean, r = node._saved_result1[looked_at], node._saved_result2[looked_at]
-    else:
-        variance, mean = torch.var_mean(_wide(x).reshape(n, -1, features), -1, correction=0)
-        r = (variance + module.eps).rsqrt()
-    r = r.reshape(n, 1, -1)
-    r_mean = r * mean.reshape(n, 1, -1)
+    """Statistics as the forward pass kept them, where it did."""
+    x, features, kept = x[looked_at], _features(module), layer_statistics(output)
+    n = len(x)
 
     def parts(gradient: Tensor) -> Parts:
-        g = _wide(gradient.detach()[looked_at]).reshape(n, -1, features)
-        of_product = r.to(g.dtype) @ (g * _wide(x).reshape(n, -1, features))
-        return torch.baddbmm(of_product, r_mean.to(g.dtype), g, alpha=-1).squeeze(1), g.sum(1)
+        g, before = (wide(each).reshape(n, -1, features) for each in (gradient.detach()[looked_at], x))
+        if kept is not None:
+            mean, r = (each[looked_at].reshape(n, -1, 1).to(g.dtype) for each in kept)
+        else:
+            variance, mean = torch.var_mean(before, -1, correction=0, keepdim=True)
+            r = (variance + module.eps).rsqrt()
+        return scale_rows(g, before, mean, r), g.sum(1)
 
     return parts
 
@@ -174,10 +165,10 @@ def _rms_norm(module: Any, x: Tensor, output: Tensor, looked_at: slice) -> Calla
     n = len(x)
 
     def parts(gradient: Tensor) -> Parts:
-        g, wide = _wide(gradient.detach()[looked_at]).reshape(n, -1, features), _wide(x).reshape(n, -1, features)
+        g, before = (wide(each).reshape(n, -1, features) for each in (gradient.detach()[looked_at], x))
         eps: Any = torch.finfo(x.dtype).eps if module.eps is None else module.eps
-        r = (wide.square().mean(-1) + eps).rsqrt().unsqueeze(1)
-        return (r @ (g * wide)).squeeze(1), g.new_zeros(n, features)
+        r = (before.square().mean(-1, keepdim=True) + eps).rsqrt()
+        return scale_rows(g, before, None, r), g.new_zeros(n, features)
 
     return parts
 
@@ -190,14 +181,14 @@ def _group_norm(module: Any, x: Tensor, output: Tensor, looked_at: slice) -> Cal
     if node is not None and node.name() == "NativeGroupNormBackward0":
         mean, r = (each.reshape(everyone, groups)[looked_at] for each in (node._saved_result1, node._saved_result2))
     else:
-        variance, mean = torch.var_mean(_wide(x).reshape(n, groups, -1), -1, correction=0)
+        variance, mean = torch.var_mean(wide(x).reshape(n, groups, -1), -1, correction=0)
         r = (variance + module.eps).rsqrt()
     mean, r = (each.reshape(n, groups).repeat_interleave(channels // groups, 1) for each in (mean, r))
 
     def parts(gradient: Tensor) -> Parts:
-        g = _wide(gradient.detach()[looked_at]).reshape(n, channels, -1)
+        g = wide(gradient.detach()[looked_at]).reshape(n, channels, -1)
         of_g = g.sum(-1)
-        return r.to(g.dtype) * ((g * _wide(x).reshape(n, channels, -1)).sum(-1) - mean.to(g.dtype) * of_g), of_g
+        return r.to(g.dtype) * ((g * wide(x).reshape(n, channels, -1)).sum(-1) - mean.to(g.dtype) * of_g), of_g
 
     return parts
 
