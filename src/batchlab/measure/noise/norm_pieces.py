@@ -1,7 +1,7 @@
-"""Per-example gradients of normalisation layers, read off each layer's input, output gradient and statistics.
+"""Per-example gradients of normalisation layers, read off each layer's input and output gradient.
 
-y = γ·x̂ + β with x̂ = (x - μ)·r, so example i adds Σ_t g·x̂ to the gradient of γ and Σ_t g to that of β, g the gradient at
-y and t all that belongs to the example. For a group norm r and μ belong to the whole group, and leave the sums.
+y = γ·x̂ + β, so example i adds Σ_t g·x̂ to the gradient of γ and Σ_t g to that of β, g the gradient at y and t all that
+belongs to the example.
 
 Of a large batch, evenly spaced examples stand for all: their mean |c_i|² is right on average, and a running mean over
 many steps needs few from each.
@@ -12,22 +12,21 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from batchlab.measure.examples.ghost_norms import wide
-from batchlab.measure.examples.norm_rules import layer_statistics, scale_rows
 from batchlab.measure.noise.pieces import Piece
 from batchlab.measure.noise.witness import Witness
-from batchlab.measure.norms import total
+from batchlab.measure.norms import sq_norm, total
 from batchlab.measure.shards import Mesh
 
 NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 FEW = 8
-Parts = tuple[Tensor, Tensor]  # Σ_t g·x̂ and Σ_t g, each (examples looked at, features)
 
 
 class NormPieces:
@@ -73,7 +72,7 @@ class NormPieces:
         hooks.append(self.witness.parameter.register_hook(self._testify))  # type: ignore[no-untyped-call]
         try:
             yield
-            squares = {place: torch.dot(rows.reshape(-1), rows.reshape(-1)) for place, rows in self._rows.items()}
+            squares = {place: sq_norm(rows) for place, rows in self._rows.items()}
             self._pieces.append(Piece(examples, dict(squares), number=examples, left_out=examples - told))
         finally:
             self._examples, self._rows = None, {}
@@ -98,12 +97,13 @@ class NormPieces:
         if output.ndim < 2 or len(output) != self._examples or not inputs:
             self.sound = False
             return
-        parts = _RULES[type(module)](module, inputs[0].detach(), output, self._looked_at)
-        output.register_hook(lambda gradient: self._add(module, parts(gradient)))  # type: ignore[no-untyped-call]
+        x, looked_at = inputs[0].detach(), self._looked_at
+        output.register_hook(lambda g: self._add(module, x[looked_at], wide(g.detach()[looked_at])))  # type: ignore[no-untyped-call]
 
-    def _add(self, module: nn.Module, parts: Parts) -> None:
+    def _add(self, module: nn.Module, x: Tensor, g: Tensor) -> None:
         for name, parameter in self._own(module):
-            place, rows = self._places[parameter], parts[0] if name == "weight" else parts[1]
+            terms = _NORMALISED[type(module)](module, x).mul_(g) if name == "weight" else g
+            place, rows = self._places[parameter], _rows(module, terms)
             before = self._rows.get(place)
             self._rows[place] = rows if before is None else before + rows
 
@@ -139,62 +139,28 @@ class NormPieces:
         """Nothing to take off."""
 
 
-def _features(module: Any) -> int:
-    return math.prod(module.normalized_shape)
+def _layer_norm(module: Any, x: Tensor) -> Tensor:
+    return F.layer_norm(wide(x), module.normalized_shape, eps=module.eps)
 
 
-def _layer_norm(module: Any, x: Tensor, output: Tensor, looked_at: slice) -> Callable[[Tensor], Parts]:
-    """Statistics as the forward pass kept them, where it did."""
-    x, features, kept = x[looked_at], _features(module), layer_statistics(output)
-    n = len(x)
-
-    def parts(gradient: Tensor) -> Parts:
-        g, before = (wide(each).reshape(n, -1, features) for each in (gradient.detach()[looked_at], x))
-        if kept is not None:
-            mean, r = (each[looked_at].reshape(n, -1, 1).to(g.dtype) for each in kept)
-        else:
-            variance, mean = torch.var_mean(before, -1, correction=0, keepdim=True)
-            r = (variance + module.eps).rsqrt()
-        return scale_rows(g, before, mean, r), g.sum(1)
-
-    return parts
+def _rms_norm(module: Any, x: Tensor) -> Tensor:
+    eps = torch.finfo(x.dtype).eps if module.eps is None else module.eps
+    return F.rms_norm(wide(x), module.normalized_shape, eps=eps)
 
 
-def _rms_norm(module: Any, x: Tensor, output: Tensor, looked_at: slice) -> Callable[[Tensor], Parts]:
-    x, features = x[looked_at], _features(module)
-    n = len(x)
-
-    def parts(gradient: Tensor) -> Parts:
-        g, before = (wide(each).reshape(n, -1, features) for each in (gradient.detach()[looked_at], x))
-        eps: Any = torch.finfo(x.dtype).eps if module.eps is None else module.eps
-        r = (before.square().mean(-1, keepdim=True) + eps).rsqrt()
-        return scale_rows(g, before, None, r), g.new_zeros(n, features)
-
-    return parts
+def _group_norm(module: Any, x: Tensor) -> Tensor:
+    return F.group_norm(wide(x), module.num_groups, eps=module.eps)
 
 
-def _group_norm(module: Any, x: Tensor, output: Tensor, looked_at: slice) -> Callable[[Tensor], Parts]:
-    """Statistics of each example's groups, (n, groups)."""
-    everyone, channels, groups = len(x), x.shape[1], int(module.num_groups)
-    x, node = x[looked_at], cast(Any, output.grad_fn)
-    n = len(x)
-    if node is not None and node.name() == "NativeGroupNormBackward0":
-        mean, r = (each.reshape(everyone, groups)[looked_at] for each in (node._saved_result1, node._saved_result2))
-    else:
-        variance, mean = torch.var_mean(wide(x).reshape(n, groups, -1), -1, correction=0)
-        r = (variance + module.eps).rsqrt()
-    mean, r = (each.reshape(n, groups).repeat_interleave(channels // groups, 1) for each in (mean, r))
-
-    def parts(gradient: Tensor) -> Parts:
-        g = wide(gradient.detach()[looked_at]).reshape(n, channels, -1)
-        of_g = g.sum(-1)
-        return r.to(g.dtype) * ((g * wide(x).reshape(n, channels, -1)).sum(-1) - mean.to(g.dtype) * of_g), of_g
-
-    return parts
-
-
-_RULES: dict[type, Callable[[Any, Tensor, Tensor, slice], Callable[[Tensor], Parts]]] = {
+_NORMALISED: dict[type, Callable[[Any, Tensor], Tensor]] = {
     nn.LayerNorm: _layer_norm,
     nn.RMSNorm: _rms_norm,
     nn.GroupNorm: _group_norm,
 }
+
+
+def _rows(module: Any, terms: Tensor) -> Tensor:
+    """Σ_t of [n, ...], t all that is not a feature of the module: (n, features)."""
+    if isinstance(module, nn.GroupNorm):
+        return terms.reshape(*terms.shape[:2], -1).sum(2)
+    return terms.reshape(len(terms), -1, math.prod(module.normalized_shape)).sum(1)
