@@ -1,10 +1,10 @@
 """Claim: a plan is right. The sweep's critical batch size is within a factor of 2 of the one that the noise scale
 predicts, and the plan's time to target within 1.25 times that of the best batch size in the sweep.
 
-For each seed, all anew: a probe of 20 s (--budget: a slow job needs more to know its noise scale), the balanced plan, a sweep over batch sizes around the plan's with the
-learning rate searched at each (8 rates, more where the best lies at their edge) and the winner run again with fresh
-seeds, and the plan itself run with as many. Times are the medians of training seconds over the fresh seeds. Every seed
-is reported, and none is chosen.
+For each seed, all anew: a probe of 20 s (a slow job needs more to know its noise scale), the balanced plan, a sweep
+over batch sizes around it with the learning rate searched at each (8 rates, more where the best lies at their edge)
+and the best run again with fresh seeds, and the plan itself run with as many. Times are the medians of training seconds
+over the fresh seeds. Every seed is reported, and none is chosen.
 """
 
 import argparse
