@@ -370,6 +370,43 @@ def _noise_along(every, steps=12, resume_at=None):
     return seen
 
 
+def _self_timed(dear, steps=60):
+    """Which steps are measured, where one takes 1 s of a made clock and measuring it `dear` s more."""
+    model, x, y = make_every()
+    noise, now, measured = GradientNoise(model, every="auto"), 0.0, []
+    for step in range(steps):
+        measured.append(bool(model.weight._backward_hooks))
+        now += 1 + dear * measured[-1]
+        for part in range(0, 8, 2):
+            with noise.micro_batch(2):
+                ((model(x[step % 12, part : part + 2]) - y[step % 12, part : part + 2]).square().mean() / 4).backward()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("batchlab.measure.noise.self_timed.time.perf_counter", lambda now=now: now)
+            noise.step()
+        assert (noise.pair is not None) == measured[-1]
+        model.zero_grad()
+    return measured
+
+
+@pytest.mark.parametrize(("dear", "every"), [(0.0, 1), (0.019, 1), (0.099, 5), (0.11, 6), (0.01, 1), (30.0, 100)])
+def test_it_finds_from_the_loops_own_time_how_seldom_to_measure(dear, every):
+    blocks = [True] * 6 + ([False] * 8 + [True] * 8) * 2
+    assert _self_timed(dear) == [*blocks, *(step % every == 0 for step in range(60 - len(blocks)))]
+
+
+def _ranks_time_themselves(folder):
+    import torch.distributed as dist
+
+    measured = _self_timed(0.099 + 0.1 * dist.get_rank())
+    (folder / f"{dist.get_rank()}").write_text(str(measured[38:]))
+
+
+def test_all_ranks_measure_at_the_same_steps_as_the_one_where_it_costs_most(tmp_path):
+    assert in_ranks(2, tmp_path, _ranks_time_themselves, tmp_path) == [0, 0]
+    for rank in range(2):
+        assert (tmp_path / f"{rank}").read_text() == str([step % 10 == 0 for step in range(22)])
+
+
 def make_every():
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(12, 8, 3, generator=generator), torch.randn(12, 8, 1, generator=generator)
