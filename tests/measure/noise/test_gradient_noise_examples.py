@@ -191,7 +191,7 @@ def test_the_norms_own_hooks_have_what_the_general_rules_have(dtype):
     assert seen == pytest.approx(expected, rel=1e-10 if dtype == torch.float64 else 1e-4)
 
 
-@pytest.mark.parametrize("sizes", [[40], [10, 10, 10, 10], [4] * 10, [3, 12, 25], [7, 8], [90]])
+@pytest.mark.parametrize("sizes", [[320], [80, 80, 80, 80], [32] * 10, [24, 96, 200], [56, 64], [720]])
 def test_of_many_examples_few_are_looked_at_and_in_turn_each_once(sizes):
     """As many turns as give all: each place of each pass once, so that the mean over turns is that of all examples."""
     model, (x, y) = _Norms().double(), _batch(0, sum(sizes))
@@ -212,7 +212,7 @@ def test_of_many_examples_few_are_looked_at_and_in_turn_each_once(sizes):
     told, found = [0] * len(sizes), [dict.fromkeys(range(len(parameters)), 0.0) for _ in sizes]
     for _ in range(200):
         pieces = step(norms)
-        assert sum(piece.examples - piece.left_out for piece in pieces) <= max(15, max(sizes))
+        assert sum(piece.examples - piece.left_out for piece in pieces) <= max(127, max(sizes))
         for place, piece in enumerate(pieces):
             told[place] += piece.examples - piece.left_out
             for parameter, square in piece.squares.items():
@@ -229,14 +229,14 @@ def test_norm_layers_find_the_noise_of_a_large_batch_from_few_of_its_examples():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 32), nn.LayerNorm(32), nn.Tanh(), nn.Linear(32, 3)).double()
     noise, traces = GradientNoise(model, method="norm_layers"), []
-    for step in range(FIRST + 240):
+    for step in range(FIRST + 60):
         model.zero_grad()
-        _passes(noise, model, *_batch(step, 64), [16, 16, 32])
+        _passes(noise, model, *_batch(step, 512), [128, 128, 256])
         noise.step()
         traces.append(noise.pair.trace)
     rows = torch.cat([_rows(model, *_batch(step, 64)) for step in range(20)])
     known = (rows - rows.mean(0)).square().sum(1).mean().item()
-    told = torch.tensor(traces[FIRST:])
+    told = torch.tensor(traces[FIRST + 1 :])
     error = told.std().item() / len(told) ** 0.5
     assert abs(told.mean().item() - known) < 4 * error + 0.03 * known and error < 0.02 * known
 
