@@ -8,6 +8,7 @@ from torch import nn
 
 from batchlab.core.errors import InputError
 from batchlab.optim.create import create, defaults, groups, names
+from tests.spine.forked import in_ranks
 
 TORCH = {
     "adam": torch.optim.Adam,
@@ -116,3 +117,23 @@ def test_bad_input_is_named(name, net, hyperparameters, message):
     if name not in names():
         with pytest.raises(InputError, match=message):
             defaults(name)
+
+
+def _sharded_steps():
+    from torch.distributed.fsdp import fully_shard
+
+    for name in names():
+        plain, sharded = model(), fully_shard(model())
+        for net in (plain, sharded):
+            optimizer = create(name, net, lr=0.03)
+            for step in range(3):
+                x = torch.randn(6, 5, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+                net(x).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        for p, q in zip(plain.parameters(), sharded.parameters(), strict=True):
+            torch.testing.assert_close(q.full_tensor(), p.data, rtol=1e-12, atol=1e-12)
+
+
+def test_sharded_parameters_take_the_steps_of_whole_ones(tmp_path):
+    assert in_ranks(2, tmp_path, _sharded_steps) == [0, 0]

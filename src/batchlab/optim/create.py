@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from batchlab.core.errors import InputError
+from batchlab.parallel.shards import is_spread
 
 ADAM_LIKE = frozenset({"adam", "adamw", "rmsprop"})
+_FUSED_WHERE_SPREAD = frozenset({"adam", "adamw"})
 
 _OPTIMIZERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]]] = {
     "sgd": (torch.optim.SGD, {"momentum": 0.9}),
@@ -69,7 +71,7 @@ def create(name: str, model: nn.Module, **hyperparameters: Any) -> torch.optim.O
     if not parameter_groups:
         raise InputError("the model has no parameter that requires a gradient")
     if "fused" in accepted and not {"fused", "foreach", "capturable", "differentiable"} & settings.keys():
-        settings["fused"] = _fused_is_faster(parameter_groups)
+        settings["fused"] = _fused_is_faster(name, parameter_groups)
     try:
         return make(parameter_groups, **settings)
     except (ValueError, TypeError) as error:
@@ -85,7 +87,12 @@ def first_step(name: str) -> None:
     optimizer.zero_grad()
 
 
-def _fused_is_faster(parameter_groups: list[dict[str, Any]]) -> bool:
-    """On CPU and CUDA torch's fused step is the fastest of its three where it exists: for floating-point parameters."""
+def _fused_is_faster(name: str, parameter_groups: list[dict[str, Any]]) -> bool:
+    """On CPU and CUDA torch's fused step is the fastest of its three where it exists: for floating-point parameters.
+
+    For parameters that are spread over ranks torch (2.13) has Adam's alone.
+    """
     parameters = [p for group in parameter_groups for p in group["params"]]
+    if name not in _FUSED_WHERE_SPREAD and any(map(is_spread, parameters)):
+        return False
     return all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)

@@ -20,7 +20,7 @@ from batchlab.core.errors import InputError
 from batchlab.measure.course.adam_reading import AlarmLimits, LayerRecord, LayerStability, StabilityReading, describe
 from batchlab.measure.course.adam_state import AdamState, Moments, Watched, places
 from batchlab.measure.course.adam_update import update_bound, white_variance
-from batchlab.measure.shards import is_spread
+from batchlab.parallel.shards import is_spread
 
 GRANULARITIES = ("parameter", "layer")
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from batchlab.core.random import derive_seed
 from batchlab.measure.course.adam_update import UpdateSums, adam_update, update_sums
 from batchlab.measure.norms import to_floats
-from batchlab.measure.shards import Mesh, over_meshes, share
+from batchlab.parallel.shards import Mesh, over_meshes, share
 
 CHUNK = 2**13
 COLUMNS = len(UpdateSums._fields)

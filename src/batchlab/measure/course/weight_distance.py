@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from batchlab.core.errors import InputError
 from batchlab.measure.course.diffusion import Diffusion, fit_diffusion
 from batchlab.measure.norms import sq_norm, to_floats
-from batchlab.measure.shards import Mesh, over_meshes, share
+from batchlab.parallel.shards import Mesh, over_meshes, share
 
 PER_DECADE = 20
 _CHUNK = 2**22

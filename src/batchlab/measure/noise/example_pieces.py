@@ -12,7 +12,7 @@ from batchlab.measure.examples.example_norms import ExampleNorms
 from batchlab.measure.noise.pieces import Piece
 from batchlab.measure.noise.witness import Witness
 from batchlab.measure.norms import total
-from batchlab.measure.shards import Mesh
+from batchlab.parallel.shards import Mesh
 
 
 class ExamplePieces:

@@ -21,7 +21,7 @@ from batchlab.measure.noise.signal_to_noise import (
     quantiles_of,
     summed,
 )
-from batchlab.measure.shards import is_spread
+from batchlab.parallel.shards import is_spread
 
 
 class GradientSignal:

@@ -23,7 +23,7 @@ from batchlab.measure.examples.ghost_norms import wide
 from batchlab.measure.noise.pieces import Piece
 from batchlab.measure.noise.witness import Witness
 from batchlab.measure.norms import sq_norm, total
-from batchlab.measure.shards import Mesh
+from batchlab.parallel.shards import Mesh
 
 NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 FEW = 64

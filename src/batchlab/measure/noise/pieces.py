@@ -19,7 +19,7 @@ from batchlab.core.errors import InputError
 from batchlab.measure.noise.preconditioner import Preconditioner
 from batchlab.measure.noise.witness import Witness
 from batchlab.measure.norms import CHUNK, flat, sq_norm, sq_norm_of_sum
-from batchlab.measure.shards import Mesh, is_spread, part_like, share
+from batchlab.parallel.shards import Mesh, is_spread, part_like, share
 
 
 class Piece(NamedTuple):

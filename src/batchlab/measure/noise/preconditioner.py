@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from batchlab.core.errors import InputError
 from batchlab.measure.norms import total
-from batchlab.measure.shards import Mesh, over_meshes, share
+from batchlab.parallel.shards import Mesh, over_meshes, share
 
 DAMPING = 0.1
 

@@ -14,7 +14,7 @@ from batchlab.measure.noise.pieces import Piece
 from batchlab.measure.noise.preconditioner import Preconditioner
 from batchlab.measure.noise.witness import Witness
 from batchlab.measure.norms import sq_norm, to_floats, total
-from batchlab.measure.shards import Mesh, over_meshes, share, whole
+from batchlab.parallel.shards import Mesh, over_meshes, share, whole
 
 Places = Collection[int]
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from batchlab.core.errors import InputError
 from batchlab.measure.norms import sq_norm, to_floats
-from batchlab.measure.shards import whole
+from batchlab.parallel.shards import whole
 
 WITNESS = 1024
 _EXACT, _STRANGE = 1e-4, 0.05

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from batchlab.core.errors import InputError
 from batchlab.core.random import derive_seed
-from batchlab.measure.shards import is_spread
+from batchlab.parallel.shards import is_spread
 
 Direction = Mapping[str, Tensor]
 Axes = Mapping[str, int | Sequence[int]]
