@@ -7,7 +7,8 @@ layers' pairs are of 50 steps each, so that the step with all layers is in every
 layers are measured ten times.
 The same training step with and without `GradientNoise`, one by one in turn, in one process: two copies of one model
 with the same weights and data, AdamW, the gradient's norm computed on both sides (a training loop logs it and checks
-that it is finite), which the noise scale then takes over. The ratio is the median over pairs, a pair being the time
+that it is finite), which the noise scale then takes over. For ranks both copies are in DistributedDataParallel over one
+process, with `no_sync` up to the last micro-batch. The ratio is the median over pairs, a pair being the time
 of `calls` steps on each side; its interval is the bootstrap's. After the timing the two copies' weights must agree
 in every bit.
 """
@@ -45,6 +46,8 @@ class Side:
         method: str = "micro_batch",
     ) -> None:
         self.model = copy.deepcopy(model)
+        if method == "ranks":
+            self.model = nn.parallel.DistributedDataParallel(self.model)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
         self.noise = GradientNoise(self.model, method, every=every) if every else None
         self.parts = list(zip(inputs.chunk(pieces), targets.chunk(pieces), strict=True))
@@ -52,8 +55,11 @@ class Side:
 
     def step(self) -> None:
         """One update with the mean gradient of all parts."""
+        *_, end = self.parts
         for x, y in self.parts:
-            with contextlib.nullcontext() if self.noise is None else self.noise.micro_batch(len(x)):
+            alone = isinstance(self.model, nn.parallel.DistributedDataParallel) and x is not end[0]
+            watched = contextlib.nullcontext() if self.noise is None else self.noise.micro_batch(len(x))
+            with watched, self.model.no_sync() if alone else contextlib.nullcontext():
                 loss = F.cross_entropy(self.model(x).flatten(0, -2), y.flatten())
                 (loss * (len(x) / self.examples)).backward()
         norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]).item()
@@ -86,6 +92,7 @@ def main() -> None:
     """Prints a row for each model, number of micro-batches and cadence, and one JSON object."""
     given = arguments(__doc__, pairs=30)
     torch.set_num_threads(given.threads)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     clock = time.process_time if given.processor_time else time.perf_counter
     rows: list[dict[str, Any]] = []
     for name, job in jobs().items():

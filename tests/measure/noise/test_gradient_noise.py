@@ -327,6 +327,59 @@ def test_ranks_give_what_one_process_gives(tmp_path, method, per_rank):
         assert got == pytest.approx(list(expected), rel=1e-9)
 
 
+class _Halves(nn.Module):
+    """Its second half is used where an example says so."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(3, 2).double(), nn.Linear(3, 2).double()
+
+    def forward(self, x, both):
+        return self.first(x).sum(1) + (self.second(x).sum(1) if both else 0)
+
+
+def _passes_in_no_sync(folder, both):
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+
+    wrapped = DistributedDataParallel(_Halves(), find_unused_parameters=True)
+    noise, told, x = GradientNoise(wrapped, method="ranks"), [], _batch(12, torch.float64)[0][:, :3]
+    rank, looked_at = dist.get_rank(), []
+    for _ in range(3):
+        wrapped.zero_grad()
+        for index, part in enumerate(x.chunk(2)[rank].split(2)):
+            with noise.micro_batch(2), contextlib.nullcontext() if index == 2 else wrapped.no_sync():
+                (wrapped(part, both[index]).square().mean() / 3).backward()
+                looked_at.append(len(noise._all._seen))
+        noise.step()
+        told.append([math.nan] * 2 if noise.pair is None else list(noise.pair))
+    torch.save((torch.tensor(told, dtype=torch.float64), noise.skipped, looked_at), folder / f"{rank}.pt")
+
+
+@pytest.mark.parametrize(
+    ("both", "looked_at", "skipped"),
+    [([True] * 3, [0, 0, 4] * 3, 0), ([True, True, False], [0, 0, 2, 4, 4, 4, 4, 4, 4], 1)],
+    ids=["all in the last pass", "one half not in the last"],
+)
+def test_under_ddp_only_the_pass_that_ends_the_sum_is_looked_at(tmp_path, both, looked_at, skipped):
+    assert in_ranks(2, tmp_path, _passes_in_no_sync, tmp_path, both) == [0, 0]
+    model, x = _Halves(), _batch(12, torch.float64)[0][:, :3]
+    sums = []
+    for half in x.chunk(2):
+        model.zero_grad()
+        for index, part in enumerate(half.split(2)):
+            (model(part, both[index]).square().mean() / 3).backward()
+        sums.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    small, big = sum(s.square().sum().item() for s in sums) / 2, (sum(sums) / 2).square().sum().item()
+    for rank in range(2):
+        told, missed, seen = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert (missed, seen) == (skipped, looked_at)
+        assert told[:skipped].isnan().all()
+        for pair in told[skipped:].tolist():
+            assert pair == pytest.approx(unbiased_pair(small, big, 6, 12), rel=1e-9)
+
+
 def _averaged_too_early(said):
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel

@@ -43,10 +43,10 @@ class GradientNoise:
 
     model: its parameters that require a gradient when this is made are watched, a shared one once. method, what a piece
     is: "micro_batch": each micro-batch of each rank; "ranks": each rank's sum over all its micro-batches, which must
-    then not be averaged before the last one (DDP's `no_sync`, `set_requires_gradient_sync(False)`); "per_example": each
-    example, by `ExampleNorms` and with its limits; "norm_layers": each example, but only in the normalisation layers,
-    whose share of tr(Σ) is measured at some steps (`NormLayers`). The last two need the forward pass inside
-    `micro_batch`, and one micro-batch is enough for them.
+    then not be averaged before the last one (DDP's `no_sync`, in which nothing is measured where `model` is the DDP
+    module itself; `set_requires_gradient_sync(False)`); "per_example": each example, by `ExampleNorms` and with its
+    limits; "norm_layers": each example, but only in the normalisation layers, whose share of tr(Σ) is measured at some
+    steps (`NormLayers`). The last two need the forward pass inside `micro_batch`, and one micro-batch is enough.
     ema: weight kept at each step, in [0, 1); the default 0.98 remembers about 50 steps (the field uses 0.99 to 0.9998);
     None keeps all steps alike. coverage: of the interval.
     process_group: the ranks over which `.grad` is averaged; the default group where one is initialised. Where a model

@@ -8,11 +8,13 @@ leaf is the whole one that stands in its place in its module from each forward p
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from batchlab.core.errors import InputError
@@ -39,7 +41,10 @@ class Piece(NamedTuple):
 class PieceNorms:
     """Hooks on parameters that act inside `watch` alone.
 
-    merged: all pieces until `take` are one, the accumulated gradient of this process. weights: of the squares of each
+    merged: all pieces until `take` are one, the accumulated gradient of this process. Where `model` is a
+    DistributedDataParallel, passes in its `no_sync` are then not looked at, but only the one that ends the sum; a step
+    in which a parameter got a gradient before that one but not in it has NaN, and from then on each pass is looked at.
+    weights: of the squares of each
     parameter's coordinates, read when a piece begins; all 1 if None. model: the modules that hold the parameters, where
     some are spread over ranks. meshes: the ranks that a parameter's gradient was spread over when it was seen.
     """
@@ -59,6 +64,8 @@ class PieceNorms:
         self.witness = Witness(self.parameters)
         self.meshes: dict[int, Mesh] = {}
         self._spread = _holders(model, self.parameters)
+        self._ddp = model if isinstance(model, DistributedDataParallel) else None
+        self._awaited: set[int] = set()
         self._stand_ins: dict[int, tuple[Tensor, list[RemovableHandle]]] = {}
         self._hooks: list[RemovableHandle] = []
         self.listen()
@@ -154,6 +161,9 @@ class PieceNorms:
         def see(gradient: Tensor) -> None:
             if self._examples is None:
                 return
+            if self._ddp is not None and not self._ddp.require_backward_grad_sync:
+                self._awaited.add(index)
+                return
             before = leaf.grad
             if before is None and index in self._seen:
                 raise InputError(
@@ -193,6 +203,9 @@ class PieceNorms:
     def take(self) -> list[Piece]:
         """The pieces since the last `take`, which are then forgotten."""
         pieces, self._pieces, self._seen = self._pieces, [], {}
+        for index in self._awaited - set(pieces[0].squares if pieces else ()):
+            pieces[0].squares[index], self._ddp = math.nan, None
+        self._awaited = set()
         return pieces
 
     def close(self) -> None:
