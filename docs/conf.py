@@ -19,6 +19,8 @@ RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 FIVE_JOBS = {
     "job": "job",
     "seed": "seed",
+    "metric": "metric",
+    "target": "target",
     "predicted_b_crit": "predicted B_crit",
     "measured_b_crit": "measured B_crit",
     "ratio": "measured/predicted",

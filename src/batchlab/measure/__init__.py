@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from batchlab.measure.energy.energy_study import TrainResult as TrainResult
     from batchlab.measure.energy.energy_study import compare_energy as compare_energy
     from batchlab.measure.energy.energy_use import EnergyUse as EnergyUse
+    from batchlab.measure.examples.example_norms import ExampleNorms as ExampleNorms
     from batchlab.measure.examples.per_example import ExampleSqNorms as ExampleSqNorms
     from batchlab.measure.examples.per_example import per_example_sq_norms as per_example_sq_norms
     from batchlab.measure.findings import Findings as Findings
@@ -77,6 +78,7 @@ _HOME = {
     "unbiased_pair": "noise.noise_pair",
     "per_example_sq_norms": "examples.per_example",
     "ExampleSqNorms": "examples.per_example",
+    "ExampleNorms": "examples.example_norms",
     "gsnr": "noise.signal_to_noise",
     "Gsnr": "noise.signal_to_noise",
     "GradientSignal": "noise.gradient_signal",

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from batchlab.core.errors import InputError
 from batchlab.measure.examples.example_pass import TURNS, Pass, PassMode
-from batchlab.measure.examples.ghost_norms import Vectors, draw_vectors
+from batchlab.measure.examples.factors import Vectors, draw_vectors
 from batchlab.measure.examples.layer_uses import Part
 
 MEMORY_BYTES = 2**26

@@ -8,29 +8,22 @@ import math
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from batchlab.core.errors import InputError
-from batchlab.measure.examples.ghost_norms import (
-    Factors,
-    Norms,
-    Piece,
-    TiedOutput,
-    Vectors,
-    joint_norms,
-    piece_norms,
-    row_squares,
-    wide,
-)
+from batchlab.measure.examples.factors import Factors, Piece, Vectors, row_squares, wide
+from batchlab.measure.examples.ghost_norms import Norms, TiedOutput, joint_norms, piece_norms
+from batchlab.measure.examples.gradient_checks import GradientCheck, outside
 from batchlab.measure.examples.layer_rules import RULES, opened_attention
-from batchlab.measure.examples.layer_uses import Layout, Part, Pieces, View
+from batchlab.measure.examples.layer_uses import Layout, Part, Pieces, RecordedUse, View
+from batchlab.measure.examples.row_probe import RowProbe
 from batchlab.measure.norms import to_floats
 
 TURNS = 8
@@ -64,25 +57,6 @@ class PassNorms:
     eps: float
 
 
-@dataclass(eq=False)
-class _Use:
-    """One call that used parts of parameters."""
-
-    name: str
-    parts: list[Part]
-    layout: Layout
-    edge: GradientEdge | None
-    pieces: Pieces | None
-    shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
-    source: bool
-    index: Tensor | None = None
-    taken_back: bool = False
-    verified: bool = False
-    mixed: bool = False
-
-
 class PassMode(TorchFunctionMode):
     """Shows the pass every call that has a rule, and the beginning of the backward pass."""
 
@@ -114,20 +88,21 @@ class Pass:
         parameters = norms.parameters.values()
         self._views = {id(p): View(Part(i), p.shape) for i, p in enumerate(parameters)}
         self._kept: dict[int, Tensor] = {id(p): p for p in parameters}
-        self._lent: dict[int, tuple[weakref.ref[Tensor], View, Tensor, int | None, _Use | None]] = {}
+        self._lent: dict[int, tuple[weakref.ref[Tensor], View, Tensor, int | None, RecordedUse | None]] = {}
         self._swaps: dict[int, Tensor] = {}
         self._attended: dict[int, weakref.ref[Tensor]] = {}
-        self._uses: list[_Use] = []
-        self._waiting: dict[Part, list[tuple[_Use, Piece | TiedOutput]]] = {}
+        self._uses: list[RecordedUse] = []
+        self._waiting: dict[Part, list[tuple[RecordedUse, Piece | TiedOutput]]] = {}
         self._done: dict[Part, Norms] = {}
         self._found: dict[int, tuple[Tensor, str]] = {}
-        self._checks: list[_Check] = []
+        self._checks: list[GradientCheck] = []
         self._check_all = False
         self._why: dict[int, str] = {}
         self._settled: set[int] = set()
         self._eps: dict[int, float] = {}
         self._positions = examples
-        self._open, self._row, self._began, self._told = True, -1, False, False
+        self._open, self._began, self._told = True, False, False
+        self._rows = RowProbe(norms.names, examples)
         self._signature: tuple[Any, ...] = ()
 
     # What the rules ask and tell.
@@ -155,7 +130,7 @@ class Pass:
             return None
         if self._began:
             raise InputError("the forward pass must be over before backward begins: watch one backward pass at a time")
-        use = _Use(name, parts, layout, get_gradient_edge(out), pieces, out.shape, out.dtype, out.device, source)
+        use = RecordedUse(name, parts, layout, get_gradient_edge(out), pieces, out.shape, out.dtype, out.device, source)
         self._uses.append(use)
         out.register_hook(self._hook(use))  # type: ignore[no-untyped-call]
         return use
@@ -210,13 +185,13 @@ class Pass:
             use.edge = use.pieces = None
         self._kept, self._lent, self._swaps, self._attended, self._waiting = {}, {}, {}, {}, {}
 
-    def _hook(self, use: _Use) -> Callable[[Tensor], None]:
+    def _hook(self, use: RecordedUse) -> Callable[[Tensor], None]:
         def see(g: Tensor) -> None:
             if not self._open or use.taken_back:
                 use.pieces = None
                 return
-            if self._row >= 0:
-                self._check_rows(use, g)
+            if self._rows.active:
+                self._rows.see(use, g)
                 return
             pieces, use.pieces = use.pieces, None
             if pieces is None:
@@ -232,7 +207,7 @@ class Pass:
 
         return see
 
-    def _arrive(self, use: _Use, part: Part, piece: Piece) -> None:
+    def _arrive(self, use: RecordedUse, part: Part, piece: Piece) -> None:
         vectors, memory = self._vectors(part), self.norms.memory_bytes
         others = [u for u in self._uses if u is not use and part in u.parts and not u.taken_back]
         if not others:
@@ -262,7 +237,7 @@ class Pass:
 
     def _parameter_hook(self, index: int) -> Callable[[Tensor], None]:
         def see(gradient: Tensor) -> None:
-            if not self._open or self._row >= 0:
+            if not self._open or self._rows.active:
                 return
             if index in self._settled:
                 raise InputError("a parameter got two gradients in one watch: give each backward pass its own")
@@ -292,7 +267,7 @@ class Pass:
             own = part.of(gradient)
             self._compare(index, part, own, self._done[part])
         if parts[0].dim is not None:
-            self._checks.append(_Check(index, 0.0, [_outside(gradient, parts)]))
+            self._checks.append(GradientCheck(index, 0.0, [outside(gradient, parts)]))
         done = [self._done.pop(part) for part in parts]
         rule = "instantiated" if any(norms.rule == "instantiated" for norms in done) else "ghost"
         squares = done[0].squares if len(done) == 1 else torch.stack([norms.squares for norms in done]).sum(0)
@@ -308,7 +283,7 @@ class Pass:
             return
         eps, fine = max(torch.finfo(gradient.dtype).eps, self._eps[index]), torch.finfo(witness.value.dtype).eps
         numbers = [vectors.of(gradient), *witness, *([vectors.spread(gradient)] if eps > fine else [])]
-        self._checks.append(_Check(index, eps, numbers, fine, self._positions))
+        self._checks.append(GradientCheck(index, eps, numbers, fine, self._positions))
 
     # Whether dim 0 is the example.
 
@@ -317,9 +292,9 @@ class Pass:
         uses = [use for use in self._uses if not use.taken_back]
         self._signature = tuple((use.name, tuple(use.parts), use.layout[1:], len(use.shape)) for use in uses)
         self._told, self._check_all = True, self._signature not in self.norms.complete
-        reason = self._doubt(uses)
+        reason = self._rows.doubt(uses, swapped=bool(self._swaps))
         if not reason and self._signature not in self.norms.verified:
-            reason = self._mixed(uses)
+            reason = self._rows.mixed(uses)
             if not reason:
                 self.norms.verified.add(self._signature)
         for use in self._uses:
@@ -327,48 +302,6 @@ class Pass:
         for use in uses if reason else ():
             use.taken_back = True
             self._why.update((part.place, reason) for part in use.parts)
-
-    def _doubt(self, uses: list[_Use]) -> str:
-        """What the shapes leave open and no gradient could tell: layers that agree with each other may all be wrong."""
-        n = self.examples
-        if self._swaps and any(u.shape[:2] == (n, n) and len(u.shape) > 2 and not u.layout.dim for u in uses):
-            return "examples and positions are equally many and change places: use another size"
-        if uses and not any(n in use.shape[: use.layout.dim + 1] for use in uses):
-            return f"no layer's output has the {n} examples as a dimension of its own"
-        return ""
-
-    def _mixed(self, uses: list[_Use]) -> str:
-        """From the last use back, then from the last of those that this did not reach, and so on."""
-        left = list(uses)
-        while len(left) > 1:
-            root = left.pop()
-            inputs = [u for i, u in enumerate(left) if i == 0 or u.source]
-            for row in (0, self.examples - 1):
-                self._row = row
-                self._send_back(root, inputs)
-            self._row = -1
-            for use in uses:
-                if use.mixed:
-                    names = ", ".join(self.norms.names[part.place] for part in use.parts)
-                    return f"the gradient of one example reaches others at the {use.name} of {names}"
-            left = [use for use in left if not use.verified]
-        return ""
-
-    def _send_back(self, root: _Use, inputs: list[_Use]) -> None:
-        generator = torch.Generator().manual_seed(self._row)
-        cotangent = torch.zeros(root.shape, dtype=root.dtype, device=root.device)
-        first = root.layout.first(cotangent)
-        group = len(first) // self.examples
-        row = first[self._row * group : (self._row + 1) * group]
-        row.copy_(torch.randn(row.shape, generator=generator))
-        edges = [use.edge for use in (root, *inputs) if use.edge is not None]
-        torch.autograd.grad(edges[:1], edges[1:], grad_outputs=[cotangent], retain_graph=True, allow_unused=True)
-
-    def _check_rows(self, use: _Use, g: Tensor) -> None:
-        use.verified = True
-        rows = use.layout.fold(g, 0).reshape(self.examples, -1)
-        others = torch.cat([rows[: self._row], rows[self._row + 1 :]])
-        use.mixed |= bool(((others != 0) & ~others.isnan()).any())
 
     # The end.
 
@@ -390,30 +323,6 @@ class Pass:
         )
 
 
-class _Check(NamedTuple):
-    """The numbers that tell whether the uses that were seen make up a parameter's gradient, still on their device.
-
-    eps: of the numbers that were summed; fine: of the sums, over so many positions.
-    """
-
-    parameter: int
-    eps: float
-    numbers: list[Tensor]
-    fine: float = 0.0
-    positions: int = 0
-
-    def fails(self, numbers: list[float]) -> bool:
-        """Whether uᵀGv and uᵀ(ΣG_i)v differ by more than rounding explains; not where one is not finite."""
-        if len(numbers) == 1:
-            return numbers[0] > 0
-        value, expected, squares, absolute = numbers[:4]
-        spread = max(squares, 0.0) ** 0.5 + abs(value)
-        allowed = self.fine * (8 * self.positions**0.5 * spread + 8 * absolute)
-        if self.eps > self.fine:
-            allowed += 4 * self.eps * (spread + numbers[4])
-        return bool(abs(value - expected) > allowed)
-
-
 def _given(see: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
     def of(parameter: Tensor) -> None:
         if parameter.grad is not None:
@@ -426,12 +335,3 @@ def _overlap(parts: list[Part]) -> bool:
     if len({part.dim for part in parts}) > 1:
         return True
     return any(a.stop > b.start for a, b in itertools.pairwise(parts))
-
-
-def _outside(gradient: Tensor, parts: list[Part]) -> Tensor:
-    """The norm of the gradient outside the parts, which must be 0."""
-    rest = gradient.detach().clone()
-    for part in parts:
-        part.of(rest).zero_()
-    norm: Tensor = torch.linalg.vector_norm(wide(rest))
-    return norm

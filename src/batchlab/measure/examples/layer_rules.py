@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from batchlab.measure.examples.ghost_norms import Dense, Piece, matrix_factors, row_factors, wide
+from batchlab.measure.examples.conv_rules import conv
+from batchlab.measure.examples.factors import Dense, Piece, matrix_factors, row_factors, wide
 from batchlab.measure.examples.layer_uses import Layout, Part, Uses, View, is_source, layout_of, summed
-from batchlab.measure.examples.norm_rules import batch_norm, conv, group_norm, instance_norm, layer_norm, rms_norm
+from batchlab.measure.examples.norm_rules import batch_norm, group_norm, instance_norm, layer_norm, rms_norm
 
 
 def _product(

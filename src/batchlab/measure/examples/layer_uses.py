@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
-from batchlab.measure.examples.ghost_norms import Dense, Piece, wide
+from batchlab.measure.examples.factors import Dense, Piece, wide
 
 
 class Part(NamedTuple):
@@ -107,3 +109,31 @@ def scaled(g: Tensor, normal: Callable[[], Tensor], w: View | None, b: View | No
         yield b.part, summed(g)
     if w:
         yield w.part, Dense(normal().mul_(g).sum(1), g)
+
+
+def channels(n: int) -> Callable[[Tensor], Tensor]:
+    """[N, C, *spatial] to [n, T, C]."""
+
+    def fold(tensor: Tensor) -> Tensor:
+        return tensor.reshape(n, len(tensor) // n, tensor.shape[1], -1).transpose(2, 3).flatten(1, 2)
+
+    return fold
+
+
+@dataclass(eq=False)
+class RecordedUse:
+    """One call that used parts of parameters."""
+
+    name: str
+    parts: list[Part]
+    layout: Layout
+    edge: GradientEdge | None
+    pieces: Pieces | None
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    source: bool
+    index: Tensor | None = None
+    taken_back: bool = False
+    verified: bool = False
+    mixed: bool = False

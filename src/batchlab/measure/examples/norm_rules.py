@@ -1,8 +1,7 @@
-"""The rules of normalisation layers and convolutions (see `layer_rules`)."""
+"""The rules of normalisation layers (see `layer_rules`)."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from batchlab.core.errors import InputError
-from batchlab.measure.examples.ghost_norms import Dense, Factors, Piece, pad_for, padded, unfold, wide
-from batchlab.measure.examples.layer_uses import Layout, Part, Uses, is_source, layout_of, scaled, summed
+from batchlab.measure.examples.factors import Dense, Piece, wide
+from batchlab.measure.examples.layer_uses import Layout, Part, Uses, channels, is_source, layout_of, scaled, summed
 
 
 def _affine(
@@ -109,15 +108,6 @@ def scale_rows(g: Tensor, x: Tensor, mean: Tensor | None, r: Tensor) -> Tensor:
     return torch.bmm(r.mT, centred).squeeze(1)
 
 
-def channels(n: int) -> Callable[[Tensor], Tensor]:
-    """[N, C, *spatial] to [n, T, C]."""
-
-    def fold(tensor: Tensor) -> Tensor:
-        return tensor.reshape(n, len(tensor) // n, tensor.shape[1], -1).transpose(2, 3).flatten(1, 2)
-
-    return fold
-
-
 def group_norm(
     uses: Uses,
     out: Tensor,
@@ -182,55 +172,3 @@ def _by_statistics(
         return F.batch_norm(a, mean.to(a.dtype), var.to(a.dtype), training=False, eps=eps)
 
     _affine(uses, out, name, input, weight, bias, channels(uses.examples), normalise)
-
-
-def conv(
-    uses: Uses,
-    out: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> None:
-    w, b, n, spatial = uses.view(weight), uses.view(bias), uses.examples, weight.ndim - 2
-    whole = (w is None or w.part.dim is None) and input.ndim == weight.ndim and len(out) % n == 0
-    if not (w or b) or not whole:
-        return
-    stride, dilation = (_each(value, spatial) for value in (stride, dilation))
-    sides = pad_for(padding if isinstance(padding, str) else _each(padding, spatial), weight.shape[2:], dilation)
-    a, frames, kernel = input.detach() if w else None, len(out) // n, weight.shape[2:]
-
-    def pieces(g: Tensor) -> Iterable[tuple[Part, Piece]]:
-        if b:
-            yield b.part, summed(channels(n)(g))
-        if w and a is not None:
-            places, rows = math.prod(g.shape[2:]), weight.shape[0] // groups
-            columns = math.prod(weight.shape[1:])
-
-            def chunk(start: int, stop: int) -> tuple[Tensor, Tensor]:
-                after = g[start * frames : stop * frames].reshape(-1, groups, rows, places).mT
-                patches = unfold(padded(a[start * frames : stop * frames], sides), kernel, stride, dilation)
-                split = patches.reshape(len(patches), groups, -1, *patches.shape[2:])
-                before = split.transpose(2, 3).flatten(3)
-                return _frames(after, frames), _frames(before, frames)
-
-            size = 4 * groups * frames * places * (rows + 2 * columns)
-            yield w.part, Factors(n, groups, frames * places, rows, columns, chunk, bytes=size)
-
-    parts = [view.part for view in (w, b) if view]
-    uses.use(out, "conv", parts, Layout(n), pieces, is_source(input))
-
-
-def _frames(tensor: Tensor, frames: int) -> Tensor:
-    """[c·frames, groups, L, k] to [c, groups, frames·L, k]."""
-    if frames == 1:
-        return tensor
-    return tensor.reshape(-1, frames, *tensor.shape[1:]).transpose(1, 2).flatten(2, 3)
-
-
-def _each(value: Any, count: int) -> tuple[int, ...]:
-    values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
-    return values * count if len(values) == 1 else values

@@ -19,7 +19,7 @@ from torch.func import functional_call, grad_and_value, vmap
 from batchlab.core.errors import InputError
 from batchlab.core.random import preserved_generators
 from batchlab.measure.examples.example_norms import ExampleNorms, ExampleRecord
-from batchlab.measure.examples.ghost_norms import row_squares, wide
+from batchlab.measure.examples.factors import row_squares, wide
 
 MEMORY_BYTES = 2**28
 DROPOUT = (nn.modules.dropout._DropoutNd, nn.RReLU)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from batchlab.measure.examples.ghost_norms import wide
+from batchlab.measure.examples.factors import wide
 from batchlab.measure.noise.pieces import Piece
 from batchlab.measure.noise.witness import Witness
 from batchlab.measure.norms import sq_norm, total
