@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -26,6 +27,8 @@ from batchlab.measure.training_step import TrainingStep
 LOW, HIGH, STEPS = 1e-6, 10.0, 100
 SMOOTHING, STOP_FACTOR = 0.05, 4.0
 ONE_CYCLE, MANY_CYCLES = 10.0, 4.0
+_ABOVE = 3.0
+_NOT_ABOVE_NOISE = "the loss did not fall above its noise: take more steps, a larger batch, or validation examples"
 
 Spacing = Literal["geometric", "linear"]
 
@@ -50,7 +53,9 @@ class RangeTest(JsonNoun):
     steepest: where the smoothed loss falls fastest per factor of the rate, before its minimum. minimum: where it is
     least. divergence: where it passed `stop_factor` times the least, or was not finite; None if it never did.
     validation: the validation loss after each update, where one was given; the readings are then of that. momenta:
-    the momentum (or β₁) at each rate, where it was cycled. spacing: of the rates.
+    the momentum (or β₁) at each rate, where it was cycled. spacing: of the rates. read_from: the first step that is
+    read, at which the average holds so many losses that one batch's luck is no reading. fell: whether the average fell
+    from there to its least by more than three standard errors of its noise, that of the losses up to there.
 
     The point of divergence is not the stability limit: it depends on the speed of the ramp (a slower one never gives
     a larger stop under noise), and by a factor of several on the noise. `max_stable_lr` finds that limit.
@@ -65,17 +70,23 @@ class RangeTest(JsonNoun):
     validation: tuple[float, ...] = ()
     momenta: tuple[float, ...] = ()
     spacing: Spacing = "geometric"
+    read_from: int = 0
+    fell: bool = True
 
     @property
     def suggestion(self) -> float:
-        """Where to start short runs: halfway between the steepest point and the minimum, in the logarithm."""
+        """Where to start short runs: halfway between the steepest point and the minimum, in the logarithm.
+
+        Where `fell` is false it is only where noise happened to be least.
+        """
         return math.sqrt(self.steepest * self.minimum)
 
     @property
     def reason(self) -> str:
         """What was read, in a sentence."""
         end = "never diverged" if self.divergence is None else f"diverged at {self.divergence:.3g}"
-        return f"range test: falls fastest at {self.steepest:.3g}, least at {self.minimum:.3g}, {end}"
+        noise = "" if self.fell else f"; but {_NOT_ABOVE_NOISE}"
+        return f"range test: falls fastest at {self.steepest:.3g}, least at {self.minimum:.3g}, {end}{noise}"
 
     def cycle(self, cycles: int = 1) -> Cycle:
         """The ends for `cycles` cycles of the learning rate, by Smith's rules.
@@ -90,12 +101,14 @@ class RangeTest(JsonNoun):
         part = ONE_CYCLE if cycles == 1 else MANY_CYCLES
         what = "validation loss" if self.validation else "training loss"
         ended = self.divergence is None and self.minimum == self.learning_rates[-1]
-        bracketed = not ended and self.minimum > self.learning_rates[0]
+        bracketed = self.fell and not ended and self.minimum > self.learning_rates[self.read_from]
         turn = f"the smoothed {what} turns up after {self.minimum:.3g}"
         if ended:
             turn = f"the smoothed {what} still fell at {self.minimum:.3g}, where the ramp ended: test higher rates"
-        elif not bracketed:
+        elif self.minimum == self.learning_rates[self.read_from]:
             turn = f"the smoothed {what} only rose from {self.minimum:.3g}, where the ramp began: test lower rates"
+        elif not self.fell:
+            turn = _NOT_ABOVE_NOISE
         overstated = "" if self.validation else "; read from training loss alone it is overstated"
         few = "one cycle" if cycles == 1 else f"{cycles} cycles"
         reason = f"max: {turn}{overstated}; min: 1/{part:g} of it, for {few}"
@@ -141,7 +154,8 @@ def range_test(
     at 0 and divide by 1 - (1 - f)^t, so that the first loss does not weigh more than others; False starts it at the
     first loss, as torch-lr-finder does. stop_factor: it ends when s passes so many times its least; Smith's 4 to 5.
     validate: returns the loss on validation data that stay the same, asked after each update; all readings are then
-    of that loss. The average lags behind by some 1/f steps, and each reading with it.
+    of that loss. The average lags behind by some 1/f steps, and each reading with it; the first 1/f are not read,
+    unless it ends before three more.
 
     A loss that may be 0 or negative has no such factor: the rise is measured from the least, in units of its size.
     What it does to a model is the caller's to undo: `restored` does. Raises `InputError` if the loss is not finite at
@@ -178,8 +192,11 @@ def range_test(
         if value > best + (stop_factor - 1) * abs(best):
             divergence = rate
             break
-    least = min(range(len(smoothed)), key=smoothed.__getitem__)
-    steepest = rates[_steepest(rates, smoothed, least, spacing)]
+    first = math.ceil(1 / smoothing) - 1
+    first = first if len(smoothed) >= first + 3 else 0
+    least = min(range(first, len(smoothed)), key=smoothed.__getitem__)
+    steepest = rates[_steepest(rates, smoothed, first, least, smoothing)]
+    fall, noise = smoothed[first] - smoothed[least], _noise((validation or losses)[: first + 1], smoothing)
     return RangeTest(
         tuple(rates),
         tuple(losses),
@@ -189,15 +206,29 @@ def range_test(
         divergence,
         validation=tuple(validation),
         spacing=spacing,
+        read_from=first,
+        fell=fall > _ABOVE * noise,
     )
 
 
-def _steepest(rates: Sequence[float], smoothed: Sequence[float], least: int, spacing: Spacing) -> int:
-    """Where the smoothed loss falls most per factor of the rate, up to its minimum (central differences)."""
+def _noise(losses: Sequence[float], smoothing: float) -> float:
+    """Of the difference of two averages far apart, from losses whose differences from step to step are noise."""
+    if len(losses) < 3:
+        return 0.0
+    variance = math.fsum((b - a) ** 2 for a, b in pairwise(losses)) / (2 * (len(losses) - 1))
+    return math.sqrt(2 * variance * smoothing / (2 - smoothing))
+
+
+def _steepest(rates: Sequence[float], smoothed: Sequence[float], first: int, least: int, smoothing: float) -> int:
+    """Where the smoothed loss falls most per factor of the rate, from `first` to its minimum.
+
+    By central differences over 1/f steps, as many as the average itself holds: over two, noise would be the steepest.
+    """
+    reach = min(max(1, round(0.5 / smoothing)), max(1, (least - first) // 2))
     falls = []
-    for i in range(1, min(least, len(smoothed) - 1)):
-        factor = 1.0 if spacing == "geometric" else math.log(rates[i + 1] / rates[i - 1])
-        falls.append(((smoothed[i + 1] - smoothed[i - 1]) / factor, i))
+    for i in range(first + reach, least - reach + 1):
+        factor = math.log(rates[i + reach] / rates[i - reach])
+        falls.append(((smoothed[i + reach] - smoothed[i - reach]) / factor, i))
     return min(falls)[1] if falls else least
 
 
