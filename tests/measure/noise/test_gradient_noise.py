@@ -133,8 +133,8 @@ def _model(tied=False, dtype=torch.float32):
     return model
 
 
-def _batch(n=32, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(1)
+def _batch(n=32, dtype=torch.float32, seed=1):
+    generator = torch.Generator().manual_seed(seed)
     return torch.randn(n, 6, generator=generator, dtype=dtype), torch.randn(n, generator=generator, dtype=dtype)
 
 
@@ -481,3 +481,176 @@ def test_measuring_some_steps_gives_their_pairs_and_leaves_the_others_without_ho
 @pytest.mark.parametrize("at", [3, 4, 5])
 def test_the_turn_goes_round(at):
     assert _noise_along(3, resume_at=at) == _noise_along(3)
+
+
+class _TwoHeads(nn.Module):
+    """A body, and a head that is never used: the largest of the small parameters."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+        self.head = nn.Linear(16, 16).double()
+
+    def forward(self, x):
+        return self.body(x)
+
+
+def _step(model, noise, seed, *, sizes=(8, 8, 8, 8), scale=1.0, outside=()):
+    """A step whose pieces in `outside` are not watched; the gradient is divided by `scale` after it."""
+    x, y = _batch(sum(sizes), torch.float64, seed)
+    model.zero_grad()
+    for index, (part_x, part_y) in enumerate(zip(x.split(sizes), y.split(sizes), strict=True)):
+        with contextlib.nullcontext() if index in outside else noise.micro_batch(len(part_x)):
+            loss = (model(part_x).squeeze(1) - part_y).square().mean() * len(part_x) / len(x)
+            (loss * scale).backward()
+    for p in model.parameters():
+        if p.grad is not None:
+            p.grad /= scale
+    return noise.step()
+
+
+@pytest.mark.parametrize("method", ["micro_batch", "per_example"])
+def test_a_parameter_that_is_never_used_hides_no_loss_scale(method):
+    """The first step finds that the witness has no gradient, takes another, and tells nothing."""
+    model, plain = _TwoHeads(), _TwoHeads()
+    scaled, expected = GradientNoise(model, method), GradientNoise(plain.body, method)
+    for seed in range(4):
+        _step(model, scaled, seed, scale=1024.0)
+        _step(plain, expected, seed)
+        assert scaled.pair is None if seed == 0 else scaled.pair == pytest.approx(expected.pair, rel=1e-6)
+    assert scaled.skipped == 0 and scaled.statistics.count == 3
+
+
+def test_a_parameter_that_is_never_used_hides_no_backward_pass_outside():
+    model = _TwoHeads()
+    noise = GradientNoise(model)
+    _step(model, noise, 0)
+    with pytest.raises(InputError, match="do not add up to .grad"):
+        _step(model, noise, 1, outside=(2,))
+
+
+class _Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(6, 200).double(), nn.Linear(200, 6).double()
+        self.scale = nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.first(x))).sum(1, keepdim=True) * self.scale
+
+
+def test_a_single_number_is_no_witness_where_there_is_another():
+    model = _Scaled()
+    noise = GradientNoise(model)
+    assert noise._all.witness.parameter.numel() > 1
+    with pytest.raises(InputError, match="do not add up to .grad"):
+        _step(model, noise, 0, outside=(1,))
+
+
+def test_a_parameter_of_no_dimension_has_its_norms_too():
+    pairs = []
+    for method, sizes in (("per_example", [32]), ("micro_batch", [1] * 32)):
+        model = _Scaled()
+        noise = GradientNoise(model, method)
+        _step(model, noise, 0, sizes=sizes)
+        pairs.append(noise.pair)
+    assert pairs[0] == pytest.approx(pairs[1], rel=1e-9)
+
+
+@pytest.mark.parametrize("method", ["micro_batch", "per_example"])
+@pytest.mark.parametrize("frozen", [0, 2, 5])
+def test_what_was_frozen_since_is_left_out_whatever_lies_in_its_grad(method, frozen):
+    """The witness too."""
+    model, fresh = _model(dtype=torch.float64), _model(dtype=torch.float64)
+    noise = GradientNoise(model, method)
+    _step(model, noise, 0)
+    for net in (model, fresh):
+        list(net.parameters())[frozen].requires_grad_(False)
+    stale = list(model.parameters())[frozen]
+    expected = GradientNoise(fresh, method)
+    for seed in (1, 2):
+        stale.grad = torch.full_like(stale, 1e3)
+        x, y = _batch(32, torch.float64, seed)
+        for net, each in ((model, noise), (fresh, expected)):
+            for p in net.parameters():
+                p.grad = p.grad if p is stale else None
+            for part_x, part_y in zip(x.chunk(4), y.chunk(4), strict=True):
+                with each.micro_batch(8):
+                    ((net(part_x).squeeze(1) - part_y).square().mean() / 4).backward()
+            each.step()
+        assert noise.pair is None or noise.pair == pytest.approx(expected.pair, rel=1e-9)
+    assert noise.pair is not None
+
+
+def test_a_gradient_that_no_micro_batch_saw_is_refused():
+    model = _TwoHeads()
+    noise = GradientNoise(model)
+    _step(model, noise, 0)
+    with pytest.raises(InputError, match="1 parameters have a gradient that no micro_batch saw"):
+        model.head.bias.grad = torch.ones(16, dtype=torch.float64)
+        for part_x, part_y in zip(*(part.chunk(2) for part in _batch(32, torch.float64)), strict=True):
+            with noise.micro_batch(16):
+                ((model(part_x).squeeze(1) - part_y).square().mean() / 2).backward()
+        noise.step()
+
+
+def test_a_backward_pass_outside_and_a_closed_object_are_told_as_such():
+    model = _model(dtype=torch.float64)
+    noise, (x, y) = GradientNoise(model, every=3), _batch(32, torch.float64)
+    for part_x, part_y in zip(x.chunk(2), y.chunk(2), strict=True):
+        with noise.micro_batch(16):
+            loss = (model(part_x).squeeze(1) - part_y).square().mean() / 2
+        loss.backward()
+    with pytest.raises(InputError, match="no backward pass was seen in micro_batch"):
+        noise.step()
+    noise.close()
+    with pytest.raises(InputError, match="this GradientNoise was closed"):
+        noise.micro_batch(16)
+    noise.skip()
+    noise.skip()
+    noise.skip()
+    assert not any(p._backward_hooks for p in model.parameters())
+
+
+def test_a_state_of_another_method_or_weighting_is_refused():
+    model = _model(dtype=torch.float64)
+    state = GradientNoise(model).state_dict()
+    with pytest.raises(InputError, match="state is of method 'micro_batch', this is of 'ranks'"):
+        GradientNoise(model, "ranks").load_state_dict(state)
+    weighed = GradientNoise(model, weighting="preconditioned", optimizer=torch.optim.Adam(model.parameters()))
+    with pytest.raises(InputError, match="state is of weighting 'none', this is of 'preconditioned'"):
+        weighed.load_state_dict(state)
+
+
+def test_counts_of_any_library_are_integers_and_squared_norms_not_negative():
+    model = _model(dtype=torch.float64)
+    noise = GradientNoise(model)
+    with noise.micro_batch(np.int64(3)):
+        pass
+    with pytest.raises(InputError, match="model must be a torch.nn.Module, got generator"):
+        GradientNoise(model.parameters())
+    noise = GradientNoise(model)
+    x, y = _batch(32, torch.float64)
+    for part_x, part_y in zip(x.chunk(2), y.chunk(2), strict=True):
+        with noise.micro_batch(16):
+            ((model(part_x).squeeze(1) - part_y).square().mean() / 2).backward()
+    with pytest.raises(InputError, match="grad_sq_norm is a squared norm and must be >= 0, got -3"):
+        noise.step(-3.0)
+
+
+def test_a_parameter_that_adam_never_stepped_has_no_part_in_its_geometry():
+    model, body = _TwoHeads(), _TwoHeads().body
+    found = []
+    for net in (model, body):
+        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
+        noise = GradientNoise(net, weighting="preconditioned", optimizer=optimizer)
+        for seed in range(4):
+            _step(net, noise, seed)
+            optimizer.step()
+        found.append(noise.pair)
+    assert found[0] == pytest.approx(found[1], rel=1e-9)
+    with pytest.raises(InputError, match="SGD keeps none"):
+        sgd = torch.optim.SGD(body.parameters(), lr=0.1)
+        GradientNoise(body, weighting="preconditioned", optimizer=sgd)

@@ -312,3 +312,59 @@ def test_one_example_says_that_there_is_nothing_to_compare():
         _passes(noise, model, *(part[:1] for part in _batch(0)), [1])
         got = noise.step()
         assert math.isnan(got.value) and got.high == math.inf and "a step has nothing to be compared with" in got.method
+
+
+class _Sequence(nn.Module):
+    """Its norm sees positions first; with as many positions as examples nothing tells the two apart."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.last = nn.LayerNorm(6).double(), nn.Linear(6, 3).double()
+
+    def forward(self, x):
+        turned = torch.stack([x * (1 + k) for k in range(4)])  # (4, n, 6)
+        return self.last(self.norm(turned.square() + turned).mean(0))
+
+
+def test_that_the_norms_own_hooks_are_not_sound_is_kept_in_the_state():
+    model = _Sequence()
+    noise = GradientNoise(model, method="norm_layers")
+    for step in range(FIRST + 2):
+        model.zero_grad()
+        _passes(noise, model, *_batch(step), [12])
+        noise.step()
+    again = GradientNoise(model, method="norm_layers")
+    again.load_state_dict(noise.state_dict())
+    for each in (noise, again):
+        model.zero_grad()
+        _passes(each, model, *_batch(99), [12])
+        each.step()
+    assert again.pair == pytest.approx(noise.pair, rel=1e-12)
+
+
+def test_a_wrong_count_between_two_calibrations_costs_that_step_and_not_the_run():
+    """The hooks are given up for the general rules from the next step on."""
+    model = _model()
+    noise = GradientNoise(model, method="norm_layers")
+    for step in range(FIRST + 6):
+        model.zero_grad()
+        x, y = _batch(step)
+        if step == FIRST + 3:
+            with noise.micro_batch(16):
+                F.cross_entropy(model(x), y).backward()
+        else:
+            _passes(noise, model, x, y, [12])
+        noise.step()
+        assert (noise.pair is None) == (step == FIRST + 3)
+    assert isinstance(noise._norm_layers.source, ExamplePieces)
+
+
+def test_a_wrong_count_is_told_as_such():
+    model = _model()
+    noise, (x, y) = GradientNoise(model, method="per_example"), _batch(0)
+    with (
+        pytest.raises(InputError, match="no call in watch gave 16 examples: is that their number"),
+        noise.micro_batch(16),
+    ):
+        F.cross_entropy(model(x), y).backward()

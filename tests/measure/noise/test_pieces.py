@@ -104,7 +104,7 @@ def test_what_cannot_be_told_apart_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("sizes", "chosen"), [([5000, 3, WITNESS, 7], 2), ([5000, WITNESS + 1, 3000], 1), ([1, 1025], 0)]
+    ("sizes", "chosen"), [([5000, 3, WITNESS, 7], 2), ([5000, WITNESS + 1, 3000], 1), ([1, 1025], 1), ([1, 1], 0)]
 )
 def test_the_witness_is_the_largest_of_the_small(sizes, chosen):
     parameters = [nn.Parameter(torch.zeros(size)) for size in sizes]

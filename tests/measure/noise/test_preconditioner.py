@@ -89,7 +89,10 @@ def test_bad_input_is_named():
         Preconditioner(sgd, list(model.parameters()), damping=0)
     with pytest.raises(InputError, match="does not hold 2 of the model's 4 parameters"):
         Preconditioner(torch.optim.Adam(model[0].parameters()), list(model.parameters()))
+    with pytest.raises(InputError, match="as Adam does; SGD keeps none"):
+        Preconditioner(sgd, list(model.parameters()))
+    adamax = torch.optim.Adamax(model.parameters())
     model(torch.ones(1, 5).double()).sum().backward()
-    sgd.step()
+    adamax.step()
     with pytest.raises(InputError, match="keeps no mean of squared gradients"):
-        Preconditioner(sgd, list(model.parameters())).refresh()
+        Preconditioner(adamax, list(model.parameters())).refresh()

@@ -147,7 +147,8 @@ class ExampleNorms:
             told = "; ".join(f"{name}: {reason}" for name, reason in list(record.uncovered.items())[:3])
             raise InputError(
                 f"{len(record.uncovered)} of {len(self.names)} parameters have no exact per-example norm here ({told});"
-                " leave them out (parameters=, strict=False) or use per_example_sq_norms"
+                " leave them out (parameters=, strict=False) or use per_example_sq_norms; in GradientNoise, use "
+                'method="micro_batch"'
             )
 
     def vectors(self, part: Part) -> Vectors:

@@ -163,7 +163,7 @@ class Pass:
         hooks: list[RemovableHandle] = []
         parameters = list(self.norms.parameters.values())
         try:
-            for index, parameter in enumerate(parameters):
+            for index, parameter in ((i, p) for i, p in enumerate(parameters) if p.requires_grad):
                 see = self._parameter_hook(index)
                 if parameter.grad is None:  # a hook on the gradient itself would make autograd copy it
                     hooks.append(parameter.register_post_accumulate_grad_hook(_given(see)))  # type: ignore[no-untyped-call]
@@ -257,7 +257,8 @@ class Pass:
             self._done[part] = self._join(part)
         parts = sorted(part for part in self._done if part.place == index and part.dim is not None)
         if not parts and Part(index) not in self._done:
-            self._why.setdefault(index, "no call that has a rule used it")
+            rows = f"no call in watch gave {self.examples} examples: is that their number, and the forward pass inside?"
+            self._why.setdefault(index, "no call that has a rule used it" if self._uses else rows)
             return
         if (parts and Part(index) in self._done) or _overlap(parts):
             self._why[index] = "its uses take slices that overlap"

@@ -41,7 +41,7 @@ class Norms(NamedTuple):
 def piece_norms(piece: Piece, vectors: Vectors | None, memory_bytes: int) -> Norms:
     """|G_i|² of a parameter that was used once."""
     if isinstance(piece, Dense):
-        return Norms(row_squares(piece.gradients.flatten(1)), "instantiated", piece.witness(vectors))
+        return Norms(row_squares(piece.gradients.reshape(len(piece), -1)), "instantiated", piece.witness(vectors))
     ghost = _gram_is_cheaper(piece)
     squares, witnesses = [], []
     for start, stop in _chunks(piece, _bytes(piece, ghost), memory_bytes):
@@ -63,9 +63,9 @@ def joint_norms(pieces: Sequence[Piece], vectors: Vectors | None, memory_bytes: 
         return piece_norms(merged, vectors, memory_bytes)
     size, squares = 8 * pieces[0].dense(0, 1).numel(), []
     for start, stop in _chunks(pieces[0], size, memory_bytes):
-        gradients = pieces[0].dense(start, stop).flatten(1)
+        gradients = pieces[0].dense(start, stop).reshape(stop - start, -1)
         for piece in pieces[1:]:
-            gradients = gradients + piece.dense(start, stop).flatten(1)
+            gradients = gradients + piece.dense(start, stop).reshape(stop - start, -1)
         squares.append(row_squares(gradients))
     return Norms(_joined(squares), "instantiated", _sum([piece.witness(vectors) for piece in pieces]))
 

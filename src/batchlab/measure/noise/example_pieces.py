@@ -45,7 +45,7 @@ class ExamplePieces:
         if self._busy:
             raise InputError("micro_batch must not be entered twice at once")
         self._busy = True
-        hook = self.witness.parameter.register_hook(self._testify)  # type: ignore[no-untyped-call]
+        hook = self.witness.listener(self._testify)
         try:
             with self._norms.watch(examples, scale=1.0) as record:
                 yield
@@ -62,6 +62,10 @@ class ExamplePieces:
     def square(self, places: Collection[int]) -> float:
         """Σ|c_i|² over all examples since the last `take`, of some parameters."""
         return total([square for piece in self._pieces for place, square in piece.squares.items() if place in places])
+
+    def choose_witness(self) -> bool:
+        """Another witness, where the one there is got no gradient."""
+        return self.witness.choose_anew()
 
     def take(self) -> list[Piece]:
         """The passes since the last `take`, which are then forgotten."""

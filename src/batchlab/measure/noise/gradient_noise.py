@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import operator
 from typing import Any, Literal
 
 import torch
@@ -93,6 +94,8 @@ class GradientNoise:
         optimizer: torch.optim.Optimizer | None = None,
         every: int | Literal["auto"] = 1,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise InputError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         if method not in METHODS:
             raise InputError(f"method must be one of {', '.join(map(repr, METHODS))}, got {method!r}")
         if weighting not in WEIGHTINGS or (weighting == "preconditioned") != (optimizer is not None):
@@ -102,7 +105,8 @@ class GradientNoise:
         if every != "auto" and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
             raise InputError(f'every must be an integer of at least 1, or "auto", got {every!r}')
         self.statistics = RatioOfMeans(ema=ema, coverage=coverage)
-        self.method, self.skipped = method, 0
+        self.method, self.weighting, self.skipped = method, weighting, 0
+        self._closed = False
         self._every, self._turn, self._examples = 1 if every == "auto" else every, 0, 1.0
         self._latest: Estimate | None = None
         self.pair: NoisePair | None = None
@@ -130,6 +134,9 @@ class GradientNoise:
 
     def micro_batch(self, examples: int) -> contextlib.AbstractContextManager[None]:
         """Around the backward pass of one piece of `examples` examples; the forward pass may be inside too."""
+        if self._closed:
+            raise InputError("this GradientNoise was closed: make another one")
+        examples = _count(examples)
         if self._turn:
             return contextlib.nullcontext()
         if self._weights is not None and self._all.empty:
@@ -162,7 +169,7 @@ class GradientNoise:
         self._hook_if_due()
 
     def _hook_if_due(self) -> None:
-        (self._all.close if self._turn else self._all.listen)()
+        (self._all.close if self._turn or self._closed else self._all.listen)()
 
     def _measured(self, grad_sq_norm: float | Tensor | None) -> Estimate:
         known = None if self._weights is not None else grad_sq_norm
@@ -175,7 +182,7 @@ class GradientNoise:
         if not _finite(sums):
             self.skipped += 1
         elif sums.number > 1 and (self._weights is None or self._weights.known):
-            self._add(_pair(sums, 0, 0), sums)
+            self._add(_pair(sums, 0, 0) if sums.told else None, sums)
         elif sums.number == 1 and not self.statistics.count:
             return self._undefined("undefined: one piece a step has nothing to be compared with")
         return self.estimate()
@@ -193,6 +200,8 @@ class GradientNoise:
         )
         if not _finite(sums):
             self.skipped += 1
+        elif sums.number > 1 and calibrates and not sums.told:
+            return self.estimate()
         elif sums.number > 1:
             layers.turn += 1
             own = _pair(sums, 0, 0)
@@ -229,7 +238,8 @@ class GradientNoise:
         return Estimate(math.nan, 0.0, math.inf, reason, self.statistics.coverage)
 
     def close(self) -> None:
-        """Takes the hooks off the model."""
+        """Takes the hooks off the model; what was found stays."""
+        self._closed = True
         self._all.close()
 
     def state_dict(self) -> dict[str, Any]:
@@ -237,13 +247,17 @@ class GradientNoise:
 
         With `every="auto"` its timing is not in it either, and begins anew.
         """
-        state = {"statistics": self.statistics.state_dict(), "skipped": self.skipped, "turn": self._turn}
+        state: dict[str, Any] = {"method": self.method, "weighting": self.weighting}
+        state |= {"statistics": self.statistics.state_dict(), "skipped": self.skipped, "turn": self._turn}
         if self._norm_layers is not None:
             state |= {"norm_layers": self._norm_layers.state_dict(), "examples": self._examples}
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over what `state_dict` gave."""
+        """Takes over what `state_dict` gave; `InputError` if that was of another method or weighting."""
+        for name, own in (("method", self.method), ("weighting", self.weighting)):
+            if state[name] != own:
+                raise InputError(f"state is of {name} {state[name]!r}, this is of {own!r}")
         self.statistics.load_state_dict(state["statistics"])
         self.skipped, self._latest = state["skipped"], None
         if self._norm_layers is not None:
@@ -251,6 +265,17 @@ class GradientNoise:
             self._examples = state["examples"]
         self._turn = state.get("turn", 0) % self._every
         self._hook_if_due()
+
+
+def _count(examples: Any) -> int:
+    """As `int` where it is an integer of any library."""
+    try:
+        count = operator.index(examples)
+    except TypeError:
+        count = 0
+    if isinstance(examples, bool) or count < 1:
+        raise InputError(f"examples must be an integer of at least 1, got {examples!r}")
+    return count
 
 
 def _pair(sums: StepSums, small: int, big: int) -> NoisePair:

@@ -36,8 +36,9 @@ class NormPieces:
     by turn each example's place comes once. The 64 are batchlab's own: on the digits' CNN 8 of 64 made the estimate
     vary three times as much as all did.
 
-    `sound` turns false for good where a layer was called with something whose first dimension is not the examples;
-    whether the numbers are right is for the caller to compare with `ExamplePieces` now and then.
+    `sound` turns false for good, after the step, where a layer was called with something whose first dimension is not
+    the examples; nothing is told of that step then. Whether the numbers are right is for the caller to compare with
+    `ExamplePieces` now and then.
     """
 
     def __init__(self, model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
@@ -50,6 +51,7 @@ class NormPieces:
         self._examples: int | None = None
         self._looked_at = slice(None)
         self._turn, self._passes, self._total = 0, 1, 0
+        self._spoiled = False
         self._rows: dict[int, Tensor] = {}
         self._pieces: list[Piece] = []
         self._hooks: list[RemovableHandle] = []
@@ -70,7 +72,7 @@ class NormPieces:
         self._looked_at = slice(None) if every_one else self._sample()
         told = len(range(examples)[self._looked_at])
         hooks = [module.register_forward_hook(self._see) for module in self._modules] if told else []
-        hooks.append(self.witness.parameter.register_hook(self._testify))  # type: ignore[no-untyped-call]
+        hooks.append(self.witness.listener(self._testify))
         try:
             yield
             squares = {place: sq_norm(rows) for place, rows in self._rows.items()}
@@ -96,7 +98,7 @@ class NormPieces:
         if not isinstance(output, Tensor) or not output.requires_grad:
             return
         if output.ndim < 2 or len(output) != self._examples or not inputs:
-            self.sound = False
+            self._spoiled = True
             return
         x, looked_at = inputs[0].detach(), self._looked_at
         output.register_hook(lambda g: self._add(module, x[looked_at], wide(g.detach()[looked_at])))  # type: ignore[no-untyped-call]
@@ -113,9 +115,16 @@ class NormPieces:
         """Σ|c_i|² over all examples since the last `take`."""
         return total([square for piece in self._pieces for square in piece.squares.values()])
 
+    def choose_witness(self) -> bool:
+        """Another witness, where the one there is got no gradient."""
+        return self.witness.choose_anew()
+
     def take(self) -> list[Piece]:
         """The passes since the last `take`, which are then forgotten."""
         pieces, self._pieces = self._pieces, []
+        if self._spoiled:
+            self.sound = self._spoiled = False
+            pieces = [piece._replace(squares={}, left_out=piece.number) for piece in pieces]
         self._turn += 1
         if pieces:
             self._passes, self._total = len(pieces), sum(piece.examples for piece in pieces)
@@ -123,11 +132,12 @@ class NormPieces:
 
     def state_dict(self) -> dict[str, int]:
         """Which examples are looked at next."""
-        return {"turn": self._turn, "passes": self._passes, "total": self._total}
+        return {"turn": self._turn, "passes": self._passes, "total": self._total, "sound": int(self.sound)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Takes over what `state_dict` gave."""
         self._turn, self._passes, self._total = (state[name] for name in ("turn", "passes", "total"))
+        self.sound = self.sound and bool(state["sound"])
 
     def unmet(self, pieces: Sequence[Piece]) -> list[int]:
         """None: parameters spread over ranks are refused where all layers are measured."""

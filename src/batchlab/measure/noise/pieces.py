@@ -71,11 +71,11 @@ class PieceNorms:
         self.listen()
 
     def listen(self) -> None:
-        """Puts the hooks on, where they are off."""
+        """Puts the hooks on, where they are off; on parameters that were frozen since, none."""
         if self._hooks:
             return
         for index, parameter in enumerate(self.parameters):
-            self._hooks += self._attach(index, parameter)
+            self._hooks += self._attach(index, parameter) if parameter.requires_grad else []
         self._hooks += [module.register_forward_pre_hook(self._meet) for module in self._spread]
 
     def _attach(self, index: int, leaf: Tensor) -> list[RemovableHandle]:
@@ -199,6 +199,14 @@ class PieceNorms:
                 self.witness.see(gradient, before=leaf.grad if self._merged else None)
 
         return testify
+
+    def choose_witness(self) -> bool:
+        """Another witness, with its hook, where the one there is got no gradient."""
+        chosen = self.witness.choose_anew()
+        if chosen:
+            self.close()
+            self.listen()
+        return chosen
 
     def take(self) -> list[Piece]:
         """The pieces since the last `take`, which are then forgotten."""

@@ -33,25 +33,28 @@ class Preconditioner:
     ) -> None:
         if not damping > 0:
             raise InputError(f"damping must be > 0, got {damping!r}")
+        if isinstance(optimizer, torch.optim.SGD):
+            raise InputError("the optimizer must keep a mean of squared gradients, as Adam does; SGD keeps none")
         self._optimizer, self._parameters, self._damping = optimizer, parameters, damping
         self._decay = {
             p: group.get("betas", (0.0, 0.0))[1] for group in optimizer.param_groups for p in group["params"]
         }
         if missing := [p for p in parameters if p not in self._decay]:
             raise InputError(f"the optimizer does not hold {len(missing)} of the model's {len(parameters)} parameters")
-        self._weights: list[Tensor] = []
+        self._weights: dict[int, Tensor] = {}
 
     @torch.no_grad()
     def refresh(self) -> bool:
         """Reads the state anew; False while there is none, before the first update."""
         states = [self._optimizer.state.get(p, {}) for p in self._parameters]
-        if not all("exp_avg_sq" in state or "square_avg" in state for state in states):
-            if any(states):
-                raise InputError("the optimizer keeps no mean of squared gradients: measure without preconditioning")
-            self._weights = []
+        has = [bool({"exp_avg_sq", "square_avg"} & state.keys()) for state in states]
+        if any(state and not kept for state, kept in zip(states, has, strict=True)):
+            raise InputError("the optimizer keeps no mean of squared gradients: measure without preconditioning")
+        if not any(has):
+            self._weights = {}
             return False
-        roots = []
-        for parameter, state in zip(self._parameters, states, strict=True):
+        roots, known = [], [place for place, kept in enumerate(has) if kept]
+        for parameter, state in ((self._parameters[place], states[place]) for place in known):
             mean_sq = state["exp_avg_sq"] if "exp_avg_sq" in state else state["square_avg"]
             step = float(state["step"]) if "step" in state else 0.0
             seen = 1.0 - self._decay[parameter] ** step if "exp_avg_sq" in state else 1.0
@@ -62,7 +65,7 @@ class Preconditioner:
             parts = [share(root).part for root in roots]
             torch._foreach_add_(parts, floor)
             torch._foreach_reciprocal_(parts)
-        self._weights = roots if floor > 0 else []
+        self._weights = dict(zip(known, roots, strict=True)) if floor > 0 else {}
         return floor > 0
 
     @property
@@ -71,8 +74,12 @@ class Preconditioner:
         return bool(self._weights)
 
     def __getitem__(self, index: int) -> Tensor:
-        """The weights of a parameter's coordinates, in its own shape and spread as it is."""
-        return self._weights[index]
+        """The weights of a parameter's coordinates, in its own shape and spread as it is.
+
+        0 for a parameter that the optimizer has not stepped yet: there is no geometry to measure it in.
+        """
+        held = self._weights.get(index)
+        return torch.zeros_like(self._parameters[index]) if held is None else held
 
 
 def _sum_of_squares(tensors: list[Tensor]) -> float:

@@ -28,13 +28,14 @@ class Source(Protocol):
 
     def take(self) -> list[Piece]: ...
     def unmet(self, pieces: Sequence[Piece]) -> list[int]: ...
+    def choose_witness(self) -> bool: ...
 
 
 class StepSums(NamedTuple):
     """small: for each subset of parameters Σ n_i|g_i|²/N, g_i the mean gradient of piece i. big: |g|² of each subset.
 
     examples, number: N and the number of pieces, over all ranks. told: how many pieces were looked at, of which the
-    others are taken to be like them; where there was none, `small` is 0.
+    others are taken to be like them; where there was none, or nothing to check them by, it is 0 and `small` of no use.
     """
 
     small: list[float]
@@ -65,7 +66,7 @@ def step_sums(
     pieces, witnessed = source.take(), _witnessed(source.witness, known is None)
     if not pieces and world == 1:
         raise InputError("step needs at least one micro_batch before it")
-    _check(source, pieces, group)
+    _check(source, gradients_of, pieces, group)
     own = _own_sums(source, gradients_of, pieces, small, big, known, weights)
     own = [*own[: len(small)], *(each / world for each in own[len(small) :])]
     counts = [float(sum(getattr(piece, name) for piece in pieces)) for name in ("examples", "number", "left_out")]
@@ -76,18 +77,35 @@ def step_sums(
     if known is None and all(p.grad is None for p in gradients_of):
         raise InputError("no parameter has a gradient: call step after backward and before zero_grad")
     finite = all(each - each == 0 for each in sums)
-    factor = source.witness.factor(witnessed, int(passes), world) if len(witnessed) and finite else world
-    told = count - left_out
+    blind = len(witnessed) > 0 and finite and not witnessed[-1]
+    checked = len(witnessed) > 0 and finite and not blind
+    factor = source.witness.factor(witnessed, int(passes), world) if checked else world
+    told = 0.0 if blind and source.choose_witness() else count - left_out
     scaled = [square * examples / factor**2 * count / (told or 1) for square in sums[: len(small)]]
     return StepSums(scaled, sums[len(small) : len(own)], examples, int(count), int(told))
 
 
-def _check(source: Source, pieces: Sequence[Piece], group: dist.ProcessGroup | None) -> None:
+def _check(
+    source: Source, gradients_of: Sequence[nn.Parameter], pieces: Sequence[Piece], group: dist.ProcessGroup | None
+) -> None:
     if pieces and (unmet := source.unmet(pieces)):
         raise InputError(
             f"{len(unmet)} sharded parameters have a gradient that no micro_batch saw: every backward pass must be "
             "in one, and the modules that hold parameters must be called, not their weights alone"
         )
+    seen = {place for piece in pieces for place in piece.squares}
+    if pieces and not seen and not any(piece.left_out for piece in pieces):
+        raise InputError(
+            "no backward pass was seen in micro_batch: it must be inside, and reach a parameter that required a "
+            "gradient when this was made"
+        )
+    if len(source.parameters) == len(gradients_of) and (not dist.is_initialized() or dist.get_world_size(group) == 1):
+        stale = [p for place, p in enumerate(gradients_of) if place not in seen and p.requires_grad and _nonzero(p)]
+        if stale and seen:
+            raise InputError(
+                f"{len(stale)} parameters have a gradient that no micro_batch saw: every backward pass must be in one, "
+                "and zero_grad must reach all parameters before the first"
+            )
     ours = set(dist.get_process_group_ranks(group)) if source.meshes else set()
     for mesh in source.meshes.values():
         for ranks in map(dist.get_process_group_ranks, mesh.get_all_groups()):
@@ -96,6 +114,10 @@ def _check(source: Source, pieces: Sequence[Piece], group: dist.ProcessGroup | N
                     "process_group must hold the data-parallel ranks alone where a model is also split over "
                     f"tensor-parallel ones, got one with ranks of the mesh {mesh}"
                 )
+
+
+def _nonzero(parameter: nn.Parameter) -> bool:
+    return parameter.grad is not None and bool(share(parameter.grad.detach()).part.to_dense().any())
 
 
 def _own_sums(
@@ -127,14 +149,20 @@ def _own_sums(
     found = over_meshes({mesh: [total(each) for each in held] for mesh, held in sums.items()})
     if known is not None:
         found[-1] = float(whole(torch.as_tensor(known)))
+        if found[-1] < 0:
+            raise InputError(f"grad_sq_norm is a squared norm and must be >= 0, got {found[-1]:g}")
     return found
 
 
 def _gradient_sq_norms(
     parameters: Sequence[nn.Parameter], subsets: Sequence[Places], weights: Preconditioner | None
 ) -> list[tuple[int, float, Mesh | None]]:
-    """|g|² of the gradients in some subset; this rank's share of one that is spread over a mesh."""
-    wanted = [i for i, p in enumerate(parameters) if p.grad is not None and any(i in places for places in subsets)]
+    """|g|² of the gradients in some subset; this rank's share of one that is spread over a mesh.
+
+    A parameter that was frozen since has none, whatever lies in its `.grad`.
+    """
+    trained = [i for i, p in enumerate(parameters) if p.grad is not None and p.requires_grad]
+    wanted = [i for i in trained if any(i in places for places in subsets)]
     shares = [share(gradient) for i in wanted if (gradient := parameters[i].grad) is not None]
     known = weights is not None and weights.known
     weight = [share(weights[i]).part if known and weights is not None else None for i in wanted]

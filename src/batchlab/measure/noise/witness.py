@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from batchlab.core.errors import InputError
 from batchlab.measure.norms import sq_norm, to_floats
@@ -15,18 +17,49 @@ WITNESS = 1024
 _EXACT, _STRANGE = 1e-4, 0.05
 
 
+def _preference(parameter: Tensor) -> tuple[int, int]:
+    """Least first: 2 to 1,024 numbers, the more the better; more, the fewer the better; one."""
+    size = parameter.numel()
+    if size < 2:
+        return 2, 0
+    return (0, -size) if size <= WITNESS else (1, size)
+
+
 class Witness:
     """One small parameter whose gradients are added up, to tell whether those seen are those in `.grad`.
 
-    The largest with at most 1,024 numbers, else the smallest. wanted: whether it listens.
+    The largest with at most 1,024 numbers, else the smallest; a single number, which is a multiple of any other, only
+    where there is nothing else. wanted: whether it listens.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        small = [p for p in parameters if p.numel() <= WITNESS]
-        self.parameter = max(small, key=Tensor.numel) if small else min(parameters, key=Tensor.numel)
+        self._left = sorted(parameters, key=_preference)
+        self.parameter = self._left.pop(0)
         self.wanted = True
         self.nothing = torch.zeros(0, device=self.parameter.device, dtype=torch.float64)
         self.forget()
+
+    def choose_anew(self) -> bool:
+        """Takes the next parameter that has a gradient now, where the chosen one got none; False if there is none.
+
+        Where parameters are spread over ranks, all ranks must call.
+        """
+        while self._left:
+            candidate = self._left.pop(0)
+            gradient = candidate.grad if candidate.requires_grad else None
+            if gradient is not None and bool(whole(gradient.detach()).to_dense().any()):
+                self.parameter = candidate
+                self.nothing = torch.zeros(0, device=candidate.device, dtype=torch.float64)
+                self.forget()
+                return True
+        return False
+
+    def listener(self, see: Callable[[Tensor], None]) -> RemovableHandle:
+        """A hook on the witness that calls `see`; one that does nothing where it was frozen."""
+        if not self.parameter.requires_grad:
+            return RemovableHandle(OrderedDict())
+        handle: RemovableHandle = self.parameter.register_hook(see)  # type: ignore[no-untyped-call]
+        return handle
 
     def forget(self) -> None:
         """Begins anew."""
