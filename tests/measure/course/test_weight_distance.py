@@ -115,6 +115,8 @@ def test_a_run_that_went_on_from_its_state_is_the_run():
     assert courses[0] == courses[1]
     with pytest.raises(InputError, match=r"the state is of another model .*: '0.bias' differs"):
         WeightDistance(nn.Linear(2, 2)).load_state_dict(distance.state_dict())
+    with pytest.raises(InputError, match="the state is of per_layer=True, this is of per_layer=False"):
+        WeightDistance(model).load_state_dict(distance.state_dict())
 
 
 def test_a_weight_that_is_not_finite_is_not_a_distance():

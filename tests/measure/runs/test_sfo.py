@@ -134,6 +134,8 @@ def test_data_whose_minimum_is_at_an_end_have_no_critical_batch():
     assert falling.critical_batch.high == math.inf
     assert falling.measured == GRID[-1] and "falling, or level, at batch size 4096: add larger ones" in falling.note
     assert "no critical batch in range" in falling.critical_batch.method
+    level = sfo_complexity(GRID, [4096 / b for b in GRID])
+    assert level.status == "no critical batch in range" and "N·b is level from batch size 4 to 4096" in level.note
     slower = sfo_complexity(GRID, [1000 * b**0.2 for b in GRID])
     assert slower.status == "no critical batch in range" and slower.v.value < 0 and slower.critical_batch.low == 0.0
     beyond = sfo_complexity(GRID[5:], exact_steps(16, GRID[5:]))

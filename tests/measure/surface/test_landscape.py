@@ -466,7 +466,7 @@ def mean_of(model, batch):
         ({"data": (b for b in ONES)}, "got a generator that ends after one"),
         ({"data": torch.ones(2, 2)}, "data must be a list of batches or a DataLoader, got Tensor"),
         ({"data": 3}, "data must be a list of batches or a DataLoader, got int"),
-        ({"data": []}, "data must hold the same examples at every pass, got 0"),
+        ({"data": []}, "data must hold at least one batch with at least one example, got none"),
         ({"data": [(torch.ones(2), torch.ones(3))]}, "first dimension"),
         ({"count": lambda batch: -1}, "count must return the examples of a batch, at least 0, got -1"),
         ({"dimensions": 3}, "dimensions must be 1 or 2, got 3"),

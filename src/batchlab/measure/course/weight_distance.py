@@ -131,6 +131,8 @@ class WeightDistance:
         if given != shapes:
             differing = sorted(name for name in {*given, *shapes} if given.get(name) != shapes.get(name))
             raise InputError(f"the state is of another model or another spread over ranks: {differing[0]!r} differs")
+        if len(state["layers"]) != (len(state["points"]) if self.per_layer else 0):
+            raise InputError(f"the state is of per_layer={not self.per_layer}, this is of per_layer={self.per_layer}")
         for (name, _), copy in zip(self._named, self._start, strict=True):
             copy.copy_(state["start"][name])
         self.updates = int(state["updates"])

@@ -256,6 +256,8 @@ def _status(runs: RunSets, u: float, v: float) -> tuple[Status, str]:
     best, b_star = int(np.argmin(total)), 2 * v / u if u > 0 else math.inf
     if u > 0 and abs(v) / sizes[0] <= _ROUNDING * u:
         return "variance-free", "the steps do not depend on the batch size: the smallest batch is best"
+    if np.ptp(total) <= _ROUNDING:
+        return _NONE, f"N·b is level from batch size {sizes[0]:g} to {sizes[-1]:g}: add larger ones"
     if u <= 0 or best == len(sizes) - 1 or b_star >= sizes[-1]:
         return _NONE, f"N·b is still falling, or level, at batch size {sizes[-1]:g}: add larger ones"
     lost_below = any(size < sizes[0] for size in runs.left_out)

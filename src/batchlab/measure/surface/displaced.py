@@ -110,9 +110,13 @@ class MeanLoss:
         finally:
             for generator, state in zip(self._draws, self._drawn, strict=True):
                 generator.set_state(state)
-        if not examples or self.examples not in (0, examples):
-            before = f" after {self.examples}" if self.examples else ""
-            raise InputError(f"data must hold the same examples at every pass, got {examples}{before}")
+        if not examples and not self.examples:
+            raise InputError("data must hold at least one batch with at least one example, got none")
+        if self.examples not in (0, examples):
+            raise InputError(
+                f"data must hold the same examples at every pass, got {examples} after {self.examples}: a list of "
+                "batches or a loader, not an iterator"
+            )
         self.examples = examples
 
     @torch.no_grad()
