@@ -14,11 +14,12 @@ import math
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from _paired import median_ratio, paired_seconds, report
+from _paired import median_ratio, paired_seconds, report, result, write
 from torch import Tensor, nn
 
 import batchlab as bl
@@ -29,7 +30,7 @@ from batchlab.workloads import autoencoder, diabetes, digits, pystdlib, syntax
 
 JOBS: dict[str, Callable[[], bl.Job]] = {
     "digits": digits,
-    "pystdlib": pystdlib,
+    "pystdlib": partial(pystdlib, context=64),
     "diabetes": diabetes,
     "syntax": syntax,
     "autoencoder": autoencoder,
@@ -134,7 +135,7 @@ def cost(scene: Scene, method: str, pieces: int) -> dict[str, float]:
     before = time.perf_counter()
     plain()
     calls = 50 if method == "norm_layers" else max(1, min(20, round(0.1 / (time.perf_counter() - before))))
-    pairs = paired_seconds(with_noise, plain, pairs=20, calls=calls)
+    pairs = paired_seconds(with_noise, plain, pairs=8 if method == "norm_layers" else 20, calls=calls)
     noise.close()
     scene.model.load_state_dict(state)
     return median_ratio(pairs)
@@ -150,6 +151,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     rows: list[dict[str, Any]] = []
+    claim = " ".join((__doc__ or "").split("\n\n")[0].split())
     for name in given.jobs:
         scene = Scene(JOBS[name]())
         for method, pieces in ESTIMATORS:
@@ -158,7 +160,9 @@ def main() -> None:
             row = {"job": name, "truth": scene.truth} | measured(scene, method, pieces, given.repeats)
             rows.append(row)
             print(_sentence(row), flush=True)
-    report("estimators", " ".join((__doc__ or "").split("\n\n")[0].split()), rows, save=given.save)
+        if given.save:
+            write(result("estimators", claim, rows))
+    report("estimators", claim, rows, save=given.save)
 
 
 def _has_norms(model: nn.Module) -> bool:
