@@ -66,7 +66,7 @@ def base_rate(
         )
         return Choice(rate, (Trial(rate, math.nan),), True, "a common default"), [note]
     ramp_steps = max(20, round(RANGE_STEPS * run_steps / RUN_STEPS))
-    start = _suggestion(job, plan, ramp_steps, watch, seed=seed, device=device)
+    start = _start(job, plan, ramp_steps, watch, seed=seed, device=device)
     choice, falling = _short_runs(job, plan, start, run_steps, watch, until=until, seed=seed, device=device)
     longer = LONGER * run_steps
     if falling and watch.left(until) > 3 * longer * update_seconds:
@@ -107,8 +107,11 @@ def _short_runs(
     return choice, late > STILL_FALLING * (best[0] - best[-1])
 
 
-def _suggestion(job: Job, plan: Plan, steps: int, watch: Stopwatch, *, seed: int, device: torch.device) -> float:
-    """A range test with the plan's own update, without warm-up."""
+def _start(job: Job, plan: Plan, steps: int, watch: Stopwatch, *, seed: int, device: torch.device) -> float:
+    """Where a range test with the plan's own update, without warm-up, falls fastest.
+
+    Not its suggestion, which lies higher: the search goes up from here, and with little time it must not end too high.
+    """
     learner = Learner(job, dataclasses.replace(plan, warmup_examples=0, average_power=None), seed=seed, device=device)
     bare = learner.plan
 
@@ -122,7 +125,7 @@ def _suggestion(job: Job, plan: Plan, steps: int, watch: Stopwatch, *, seed: int
         test = range_test(update, low=RANGE_LOW, high=RANGE_HIGH, steps=steps, smoothing=RANGE_SMOOTHING)
     finally:
         learner.close()
-    return test.suggestion
+    return test.steepest
 
 
 def _losses(job: Job, plan: Plan, steps: int, *, seed: int, device: torch.device) -> list[float]:
