@@ -580,8 +580,7 @@ def test_what_was_frozen_since_is_left_out_whatever_lies_in_its_grad(method, fro
                 with each.micro_batch(8):
                     ((net(part_x).squeeze(1) - part_y).square().mean() / 4).backward()
             each.step()
-        assert noise.pair is None or noise.pair == pytest.approx(expected.pair, rel=1e-9)
-    assert noise.pair is not None
+    assert noise.pair == pytest.approx(expected.pair, rel=1e-9)  # the first of the two may have changed its witness
 
 
 def test_a_gradient_that_no_micro_batch_saw_is_refused():
