@@ -122,7 +122,7 @@ def test_a_damaged_picture_is_named(tmp_path, how):
         (lambda p: pictures(p, {"cat": 12}), {}, "holds one class, 'cat': at least two sub-folders"),
         (lambda p: pictures(p, {"a": 5, "b": 4}), {}, "holds 9 pictures, but at least 10 are needed"),
         (lambda p: pictures(p, {"a": 6, "b": 6}), {"size": 0}, "size must be an integer of at least 1, got 0"),
-        (lambda p: pictures(p, {"a": 6, "b": 6}), {"valid_share": 1.0}, "strictly between 0 and 1, got 1.0"),
+        (lambda p: pictures(p, {"a": 6, "b": 6}), {"valid_share": 1.0}, r"must lie in \(0, 1\), got 1.0"),
         (lambda p: pictures(p, {"a": 6}) / "a" / "0.png", {}, "0.png is not a folder"),
     ],
 )

@@ -41,5 +41,5 @@ def test_one_more_example_moves_one_at_most(n):
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -0.1, float("nan")])
 def test_share_must_lie_between_0_and_1(share):
-    with pytest.raises(InputError, match=f"valid_share must lie strictly between 0 and 1, got {share}"):
+    with pytest.raises(InputError, match=rf"valid_share must lie in \(0, 1\), got {share}"):
         hold_out(["a", "b"], share)

@@ -256,7 +256,7 @@ REFUSED = {
         "column 'y' holds texts, which cannot be regressed",
     ),
     "task": (numbers, "a", {"task": "ranking"}, 'task must be "classification" or "regression", got \'ranking\''),
-    "share": (numbers, "a", {"valid_share": 0}, "valid_share must lie strictly between 0 and 1, got 0"),
+    "share": (numbers, "a", {"valid_share": 0}, r"valid_share must lie in \(0, 1\), got 0"),
     "hidden": (numbers, "a", {"hidden": 1.5}, "hidden must be an integer of at least 1, got 1.5"),
 }
 

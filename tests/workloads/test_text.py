@@ -118,7 +118,7 @@ def test_it_learns_a_simple_language(tmp_path):
         (lambda p: folder(p, a_dot_txt=""), {}, "too little text, 0 bytes"),
         (lambda p: folder(p, a_dot_txt=PROSE), {"context": 0}, "context must be an integer of at least 1, got 0"),
         (lambda p: folder(p, a_dot_txt=PROSE), {"width": 10}, "multiple of heads, got width=10, heads=3"),
-        (lambda p: folder(p, a_dot_txt=PROSE), {"valid_share": 2}, "strictly between 0 and 1, got 2"),
+        (lambda p: folder(p, a_dot_txt=PROSE), {"valid_share": 2}, r"must lie in \(0, 1\), got 2"),
         (lambda p: folder(p, a_dot_txt=PROSE), {"max_bytes": 2.5}, "max_bytes must be an integer of at least 1"),
     ],
 )

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from batchlab.core.checks import check_inside
 from batchlab.core.errors import InputError
 from batchlab.core.job import Target
 from batchlab.core.jsonio import JsonNoun
@@ -34,8 +35,7 @@ class Estimate(JsonNoun):
     coverage: float = 0.95
 
     def __post_init__(self) -> None:
-        if not 0 < self.coverage < 1:
-            raise InputError(f"coverage must lie in (0, 1), got {self.coverage!r}")
+        check_inside(coverage=self.coverage)
         if self.low > self.high:
             raise InputError(f"an interval's low must not exceed its high, got [{self.low}, {self.high}]")
 

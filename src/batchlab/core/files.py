@@ -9,9 +9,17 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from batchlab.core.errors import StorageError
+from batchlab.core.errors import InputError, StorageError
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def existing(path: str | Path) -> Path:
+    """`path` as a `Path`, "~" expanded; `InputError` where there is nothing."""
+    found = Path(path).expanduser()
+    if not found.exists():
+        raise InputError(f"{path} does not exist")
+    return found
 
 
 @contextlib.contextmanager

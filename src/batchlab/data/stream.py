@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from batchlab.core.checks import check_count
 from batchlab.core.errors import InputError
 from batchlab.core.random import derive_seed
 
@@ -48,8 +49,7 @@ class SampleStream:
     """
 
     def __init__(self, n: int, seed: int = 0) -> None:
-        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-            raise InputError(f"n must be an integer of at least 1, got {n!r}")
+        check_count(n=n)
         self.n = n
         self.seed = seed
         self._half_bits = max(1, ((n - 1).bit_length() + 1) // 2)

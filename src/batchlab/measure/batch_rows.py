@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from batchlab.core.errors import InputError
+
+
+def check_batches(data: Any) -> None:
+    """Refuses what is no collection of batches: above all a single batch, whose parts would be taken for batches.
+
+    >>> check_batches((torch.zeros(8, 3), torch.zeros(8)))
+    Traceback (most recent call last):
+    batchlab.core.errors.InputError: data must be a list of batches or a DataLoader, got one batch: give [batch]
+    """
+    one = isinstance(data, (Tensor, Mapping)) or (
+        isinstance(data, tuple) and all(isinstance(part, Tensor) for part in data) and len(data) > 0
+    )
+    if one:
+        raise InputError("data must be a list of batches or a DataLoader, got one batch: give [batch]")
+    if isinstance(data, str) or not isinstance(data, Iterable):
+        raise InputError(f"data must be a list of batches or a DataLoader, got {type(data).__name__}")
 
 
 def row_count(batch: Any) -> int:

@@ -6,6 +6,7 @@ import math
 from functools import lru_cache
 from typing import Any
 
+from batchlab.core.checks import check_inside
 from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate
 
@@ -36,8 +37,7 @@ class RatioOfMeans:
     def __init__(self, *, ema: float | None = None, coverage: float = 0.95) -> None:
         if ema is not None and not 0 <= ema < 1:
             raise InputError(f"ema must lie in [0, 1) or be None, got {ema!r}")
-        if not 0 < coverage < 1:
-            raise InputError(f"coverage must lie in (0, 1), got {coverage!r}")
+        check_inside(coverage=coverage)
         self.ema, self.coverage, self.count = ema, coverage, 0
         self._weight = self._weight_sq = 0.0
         self._mean = (0.0, 0.0)

@@ -28,9 +28,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
+from batchlab.core.checks import check_positive
 from batchlab.core.errors import InputError
 from batchlab.core.plan import FrontierRow
-from batchlab.rules.checks import check_positive
 
 Goal = Literal["time", "cost", "balanced"]
 GOALS: tuple[Goal, ...] = get_args(Goal)

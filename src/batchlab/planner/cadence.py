@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from batchlab.rules.checks import check_not_negative, check_positive
+from batchlab.core.checks import check_not_negative, check_positive
 
 STEPS_MARGIN = 4
 EVALUATIONS, LEAST_EVALUATIONS = 30, 10

@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from batchlab.core.checks import check_positive
 from batchlab.core.errors import InputError
 from batchlab.core.facts import Facts
 from batchlab.core.plan import FrontierRow
 from batchlab.planner.prediction import Prediction
-from batchlab.rules.checks import check_positive
 
 REACH = 16
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 import math
 from typing import Literal, NamedTuple
 
+from batchlab.core.checks import check_not_negative, check_positive, check_share
 from batchlab.core.errors import InputError
-from batchlab.rules.checks import check_not_negative, check_positive, check_share
 
 BetaRule = Literal["half_life", "sde"]
 

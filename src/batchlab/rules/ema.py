@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 
-from batchlab.core.errors import InputError
-from batchlab.rules.checks import check_positive, check_share
+from batchlab.core.checks import check_inside, check_positive, check_share
 
 
 def scale_decay(decay: float, kappa: float) -> float:
@@ -25,8 +24,7 @@ def scale_decay(decay: float, kappa: float) -> float:
 
 def half_life_examples(decay: float, batch_size: float) -> float:
     """B·ln ½/ln ρ: after so many examples a weight counts half as much. 0 < ρ < 1."""
-    if not 0 < decay < 1:
-        raise InputError(f"decay must lie in (0, 1), got {decay!r}")
+    check_inside(decay=decay)
     check_positive(batch_size=batch_size)
     return batch_size * math.log(0.5) / math.log(decay)
 

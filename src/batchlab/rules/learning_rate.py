@@ -12,8 +12,8 @@ from __future__ import annotations
 import math
 from typing import Literal, NamedTuple
 
+from batchlab.core.checks import check_positive
 from batchlab.core.errors import InputError
-from batchlab.rules.checks import check_positive
 
 Family = Literal["sgd", "adam"]
 Rule = Literal["none", "sqrt", "linear", "surge", "saturating"]

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from batchlab.core.checks import check_positive
 from batchlab.core.errors import InputError
-from batchlab.rules.checks import check_positive
 
 Array = NDArray[np.float64]
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from batchlab.core.checks import check_not_negative, check_positive
 from batchlab.core.errors import InputError
-from batchlab.rules.checks import check_not_negative, check_positive
 
 
 def steps(batch_size: float, *, s_min: float, b_crit: float) -> float:

@@ -10,8 +10,8 @@ Only for decay that is decoupled and multiplied by the learning rate, as `torch.
 
 from __future__ import annotations
 
+from batchlab.core.checks import check_positive
 from batchlab.core.errors import InputError
-from batchlab.rules.checks import check_positive
 
 
 def timescale(*, batch_size: float, learning_rate: float, weight_decay: float, total_examples: float) -> float:

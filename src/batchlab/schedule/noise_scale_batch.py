@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from batchlab.core.checks import check_positive
 from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate
 
@@ -41,8 +42,7 @@ class NoiseScaleBatch:
             raise InputError(
                 f"sizes must satisfy 1 <= minimum <= batch_size <= maximum, got {minimum}, {batch_size}, {maximum}"
             )
-        if not 0 < exchange_rate < math.inf:
-            raise InputError(f"exchange_rate must be finite and > 0, got {exchange_rate!r}")
+        check_positive(exchange_rate=exchange_rate)
         for name, value in (("deadband", deadband), ("growth", growth), ("patience", patience)):
             if not value >= 1:
                 raise InputError(f"{name} must be at least 1, got {value!r}")

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from batchlab.core.checks import check_count
 from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate, Facts
 from batchlab.core.job import Job
@@ -282,9 +283,7 @@ def _check(job: Job, facts: Facts, devices: int, batch_size: int | None) -> None
     ):
         if mine != theirs:
             raise InputError(f"facts were measured with the {name} {theirs!r}, this job has {mine!r}: probe it again")
-    for name, count in (("devices", devices), ("batch_size", 1 if batch_size is None else batch_size)):
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise InputError(f"{name} must be an integer of at least 1, got {count!r}")
+    check_count(devices=devices, batch_size=1 if batch_size is None else batch_size)
     if batch_size is not None and not devices <= batch_size <= facts.train_examples:
         raise InputError(
             f"batch_size must lie in {devices}..{facts.train_examples}, an example for each device and no more than "

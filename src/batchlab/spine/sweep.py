@@ -16,6 +16,7 @@ from signal import Signals
 
 import torch.distributed as dist
 
+from batchlab.core.checks import check_count
 from batchlab.core.errors import InputError, Interrupted
 from batchlab.core.facts import Facts
 from batchlab.core.job import Job
@@ -177,13 +178,11 @@ def parse_batch_sizes(text: str | Sequence[int]) -> list[int]:
     return sorted(sizes)
 
 
-def _check(job: Job, sizes: Sequence[int], **counts: int) -> None:
+def _check(job: Job, sizes: Sequence[int], *, seed: int, **counts: int) -> None:
     if not isinstance(job, Job):
         raise InputError(f"job must be a batchlab.Job, got {type(job).__name__}")
-    for name, value in counts.items():
-        least = 0 if name == "seed" else 1
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise InputError(f"{name} must be an integer of at least {least}, got {value!r}")
+    check_count(0, seed=seed)
+    check_count(**counts)
     if sizes[-1] > len(job.train):
         raise InputError(f"batch_sizes must be at most the data set's {len(job.train)} examples, got {sizes[-1]}")
     if dist.is_initialized() and dist.get_world_size() > 1:

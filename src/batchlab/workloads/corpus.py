@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from batchlab.core.checks import check_inside
 from batchlab.core.errors import InputError
-from batchlab.workloads.checks import check_valid_share
 from batchlab.workloads.examples import Batch
 from batchlab.workloads.split import name_hash
 
@@ -87,7 +87,7 @@ def split_documents(documents: Mapping[str, bytes], valid_share: float) -> Corpu
     Documents are held out in the order of their names' hashes, each that still fits into the share. Should that come
     to less than half the share, for some are too large, tails are held out instead.
     """
-    check_valid_share(valid_share)
+    check_inside(valid_share=valid_share)
     budget = valid_share * sum(map(len, documents.values()))
     held, room = set(), budget
     for name in sorted(documents, key=name_hash):

@@ -13,9 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from batchlab.core.checks import check_count
 from batchlab.core.errors import InputError
+from batchlab.core.files import existing
 from batchlab.core.job import Job, Target
-from batchlab.workloads.checks import check_counts, existing
 from batchlab.workloads.examples import Batch, Examples, collate
 from batchlab.workloads.models import ConvNet
 from batchlab.workloads.objectives import accuracy, cross_entropy
@@ -69,7 +70,7 @@ def images(
 
     Raises `InputError` where there is no path, fewer than two classes or ten pictures, or a damaged picture.
     """
-    check_counts(size=size, hidden=hidden, cache_bytes=cache_bytes)
+    check_count(size=size, hidden=hidden, cache_bytes=cache_bytes)
     root = existing(path)
     classes = _classes(root)
     files = [file for members in classes.values() for file in members]

@@ -8,7 +8,7 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from batchlab.workloads.checks import check_valid_share
+from batchlab.core.checks import check_inside
 
 
 def name_hash(name: str) -> int:
@@ -29,7 +29,7 @@ def hold_out(
     >>> len(train), [int(i) // 5 for i in valid]
     (8, [0, 1])
     """
-    check_valid_share(share)
+    check_inside(valid_share=share)
     groups: dict[Hashable, list[int]] = {}
     for index in range(len(names)):
         groups.setdefault(None if strata is None else strata[index], []).append(index)

@@ -13,9 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from batchlab.core.checks import check_count
 from batchlab.core.errors import InputError
+from batchlab.core.files import existing
 from batchlab.core.job import Job, Target
-from batchlab.workloads.checks import check_counts, existing
 from batchlab.workloads.columns import Column, read_columns
 from batchlab.workloads.examples import Batch, Examples, collate
 from batchlab.workloads.features import encode, standardise
@@ -56,7 +57,7 @@ def table(
     Raises `InputError` where there is no path, no such column, nothing to predict or to predict from, or fewer than
     20 rows with a target.
     """
-    check_counts(max_categories=max_categories, hidden=hidden)
+    check_count(max_categories=max_categories, hidden=hidden)
     file, left_out = existing(path), [drop] if isinstance(drop, str) else list(drop)
     columns = {column.name: column for column in read_columns(file)}
     if target is None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from batchlab.core.checks import check_count
 from batchlab.core.errors import InputError
+from batchlab.core.files import existing
 from batchlab.core.job import Job, Target
-from batchlab.workloads.checks import check_counts, existing
 from batchlab.workloads.corpus import Windows, read_up_to, split_documents
 from batchlab.workloads.examples import collate
 from batchlab.workloads.models import ByteTransformer
@@ -53,7 +54,7 @@ def text(
     root = existing(path)
     files, skipped = ([root], 0) if root.is_file() else _text_files(root)
     folder = root.parent if root.is_file() else root
-    check_counts(max_bytes=max_bytes)
+    check_count(max_bytes=max_bytes)
     documents, left_out = read_up_to(folder, files, max_bytes)
     notes = [f"files skipped, for they are not text: {skipped}"] if skipped else []
     notes += [f"{left_out:,} bytes were left out: max_bytes is {max_bytes:,}"] if left_out else []
@@ -89,7 +90,7 @@ def language_model(
     target: Target | None,
 ) -> Job:
     """The job over documents of bytes by name; arguments as in `text`. source: what an error calls the documents."""
-    check_counts(context=context, width=width, layers=layers, heads=heads, valid_windows=valid_windows)
+    check_count(context=context, width=width, layers=layers, heads=heads, valid_windows=valid_windows)
     if width % heads:
         raise InputError(f"width must be a multiple of heads, got width={width}, heads={heads}")
     corpus = split_documents(documents, valid_share)

@@ -397,6 +397,9 @@ def test_momentum_falls_while_the_rate_rises_as_in_a_plain_loop(optimizer, key):
         ({"momentum": (0.85, 0.95)}, r"momentum must be \(high, low\) with 0 <= low <= high < 1, got \(0.85, 0.95\)"),
         ({"momentum": (1.0, 0.9)}, r"momentum must be \(high, low\) with"),
         ({"momentum": (math.nan, 0.9)}, r"momentum must be \(high, low\) with"),
+        ({"momentum": 0.9}, r"momentum must be \(high, low\) with .* got 0.9"),
+        ({"momentum": ("a", "b")}, r"momentum must be \(high, low\) with"),
+        ({"batch_size": 32.5}, r"batch_size must lie in 1\.\..*, the training examples, got 32.5"),
         ({"validation": 41}, r"validation must lie in 0..40, the validation examples, got 41"),
         ({"validation": -1}, r"validation must lie in 0..40"),
         ({"spacing": "log"}, "spacing must be"),
@@ -404,7 +407,7 @@ def test_momentum_falls_while_the_rate_rises_as_in_a_plain_loop(optimizer, key):
 )
 def test_a_bad_range_test_of_a_job_is_named(changes, message):
     with pytest.raises(InputError, match=message):
-        lr_range(line_job("sgd"), batch_size=8, device="cpu", **changes)
+        lr_range(line_job("sgd"), **{"batch_size": 8, "device": "cpu"} | changes)
 
 
 def test_an_optimizer_without_momentum_cycles_none():

@@ -648,6 +648,11 @@ def test_one_pass_at_a_time():
         value.backward()
     with pytest.raises(InputError, match="watch must not be entered twice at once"), norms.watch(6), norms.watch(6):
         pass
+    other, alone = ExampleNorms(model), ExampleNorms(_job("mlp")[0])
+    with pytest.raises(InputError, match="another watch .* the same parameters"), norms.watch(6), other.watch(6):
+        pass
+    with norms.watch(6), pytest.raises(InputError, match="no watched parameter"), alone.watch(6):  # another model's
+        loss(model, batch).backward()
     with pytest.raises(InputError, match="no watched parameter got a gradient"), norms.watch(6):
         pass
     value = loss(model, batch)

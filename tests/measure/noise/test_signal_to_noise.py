@@ -107,6 +107,7 @@ def test_cockpits_ratio_is_ours_for_groups_of_one_example_but_for_its_epsilon():
     ("gradients", "options", "message"),
     [
         (torch.ones(1, 3), {}, r"gradients needs at least two groups along its first dimension, got shape \(1, 3\)"),
+        ([torch.ones(3)], {}, "gradients must be one tensor, stacked along its first dimension, got "),
         (torch.tensor(1.0), {}, r"at least two groups .* got shape \(\)"),
         (torch.ones(3, 2, dtype=torch.long), {}, "gradients must be real floating-point numbers, got torch.int64"),
         (torch.ones(3, 2), {"unbiased": True}, "an unbiased ratio needs at least 4 groups, got 3"),

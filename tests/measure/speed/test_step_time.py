@@ -139,8 +139,11 @@ def test_saturation_of_a_linear_time_is_its_closed_form(fixed, each, sizes, tole
 @pytest.mark.parametrize(
     ("sizes", "seconds", "message"),
     [
-        ([], 5.0, r"micro_batches must be sizes of at least 1, got \[\]"),
-        ([4, 0], 5.0, r"micro_batches must be sizes of at least 1, got \[4, 0\]"),
+        ([], 5.0, r"micro_batches must be a sequence of integers of at least 1, got \[\]"),
+        ([4, 0], 5.0, r"micro_batches must be a sequence of integers of at least 1, got \[4, 0\]"),
+        ([8.5], 5.0, r"micro_batches must be a sequence of integers of at least 1, got \[8.5\]"),
+        (8, 5.0, "micro_batches must be a sequence of integers of at least 1, got 8"),
+        ("8", 5.0, "micro_batches must be a sequence of integers of at least 1, got '8'"),
         ([4], 0.0, "seconds must be > 0, got 0.0"),
         ([4], math.nan, "seconds must be > 0, got nan"),
     ],

@@ -464,7 +464,8 @@ def mean_of(model, batch):
     [
         ({"data": iter(ONES)}, "ends after one: give list"),
         ({"data": (b for b in ONES)}, "got a generator that ends after one"),
-        ({"data": torch.ones(2, 2)}, "data must be a list of batches or a DataLoader, got Tensor"),
+        ({"data": torch.ones(2, 2)}, r"data must be a list of batches or a DataLoader, got one batch: give \[batch\]"),
+        ({"data": (torch.ones(2, 2), torch.ones(2))}, r"got one batch: give \[batch\]"),
         ({"data": 3}, "data must be a list of batches or a DataLoader, got int"),
         ({"data": []}, "data must hold at least one batch with at least one example, got none"),
         ({"data": [(torch.ones(2), torch.ones(3))]}, "first dimension"),

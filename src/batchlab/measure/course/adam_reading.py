@@ -8,6 +8,7 @@ from collections import deque
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from batchlab.core.checks import check_count
 from batchlab.core.errors import InputError
 from batchlab.core.jsonio import JsonNoun
 from batchlab.measure.course.adam_update import UpdateSums
@@ -38,10 +39,7 @@ class AlarmLimits:
         for name in ("sarle", "high_share", "variance_ratio", "frozen_share", "norm_ratio"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} must be > 0, got {getattr(self, name)!r}")
-        for name in ("consecutive", "fewest"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InputError(f"{name} must be an integer of at least 1, got {value!r}")
+        check_count(consecutive=self.consecutive, fewest=self.fewest)
         if not -1 <= self.cosine <= 1:
             raise InputError(f"cosine must lie in [-1, 1], got {self.cosine!r}")
 

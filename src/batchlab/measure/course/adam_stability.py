@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from batchlab.core.checks import check_count
 from batchlab.core.errors import InputError
 from batchlab.measure.course.adam_reading import AlarmLimits, LayerRecord, LayerStability, StabilityReading, describe
 from batchlab.measure.course.adam_state import AdamState, Moments, Watched, places
@@ -70,9 +71,7 @@ class AdamStability:
     ) -> None:
         if by not in GRANULARITIES:
             raise InputError(f'by must be "parameter" or "layer", got {by!r}')
-        for name, value in (("every", every), ("coordinates", coordinates)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InputError(f"{name} must be an integer of at least 1, got {value!r}")
+        check_count(every=every, coordinates=coordinates)
         if not 0 <= lag_memory <= 1:
             raise InputError(f"lag_memory must lie in [0, 1], got {lag_memory!r}")
         if "betas" not in optimizer.defaults or "eps" not in optimizer.defaults:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from batchlab.core.checks import check_positive
 from batchlab.core.errors import InputError
 
 
@@ -58,8 +59,7 @@ def expected_variance(batch_size: float, noise_scale: float, betas: tuple[float,
     (0.5263, 0.055)
     """
     _check_betas(*betas)
-    if not 0 < batch_size < math.inf:
-        raise InputError(f"batch_size must be finite and > 0, got {batch_size!r}")
+    check_positive(batch_size=batch_size)
     if not noise_scale >= 0:
         raise InputError(f"noise_scale must be >= 0, got {noise_scale!r}")
     r = 1 / (1 + noise_scale / batch_size)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from batchlab.core.checks import check_count
 from batchlab.core.errors import InputError
 from batchlab.core.jsonio import JsonNoun
 
@@ -57,8 +58,7 @@ def max_stable_lr(
     """
     if not 0 < low < high < math.inf:
         raise InputError(f"low and high must satisfy 0 < low < high, got low={low!r}, high={high!r}")
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 8:
-        raise InputError(f"steps must be an integer of at least 8, got {steps!r}")
+    check_count(8, steps=steps)
     if not tolerance > 0:
         raise InputError(f"tolerance must be > 0, got {tolerance!r}")
     if not blow_up > 1:

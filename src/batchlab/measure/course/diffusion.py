@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from batchlab.core.checks import check_inside
 from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate
 from batchlab.core.jsonio import JsonNoun
@@ -75,8 +76,7 @@ def fit_diffusion(
     >>> law.slope, round(law.intercept, 6), law.better
     (Estimate(3 [3, 3], 95 %, least squares on 7 points, 6 blocks of ln t), 2.0, 'logarithm')
     """
-    if not 0 < coverage < 1:
-        raise InputError(f"coverage must lie in (0, 1), got {coverage!r}")
+    check_inside(coverage=coverage)
     if not (low > 0 and (high is None or high > low)):
         raise InputError(f"low and high must satisfy 0 < low < high, got low={low!r}, high={high!r}")
     inside = [(t, d) for t, d in points if low <= t <= (math.inf if high is None else high)]
@@ -155,8 +155,7 @@ def mean_slope(fits: Sequence[Diffusion], *, coverage: float = 0.95) -> Estimate
     """
     from scipy.special import stdtrit
 
-    if not 0 < coverage < 1:
-        raise InputError(f"coverage must lie in (0, 1), got {coverage!r}")
+    check_inside(coverage=coverage)
     slopes = [fit.slope.value for fit in fits]
     if len(slopes) < 2 or not all(map(math.isfinite, slopes)):
         reason = f"undefined: {sum(map(math.isfinite, slopes))} runs with a slope, an interval over runs needs 2"

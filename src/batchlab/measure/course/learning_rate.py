@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from batchlab.core.checks import check_count, holds, is_count
 from batchlab.core.device import pick_device
 from batchlab.core.errors import InputError
 from batchlab.core.job import Job
@@ -96,8 +97,7 @@ class RangeTest(JsonNoun):
         for the batch size and the weight decay of the test. A test of 100 updates at a high momentum understates
         max_lr on small networks; one that reads the training loss alone overstates it.
         """
-        if isinstance(cycles, bool) or not isinstance(cycles, int) or cycles < 1:
-            raise InputError(f"cycles must be an integer of at least 1, got {cycles!r}")
+        check_count(cycles=cycles)
         part = ONE_CYCLE if cycles == 1 else MANY_CYCLES
         what = "validation loss" if self.validation else "training loss"
         ended = self.divergence is None and self.minimum == self.learning_rates[-1]
@@ -125,8 +125,7 @@ def ramp(low: float, high: float, steps: int, spacing: Spacing = "geometric") ->
     """
     if not 0 < low < high < math.inf:
         raise InputError(f"low and high must satisfy 0 < low < high, got low={low!r}, high={high!r}")
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 4:
-        raise InputError(f"steps must be an integer of at least 4, got {steps!r}")
+    check_count(4, steps=steps)
     if spacing not in ("geometric", "linear"):
         raise InputError(f'spacing must be "geometric" or "linear", got {spacing!r}')
     shares = [i / (steps - 1) for i in range(steps)]
@@ -254,9 +253,9 @@ def lr_range(
     validation: so many validation examples, spread evenly over the data and the same at each step, are what is read;
     0 reads the training loss, which overstates the largest rate. The result holds for this batch size and decay.
     """
-    if not 1 <= batch_size <= len(job.train):
+    if not (is_count(batch_size) and batch_size <= len(job.train)):
         raise InputError(f"batch_size must lie in 1..{len(job.train)}, the training examples, got {batch_size!r}")
-    if isinstance(validation, bool) or not (isinstance(validation, int) and 0 <= validation <= len(job.valid)):
+    if not (is_count(validation, 0) and validation <= len(job.valid)):
         raise InputError(f"validation must lie in 0..{len(job.valid)}, the validation examples, got {validation!r}")
     momenta = [] if momentum is None else _falling(momentum, len(ramp(low, high, steps, spacing)))
     where = pick_device(device)
@@ -294,9 +293,9 @@ def lr_range(
 
 
 def _falling(momentum: tuple[float, float], steps: int) -> list[float]:
-    high, low = momentum
-    if not 0 <= low <= high < 1:
+    if not holds(lambda pair: len(pair) == 2 and 0 <= pair[1] <= pair[0] < 1, momentum):
         raise InputError(f"momentum must be (high, low) with 0 <= low <= high < 1, got {momentum!r}")
+    high, low = momentum
     return [high - (high - low) * i / (steps - 1) for i in range(steps)]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from batchlab.core.checks import is_count
 from batchlab.core.errors import InputError
 from batchlab.measure.course.diffusion import Diffusion, fit_diffusion
 from batchlab.measure.norms import sq_norm, to_floats
@@ -51,9 +52,7 @@ class WeightDistance:
         per_decade: int | None = PER_DECADE,
         device: str | torch.device | None = None,
     ) -> None:
-        if per_decade is not None and (
-            isinstance(per_decade, bool) or not isinstance(per_decade, int) or per_decade < 1
-        ):
+        if per_decade is not None and not is_count(per_decade):
             raise InputError(f"per_decade must be an integer of at least 1, or None, got {per_decade!r}")
         self._named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         if not self._named:

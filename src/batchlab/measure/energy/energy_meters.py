@@ -20,6 +20,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
+from batchlab.core.checks import check_positive
 from batchlab.core.errors import InputError
 
 Source = Literal["counter", "sampled", "estimated"]
@@ -84,9 +85,8 @@ class MachineMeter:
     def __init__(
         self, *, gpus: Sequence[int] | None = None, tdp_watts: float | None = None, ram_watts: float | None = None
     ) -> None:
-        for name, watts in (("tdp_watts", tdp_watts), ("ram_watts", ram_watts)):
-            if watts is not None and not 0 < watts < float("inf"):
-                raise InputError(f"{name} must be finite and > 0, got {watts!r}")
+        given = {"tdp_watts": tdp_watts, "ram_watts": ram_watts}
+        check_positive(**{name: watts for name, watts in given.items() if watts is not None})
         _load("zeus.device")
         self._gpus, self._tdp_watts, self._ram_watts = gpus, tdp_watts, ram_watts
         self._notes: list[str] = []

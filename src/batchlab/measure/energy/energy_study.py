@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, Literal
 
+from batchlab.core.checks import check_count
 from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate
 from batchlab.core.jsonio import JsonNoun
@@ -198,8 +199,7 @@ def summarise_energy(
 def _check(configs: Mapping[str, Any], repeats: int, per: str, cool_down_seconds: float) -> None:
     if len(configs) < 2:
         raise InputError(f"configs must hold at least 2 configurations by name, got {len(configs)}")
-    if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
-        raise InputError(f"repeats must be an integer of at least 1, got {repeats!r}")
+    check_count(repeats=repeats)
     if per not in PERS:
         raise InputError(f"per must be one of {list(PERS)}, got {per!r}")
     if not 0 <= cool_down_seconds < math.inf:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from batchlab.core.checks import check_positive
 from batchlab.core.errors import InputError
 from batchlab.core.jsonio import JsonNoun
 
@@ -118,9 +119,8 @@ class EnergyUse(JsonNoun):
         joules = self.net_joules if net else self.joules
         if joules is None:
             raise InputError("net energy needs the idle power: measure with Energy(idle_seconds=...)")
-        for name, count in (("steps", steps), ("examples", examples)):
-            if count is not None and not 0 < count < math.inf:
-                raise InputError(f"{name} must be finite and > 0, got {count!r}")
+        given = {"steps": steps, "examples": examples}
+        check_positive(**{name: count for name, count in given.items() if count is not None})
         made = progress if progress is None or 0 < progress < math.inf else math.nan
         return EnergyRate(*(None if count is None else joules / count for count in (steps, examples, made)))
 

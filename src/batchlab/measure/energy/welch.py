@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from batchlab.core.checks import check_inside
 from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate
 
@@ -112,8 +113,7 @@ def ratio_of_means(x: Sequence[float], y: Sequence[float], *, coverage: float = 
     from scipy.optimize import brentq
     from scipy.special import expit, stdtrit
 
-    if not 0 < coverage < 1:
-        raise InputError(f"coverage must lie in (0, 1), got {coverage!r}")
+    check_inside(coverage=coverage)
     a, b = _samples([x, y])
     if not (a.mean() > 0 and b.mean() > 0):
         return Estimate(math.nan, -math.inf, math.inf, "undefined: a mean is not positive", coverage)
@@ -157,9 +157,7 @@ def detectable_difference(
     from scipy.special import stdtrit
     from scipy.stats import nct
 
-    for name, value in (("alpha", alpha), ("power", power)):
-        if not 0 < value < 1:
-            raise InputError(f"{name} must lie in (0, 1), got {value!r}")
+    check_inside(alpha=alpha, power=power)
     samples = _samples(groups)
     n = float(np.mean([len(each) for each in samples]))
     nu = 2 * (n - 1)

@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from batchlab.core.checks import check_count
 from batchlab.core.errors import InputError
 from batchlab.measure.examples.example_pass import TURNS, Pass, PassMode
 from batchlab.measure.examples.factors import Vectors, draw_vectors
 from batchlab.measure.examples.layer_uses import Part
 
 MEMORY_BYTES = 2**26
+_WATCHED: set[int] = set()  # the parameters, by id, that a watch is around now
 NORM_LAYERS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)
 
 
@@ -105,8 +107,7 @@ class ExampleNorms:
         strict: bool = True,
         memory_bytes: int = MEMORY_BYTES,
     ) -> None:
-        if isinstance(memory_bytes, bool) or not isinstance(memory_bytes, int) or memory_bytes < 1:
-            raise InputError(f"memory_bytes must be an integer of at least 1, got {memory_bytes!r}")
+        check_count(memory_bytes=memory_bytes)
         _refuse(model)
         self.parameters = _chosen(model, parameters)
         self.names = list(self.parameters)
@@ -121,23 +122,27 @@ class ExampleNorms:
     @contextlib.contextmanager
     def watch(self, examples: int, *, scale: float | None = None) -> Iterator[ExampleRecord]:
         """Around the forward and `loss.backward()` of one micro-batch of `examples` examples; see the class."""
-        if isinstance(examples, bool) or not isinstance(examples, int) or examples < 1:
-            raise InputError(f"examples must be an integer of at least 1, got {examples!r}")
+        check_count(examples=examples)
         factor = float(examples if scale is None else scale)
         if not math.isfinite(factor):
             raise InputError(f"scale must be finite, got {scale!r}")
         if self._busy:
             raise InputError("watch must not be entered twice at once")
+        mine = set(map(id, self.parameters.values()))
+        if not _WATCHED.isdisjoint(mine):
+            raise InputError("another watch of per-example norms is around the same parameters: use one at a time")
         _refuse_batch_norm(self._batch_norms)
         record, self._busy = ExampleRecord(examples), True
         self.turn = (self.turn + 1) % TURNS
         watched = Pass(self, examples)
+        _WATCHED.update(mine)
         try:
             with watched.hooked(), PassMode(watched):
                 yield record
             found = watched.norms_by_name()
         finally:
             self._busy = False
+            _WATCHED.difference_update(mine)
         if not found.squares and not found.uncovered:
             raise InputError("no watched parameter got a gradient: watch must be around the forward pass and backward")
         record.uncovered, record.eps = found.uncovered, found.eps

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
+from batchlab.core.checks import check_count
 from batchlab.core.errors import InputError
 from batchlab.core.random import preserved_generators
 from batchlab.measure.examples.example_norms import ExampleNorms, ExampleRecord
@@ -84,8 +85,7 @@ def per_example_sq_norms(
     [4.0, 64.0, 0.25, 0.0]
     """
     n = _count(batch) if examples is None else examples
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-        raise InputError(f"examples must be an integer of at least 1, got {examples!r}")
+    check_count(examples=n)
     norms = ExampleNorms(model, strict=False, memory_bytes=memory_bytes)
     with preserved_generators(), _left_alone(model), torch.enable_grad():
         record, value, random = _pass(norms, model, loss, batch, n)

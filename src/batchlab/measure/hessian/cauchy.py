@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from batchlab.core.checks import check_positive
 from batchlab.core.errors import InputError
 from batchlab.measure.hessian.loss_surface import Loss
 from batchlab.measure.hessian.sample import Sample
@@ -34,8 +35,7 @@ def cauchy_learning_rate(
     >>> round(cauchy_learning_rate(nn.Linear(1, 1, bias=False), loss, [torch.ones(1, 1)], keep=1.0), 6)
     0.25
     """
-    if not 0 < keep < math.inf:
-        raise InputError(f"keep must be finite and > 0, got {keep!r}")
+    check_positive(keep=keep)
     sample = Sample(model, loss, data, count, group, 0)
     with sample.surface.still():
         g = sample.surface.mean_gradient(sample.pieces)

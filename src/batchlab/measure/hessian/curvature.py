@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from batchlab.core.errors import InputError
+from batchlab.core.checks import check_count, check_inside
 from batchlab.core.facts import Estimate
 from batchlab.core.jsonio import JsonNoun
 from batchlab.core.random import derive_seed
@@ -177,11 +177,9 @@ def curvature(
     >>> [round(eigenvalue.value, 9) for eigenvalue in found.largest], round(found.trace.value, 9)
     ([4.0, 1.0], 5.0)
     """
-    for name, value, least in (("top", top, 1), ("steps", steps, 2), ("probes", probes, 1), ("repeats", repeats, 2)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise InputError(f"{name} must be an integer of at least {least}, got {value!r}")
-    if not 0 < coverage < 1:
-        raise InputError(f"coverage must lie in (0, 1), got {coverage!r}")
+    check_count(top=top, probes=probes)
+    check_count(2, steps=steps, repeats=repeats)
+    check_inside(coverage=coverage)
     sample = Sample(model, loss, data, count, group, seed)
     sizes = sample.sizes(batch_sizes)
     with sample.surface.still():

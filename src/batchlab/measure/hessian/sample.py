@@ -11,7 +11,7 @@ from torch import nn
 
 from batchlab.core.errors import InputError
 from batchlab.core.random import derive_seed
-from batchlab.measure.batch_rows import join, row_count, take_rows
+from batchlab.measure.batch_rows import check_batches, join, row_count, take_rows
 from batchlab.measure.hessian.loss_surface import Loss, LossSurface, Piece
 
 _SIZES = 5
@@ -30,6 +30,7 @@ class Sample:
         group: dist.ProcessGroup | None,
         seed: int,
     ) -> None:
+        check_batches(data)
         group = dist.group.WORLD if group is None and dist.is_initialized() else group
         group = None if group is None or dist.get_world_size(group) == 1 else group
         self.surface, self.seed = LossSurface(model, loss, group=group, seed=seed), seed

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from batchlab.core.checks import check_inside
 from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate
 from batchlab.core.jsonio import JsonNoun
@@ -167,8 +168,7 @@ def fit_spike(
     from scipy.optimize import least_squares
 
     inverse, y, weight = _checked(batch_sizes, edges, variances, examples)
-    if not 0 < coverage < 1:
-        raise InputError(f"coverage must lie in (0, 1), got {coverage!r}")
+    check_inside(coverage=coverage)
     starts = [(scale * y.min(), k) for scale in (1.0, 0.5) for k in _kappas(inverse, y)]
     scale = np.array([y.min(), max(_kappas(inverse, y)) or y.min()])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from batchlab.core.checks import check_count
 from batchlab.core.errors import InputError
 
 GROWTH, LEAP = 4, 64
@@ -41,9 +42,7 @@ class SizeSearch:
         leap: int = LEAP,
         expected: int | None = None,
     ) -> None:
-        for name, value in (("start", start), ("max_size", most)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InputError(f"{name} must be an integer of at least 1, got {value!r}")
+        check_count(start=start, max_size=most)
         if not 0 <= rel_gap < 1:
             raise InputError(f"rel_gap must lie in [0, 1), got {rel_gap!r}")
         self.start, self.most, self.rel_gap = min(start, most), most, rel_gap

@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from batchlab.core.checks import is_count
 from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate
 from batchlab.measure.ratio import RatioOfMeans
@@ -153,7 +154,7 @@ def dual_norm_parts(
         raise InputError(f"gradients must be stacks of one number of groups, at least two, got {sorted(counts)}")
     k = counts.pop()
     sizes = [examples] * k if isinstance(examples, int) else list(examples)
-    if len(sizes) != k or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in sizes):
+    if len(sizes) != k or not all(map(is_count, sizes)):
         raise InputError(f"examples must be an integer of at least 1, or one for each of {k} groups, got {examples!r}")
     if not all(bool(stack.isfinite().all()) for stack in stacks):
         return DualNormParts(math.nan, math.nan, math.nan)

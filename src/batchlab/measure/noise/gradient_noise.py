@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from batchlab.core.checks import check_count, is_count
 from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate
 from batchlab.measure.noise.example_pieces import ExamplePieces
@@ -102,7 +103,7 @@ class GradientNoise:
             raise InputError(f'weighting must be "none", or "preconditioned" with an optimizer, got {weighting!r}')
         if optimizer is not None and method not in ("micro_batch", "ranks"):
             raise InputError(f'weighting "preconditioned" needs method "micro_batch" or "ranks", got {method!r}')
-        if every != "auto" and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
+        if every != "auto" and not is_count(every):
             raise InputError(f'every must be an integer of at least 1, or "auto", got {every!r}')
         self.statistics = RatioOfMeans(ema=ema, coverage=coverage)
         self.method, self.weighting, self.skipped = method, weighting, 0
@@ -269,13 +270,8 @@ class GradientNoise:
 
 def _count(examples: Any) -> int:
     """As `int` where it is an integer of any library."""
-    try:
-        count = operator.index(examples)
-    except TypeError:
-        count = 0
-    if isinstance(examples, bool) or count < 1:
-        raise InputError(f"examples must be an integer of at least 1, got {examples!r}")
-    return count
+    check_count(examples=examples)
+    return operator.index(examples)
 
 
 def _pair(sums: StepSums, small: int, big: int) -> NoisePair:

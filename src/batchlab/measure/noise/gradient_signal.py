@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from batchlab.core.checks import check_count
 from batchlab.core.errors import InputError
 from batchlab.measure.noise.signal_to_noise import (
     FEWEST_GROUPS,
@@ -16,7 +17,6 @@ from batchlab.measure.noise.signal_to_noise import (
     LayerGsnr,
     Moments,
     Sums,
-    checked,
     layer_of,
     quantiles_of,
     summed,
@@ -88,7 +88,7 @@ class GradientSignal:
     @contextlib.contextmanager
     def group(self, examples: int) -> Iterator[None]:
         """Around the backward pass of one group; if it raises, the groups of this step so far are forgotten."""
-        checked(examples)
+        check_count(examples=examples)
         if self._examples is not None:
             raise InputError("group must not be entered twice at once")
         self._examples, self._seen = examples, set()

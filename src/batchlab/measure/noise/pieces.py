@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
+from batchlab.core.checks import check_count
 from batchlab.core.errors import InputError
 from batchlab.measure.noise.preconditioner import Preconditioner
 from batchlab.measure.noise.witness import Witness
@@ -111,8 +112,7 @@ class PieceNorms:
     @contextlib.contextmanager
     def watch(self, examples: int) -> Iterator[None]:
         """Around the backward pass of one piece; a pass that raises is forgotten."""
-        if isinstance(examples, bool) or not isinstance(examples, int) or examples < 1:
-            raise InputError(f"examples must be an integer of at least 1, got {examples!r}")
+        check_count(examples=examples)
         if self._examples is not None:
             raise InputError("micro_batch must not be entered twice at once")
         self._examples = examples

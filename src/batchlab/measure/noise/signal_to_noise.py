@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from batchlab.core.checks import check_count
 from batchlab.core.errors import InputError
 from batchlab.core.jsonio import JsonNoun
 
@@ -41,6 +42,8 @@ def gsnr(
     >>> gsnr(torch.tensor([[3.0, 1.0], [1.0, 1.0]]))
     tensor([4., inf])
     """
+    if not isinstance(gradients, Tensor):
+        raise InputError(f"gradients must be one tensor, stacked along its first dimension, got {gradients!r:.80}")
     if gradients.ndim < 1 or len(gradients) < FEWEST_GROUPS:
         raise InputError(f"gradients needs at least two groups along its first dimension, got {_shape(gradients)}")
     if not gradients.is_floating_point():
@@ -52,7 +55,8 @@ def gsnr(
         raise InputError(f"examples must name each of the {len(gradients)} groups, got {len(sizes)}")
     moments = Moments.like(gradients[0])
     for gradient, size in zip(gradients, sizes, strict=True):
-        moments.add(gradient, checked(size))
+        check_count(examples=size)
+        moments.add(gradient, size)
     k, r = len(gradients), moments.ratio()
     if unbiased:
         if k < FEWEST_UNBIASED:
@@ -63,13 +67,6 @@ def gsnr(
 
 def _shape(tensor: Tensor) -> str:
     return f"shape {tuple(tensor.shape)}"
-
-
-def checked(examples: int) -> int:
-    """`examples` itself, if it is a count."""
-    if isinstance(examples, bool) or not isinstance(examples, int) or examples < 1:
-        raise InputError(f"examples must be an integer of at least 1, got {examples!r}")
-    return examples
 
 
 def _normalised(r: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from batchlab.core.checks import check_inside, check_positive
 from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate
 from batchlab.core.jsonio import JsonNoun
@@ -44,8 +45,7 @@ class CriticalBatch(JsonNoun):
 
     def data_overhead(self, batch_size: float) -> float:
         """(aB + b)/(aB_o + b) - 1: the data that a run at `batch_size` needs beyond the base's, as a share."""
-        if not 0 < batch_size < math.inf:
-            raise InputError(f"batch_size must be finite and > 0, got {batch_size!r}")
+        check_positive(batch_size=batch_size)
         a, b = self.fit.s_min.value, self.fit.e_min.value
         return a * (batch_size - self.base) / (a * self.base + b)
 
@@ -79,8 +79,8 @@ def critical_batch(
     """
     if not 0 < overhead < math.inf:
         raise InputError(f"overhead must be finite and > 0, as 0.2 for 20 %, got {overhead!r}")
-    if base is not None and not 0 < base < math.inf:
-        raise InputError(f"base must be finite and > 0, got {base!r}")
+    if base is not None:
+        check_positive(base=base)
     fit = fit_tradeoff(batch_sizes, steps, coverage=coverage)
     chosen = fit.batch_sizes[0] if base is None else float(base)
     low, value, high = (
@@ -130,8 +130,7 @@ class Growth(JsonNoun):
 
         It holds the scatter about the law as well as the law's own uncertainty, and widens away from the points.
         """
-        if not 0 < size < math.inf:
-            raise InputError(f"size must be finite and > 0, got {size!r}")
+        check_positive(size=size)
         line = _Line.through(self.sizes, self.critical_batches)
         method = f"power law over {line.count} points, Student's interval of one more B*"
         return line.at(math.log(size), method, self.beta.coverage, extra=1.0)
@@ -192,8 +191,7 @@ def fit_growth(
     >>> round(law.d.value, 6), round(law.beta.value, 6), round(law.predict(1000).value, 6)
     (50.0, 1.0, 50000.0)
     """
-    if not 0 < coverage < 1:
-        raise InputError(f"coverage must lie in (0, 1), got {coverage!r}")
+    check_inside(coverage=coverage)
     if len(sizes) != len(critical_batches):
         raise InputError(
             f"sizes and critical_batches must be of one length, got {len(sizes)} and {len(critical_batches)}"

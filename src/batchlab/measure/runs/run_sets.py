@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from batchlab.core.checks import check_positive, holds
 from batchlab.core.errors import InputError
 
 Array = NDArray[np.float64]
@@ -67,14 +68,16 @@ def by_size(batch_sizes: Sequence[float], steps: Sequence[float | None]) -> RunS
 
 def _checked(batch_sizes: Sequence[float], steps: Sequence[float | None]) -> dict[float, Array]:
     """ln steps of each size's runs."""
+    for name, values in (("batch_sizes", batch_sizes), ("steps", steps)):
+        if not hasattr(values, "__len__"):
+            raise InputError(f"{name} must be a sequence of numbers, got {values!r:.80}")
     if len(batch_sizes) != len(steps):
         raise InputError(f"batch_sizes and steps must be of one length, got {len(batch_sizes)} and {len(steps)}")
     runs: dict[float, list[float]] = {}
     for size, count in zip(batch_sizes, steps, strict=True):
-        value = math.inf if count is None else float(count)
-        if not 0 < size < math.inf:
-            raise InputError(f"batch_sizes must be finite and > 0, got {size!r}")
-        if not value > 0:
+        check_positive(batch_sizes=size)
+        if count is not None and not holds(lambda steps: steps > 0, count):
             raise InputError(f"steps must be > 0, or None where the target was not reached, got {count!r}")
+        value = math.inf if count is None else float(count)
         runs.setdefault(float(size), []).append(math.log(value))
     return {size: np.array(logs) for size, logs in runs.items()}

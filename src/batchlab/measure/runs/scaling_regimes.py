@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from batchlab.core.checks import check_inside, check_positive, holds
 from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate
 from batchlab.core.jsonio import JsonNoun
@@ -91,11 +92,8 @@ def perfect_scaling_limit(
     >>> round(found.perfect_until.value), found.flat_from.value, found.regime(128)
     (83, 256.0, 'diminishing returns')
     """
-    for name, value in (("tolerance", tolerance), ("flat", flat)):
-        if not 0 < value < math.inf:
-            raise InputError(f"{name} must be finite and > 0, got {value!r}")
-    if not 0 < coverage < 1:
-        raise InputError(f"coverage must lie in (0, 1), got {coverage!r}")
+    check_positive(tolerance=tolerance, flat=flat)
+    check_inside(coverage=coverage)
     rows, notes = _rows(study)
     met = tuple(size for size, runs in rows.items() if any(_at_start(run) for run in runs))
     notes += [f"the goal was met before the first update at batch size {size:g}: choose a harder one" for size in met]
@@ -203,8 +201,8 @@ def _rows(study: Any) -> tuple[dict[float, list[Any]], list[str]]:
     if isinstance(study, Study):
         return _rows_of_study(study)
     rows: dict[float, list[Any]] = {}
-    for size, runs in study.items() if isinstance(study, Mapping) else study:
-        if not 0 < size < math.inf:
+    for size, runs in study.items() if isinstance(study, Mapping) else _pairs(study):
+        if not holds(lambda value: 0 < value < math.inf, size):
             raise InputError(f"batch sizes must be finite and > 0, got {size!r}")
         if float(size) in rows:
             raise InputError(f"batch size {size:g} has two rows: give the runs of one size as one sequence")
@@ -212,6 +210,13 @@ def _rows(study: Any) -> tuple[dict[float, list[Any]], list[str]]:
         if not rows[float(size)]:
             raise InputError(f"batch size {size:g} has no run: leave it out, or give None for one that failed")
     return rows, []
+
+
+def _pairs(study: Any) -> list[tuple[Any, Any]]:
+    pairs = list(study) if isinstance(study, Iterable) and not isinstance(study, str) else [study]
+    if not all(isinstance(pair, Sequence) and len(pair) == 2 and not isinstance(pair, str) for pair in pairs):
+        raise InputError(f"study must be a batchlab.Study, or pairs (batch size, runs), got {study!r:.80}")
+    return pairs
 
 
 def _rows_of_study(study: Study) -> tuple[dict[float, list[Any]], list[str]]:

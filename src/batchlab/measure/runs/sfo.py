@@ -18,6 +18,7 @@ from typing import Literal
 
 import numpy as np
 
+from batchlab.core.checks import check_inside, check_positive
 from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate
 from batchlab.core.jsonio import JsonNoun
@@ -61,8 +62,7 @@ class SfoComplexity(JsonNoun):
 
     def steps(self, batch_size: float) -> float:
         """N(b) = b/(ub - v); infinite for b <= v/u, where the target is out of reach."""
-        if not 0 < batch_size < math.inf:
-            raise InputError(f"batch_size must be finite and > 0, got {batch_size!r}")
+        check_positive(batch_size=batch_size)
         slack = self.u.value * batch_size - self.v.value
         return batch_size / slack if slack > 0 else math.inf
 
@@ -97,9 +97,7 @@ class AdaptiveSetting(JsonNoun):
     h: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "h"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise InputError(f"{name} must be finite and > 0, got {getattr(self, name)!r}")
+        check_positive(learning_rate=self.learning_rate, h=self.h)
         for name in ("beta1", "gamma"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"{name} must lie in [0, 1), got {getattr(self, name)!r}")
@@ -141,8 +139,7 @@ def sfo_complexity(
     >>> found.status, round(found.critical_batch.value, 6), found.measured
     ('found', 30.0, 32.0)
     """
-    if not 0 < coverage < 1:
-        raise InputError(f"coverage must lie in (0, 1), got {coverage!r}")
+    check_inside(coverage=coverage)
     runs = by_size(batch_sizes, _midpoints(steps, check_interval, step_cap))
     if len(runs.sizes) < FEWEST_SIZES:
         raise InputError(

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from batchlab.core.checks import check_inside
 from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate
 from batchlab.core.jsonio import JsonNoun
@@ -70,8 +71,7 @@ def fit_tradeoff(batch_sizes: Sequence[float], steps: Sequence[float | None], *,
     >>> round(fit.b_crit.value, 6), round(fit.s_min.value, 6), fit.bracketed
     (64.0, 100.0, True)
     """
-    if not 0 < coverage < 1:
-        raise InputError(f"coverage must lie in (0, 1), got {coverage!r}")
+    check_inside(coverage=coverage)
     runs = by_size(batch_sizes, steps)
     sizes, notes = runs.sizes, list(runs.notes)
     if len(sizes) < FEWEST_SIZES:

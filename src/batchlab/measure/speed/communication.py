@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from batchlab.core.checks import check_count
 from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate
 from batchlab.core.job import Job
@@ -43,8 +44,7 @@ def communication_seconds(
     """
     if not dist.is_initialized() or dist.get_world_size(group) < 2:
         raise InputError("communication takes two ranks or more: there is no process group of so many")
-    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
-        raise InputError(f"rounds must be an integer of at least 1, got {rounds!r}")
+    check_count(rounds=rounds)
     loss = _Loss(step.job, step.model)
     batches = {size: step.batch(size) for size in sizes}
     loss(batches[min(sizes)]).backward()

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import operator
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 
+from batchlab.core.checks import holds, is_count
 from batchlab.core.device import pick_device
 from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate, MicroBatchTime
@@ -97,11 +99,12 @@ def throughput(
     that, and then `loading` is what they hide. Take the step of a plan from `Facts.step_time`: it adds the accumulation
     and the update. Compare sizes by units per second only as far as their loss per unit is alike.
     """
-    sizes = sorted(set(micro_batches))
-    if not sizes or sizes[0] < 1:
-        raise InputError(f"micro_batches must be sizes of at least 1, got {list(micro_batches)!r}")
-    if not seconds > 0:
+    given = list(micro_batches) if isinstance(micro_batches, Iterable) else []
+    if not given or not all(map(is_count, given)):
+        raise InputError(f"micro_batches must be a sequence of integers of at least 1, got {micro_batches!r:.80}")
+    if not holds(lambda budget: budget > 0, seconds):
         raise InputError(f"seconds must be > 0, got {seconds!r}")
+    sizes = sorted(set(map(operator.index, given)))
     if out_of_memory_at is not None and out_of_memory_at <= sizes[-1]:
         raise InputError(f"out_of_memory_at must be larger than every micro-batch to time, got {out_of_memory_at!r}")
     where = pick_device(device)

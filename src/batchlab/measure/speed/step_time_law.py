@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from batchlab.core.checks import check_inside
 from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate, MicroBatchTime
 from batchlab.core.jsonio import JsonNoun
@@ -34,8 +35,7 @@ class StepTimeLaw(JsonNoun):
 
     def size_for(self, share: float = 1 - TOLERANCE) -> float:
         """Examples at which `share` of the limiting speed is reached: half·share/(1 - share)."""
-        if not 0 < share < 1:
-            raise InputError(f"share must lie in (0, 1), got {share!r}")
+        check_inside(share=share)
         return self.half.value * share / (1 - share)
 
     def seconds(self, examples: float) -> float:
@@ -59,8 +59,7 @@ def fit_step_time(points: Sequence[MicroBatchTime], *, coverage: float = 0.95) -
     >>> fit_step_time(exact).half
     Estimate(5 [5, 5], 95 %, least squares, 4 sizes)
     """
-    if not 0 < coverage < 1:
-        raise InputError(f"coverage must lie in (0, 1), got {coverage!r}")
+    check_inside(coverage=coverage)
     if len({point.examples for point in points}) < _FEWEST:
         return _undefined(f"undefined: {len(points)} sizes, a line needs {_FEWEST}", coverage)
     b = np.array([point.examples for point in points], dtype=np.float64)

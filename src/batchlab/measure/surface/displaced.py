@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from batchlab.core.errors import InputError
 from batchlab.core.random import derive_seed, preserved_generators, reseed
 from batchlab.data.fetch import to_device
-from batchlab.measure.batch_rows import row_count
+from batchlab.measure.batch_rows import check_batches, row_count
 from batchlab.measure.norms import to_floats
 from batchlab.measure.surface.directions import Direction, bare, check_whole, wide
 
@@ -147,8 +147,7 @@ def scalar(value: Any) -> Tensor:
 
 def check_data(data: Any) -> None:
     """Refuses what is no collection of batches, or can be gone through once only."""
-    if isinstance(data, (Tensor, Mapping, str)) or not isinstance(data, Iterable):
-        raise InputError(f"data must be a list of batches or a DataLoader, got {type(data).__name__}")
+    check_batches(data)
     if isinstance(data, Iterator):
         raise InputError(
             f"data must be there at every pass, as a list of batches or a DataLoader is, got a {type(data).__name__} "

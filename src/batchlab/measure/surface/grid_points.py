@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from batchlab.core.checks import check_positive
 from batchlab.core.errors import InputError
 from batchlab.parallel.agree import agree_min, device_of
 
@@ -77,8 +78,7 @@ def symmetric(points: int, span: float) -> tuple[float, ...]:
     """From -span to span with 0 itself among the points."""
     if isinstance(points, bool) or not isinstance(points, int) or points < 3 or points % 2 == 0:
         raise InputError(f"points must be an odd integer of at least 3, so that one of them is 0, got {points!r}")
-    if not 0 < span < math.inf:
-        raise InputError(f"span must be finite and > 0, got {span!r}")
+    check_positive(span=span)
     half = points // 2
     return tuple(span * k / half for k in range(-half, half + 1))
 

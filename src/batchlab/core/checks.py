@@ -1,0 +1,75 @@
+"""The checks that all rooms make of numbers: NaN, texts and None fail them too. Each raises `InputError`."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+from batchlab.core.errors import InputError
+
+
+def check_positive(**numbers: float) -> None:
+    """Each must be finite and > 0.
+
+    >>> check_positive(batch_size=64, noise_scale=float("nan"))
+    Traceback (most recent call last):
+    batchlab.core.errors.InputError: noise_scale must be finite and > 0, got nan
+    """
+    _check(lambda value: 0 < value < math.inf, "finite and > 0", numbers)
+
+
+def check_not_negative(**numbers: float) -> None:
+    """Each must be >= 0; infinity passes."""
+    _check(lambda value: value >= 0, ">= 0", numbers)
+
+
+def check_share(**numbers: float) -> None:
+    """Each must lie in [0, 1]."""
+    for name, value in numbers.items():
+        if not holds(lambda value: 0 <= value <= 1, value):
+            raise InputError(f"{name} must lie in [0, 1], got {value!r}")
+
+
+def check_inside(**numbers: float) -> None:
+    """Each must lie in (0, 1), as a coverage does.
+
+    >>> check_inside(coverage=95)
+    Traceback (most recent call last):
+    batchlab.core.errors.InputError: coverage must lie in (0, 1), got 95
+    """
+    for name, value in numbers.items():
+        if not holds(lambda value: 0 < value < 1, value):
+            raise InputError(f"{name} must lie in (0, 1), got {value!r}")
+
+
+def check_count(least: int = 1, /, **counts: int) -> None:
+    """Each must be an integer of at least `least`; NumPy's are integers too, True is none.
+
+    >>> check_count(2, repeats=1)
+    Traceback (most recent call last):
+    batchlab.core.errors.InputError: repeats must be an integer of at least 2, got 1
+    """
+    for name, count in counts.items():
+        if not is_count(count, least):
+            raise InputError(f"{name} must be an integer of at least {least}, got {count!r}")
+
+
+def is_count(value: Any, least: int = 1) -> bool:
+    """Whether it is an integer of at least `least`."""
+    return not isinstance(value, bool) and holds(lambda value: operator.index(value) >= least, value)
+
+
+def holds(condition: Callable[[Any], Any], value: Any) -> bool:
+    """Whether the condition can be asked of the value and holds."""
+    try:
+        return bool(condition(value))
+    except (TypeError, ValueError, RuntimeError):  # a text, None, or a tensor of several numbers
+        return False
+
+
+def _check(condition: Callable[[Any], Any], right: str, numbers: dict[str, Any]) -> None:
+    for name, value in numbers.items():
+        if not holds(condition, value):
+            raise InputError(f"{name} must be {right}, got {value!r}")
