@@ -2,12 +2,15 @@
 
 import argparse
 import json
+import multiprocessing
 import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from batchlab.core.provenance import machine, versions
 
@@ -40,6 +43,24 @@ def paired_seconds(
         if index >= 0:
             result.append((spent[0], spent[1]))
     return result
+
+
+def peak_bytes(make: Callable[[], Any] | None, *, threads: int, steps: int = 10) -> int:
+    """The peak memory of a fresh process that makes a side and calls its `step` ten times; of its imports for None.
+
+    Linux alone. make: can be pickled.
+    """
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_peak, (make, threads, steps))
+
+
+def _peak(make: Callable[[], Any] | None, threads: int, steps: int) -> int:
+    torch.set_num_threads(threads)
+    side = None if make is None else make()
+    for _ in range(steps if side else 0):
+        side.step()
+    status = Path("/proc/self/status").read_text()  # ru_maxrss would begin with the parent's
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
 def median_ratio(pairs: Sequence[tuple[float, float]], *, resamples: int = 4000, seed: int = 0) -> dict[str, float]:

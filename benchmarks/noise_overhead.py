@@ -1,5 +1,5 @@
 """Claim: measuring the gradient noise scale costs at most 2 % of a step's time from micro-batches or ranks, 3 % from
-normalisation layers, 25 % from single examples.
+normalisation layers, 25 % from single examples, and 2 % of its memory, 10 % from single examples.
 
 At every step where a step takes some 50 ms; where it takes a few, at one step in so many as `batchlab plan` chooses
 for a long run from what measuring each costs (`planner.cadence.noise_every`). Both are shown. The normalisation
@@ -10,16 +10,17 @@ with the same weights and data, AdamW, the gradient's norm computed on both side
 that it is finite), which the noise scale then takes over. For ranks both copies are in DistributedDataParallel over one
 process, with `no_sync` up to the last micro-batch. The ratio is the median over pairs, a pair being the time
 of `calls` steps on each side; its interval is the bootstrap's. After the timing the two copies' weights must agree
-in every bit.
+in every bit. Memory is the peak of a child process that takes ten steps, less that of a child that takes none.
 """
 
 import contextlib
 import copy
 import time
+from functools import partial
 from typing import Any
 
 import torch
-from _paired import arguments, median_ratio, paired_seconds, report
+from _paired import arguments, median_ratio, paired_seconds, peak_bytes, report
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -28,8 +29,12 @@ from batchlab.planner.cadence import noise_every
 from batchlab.workloads.models import ByteTransformer, ConvNet
 
 LIMITS = {"micro_batch": 1.02, "ranks": 1.02, "norm_layers": 1.03, "per_example": 1.25}
-GPT = "4-layer GPT, width 128, length 64, batch 32"
-METHODS = [("ranks", 1), ("ranks", 4), ("norm_layers", 1), ("norm_layers", 4), ("per_example", 1), ("per_example", 4)]
+MEMORY = {"micro_batch": 1.02, "ranks": 1.02, "norm_layers": 1.02, "per_example": 1.10}
+GPT, WIDE = "4-layer GPT, width 128, length 64, batch 32", "4-layer GPT, width 256, length 64, batch 32"
+METHODS = [
+    *((GPT, method, pieces) for method in ("ranks", "norm_layers", "per_example") for pieces in (1, 4)),
+    *((WIDE, method, pieces) for method, pieces in (("micro_batch", 4), ("ranks", 1), ("per_example", 1))),
+]
 
 
 class Side:
@@ -84,6 +89,7 @@ def jobs() -> dict[str, tuple[nn.Module, Tensor, Tensor]]:
             tokens[:, :-1],
             tokens[:, 1:],
         ),
+        WIDE: (ByteTransformer(64, width=256, layers=4, heads=4), tokens[:, :-1], tokens[:, 1:]),
         "digits CNN, batch 64": (ConvNet(1, 8, 10), images, classes[:64]),
     }
 
@@ -92,24 +98,26 @@ def main() -> None:
     """Prints a row for each model, number of micro-batches and cadence, and one JSON object."""
     given = arguments(__doc__, pairs=30)
     torch.set_num_threads(given.threads)
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    alone_in_a_group()
     clock = time.process_time if given.processor_time else time.perf_counter
     rows: list[dict[str, Any]] = []
     for name, job in jobs().items():
-        for pieces in (2, 4):
+        for pieces in () if name == WIDE else (2, 4):
             settings: dict[str, Any] = {"pairs": given.pairs, "calls": 4 if "GPT" in name else 40, "clock": clock}
             row = {"model": name, "micro_batches": pieces}
             rows.append(row | timed(job, pieces, every=1, **settings))
-            print(_sentence(rows[-1]))
+            rows[-1] |= memory(name, pieces, "micro_batch", given.threads)
+            print(_sentence(rows[-1]), flush=True)
             seldom = noise_every(10**6, step_seconds=1.0, noise_seconds=max(0.0, rows[-1]["ratio"] - 1))
             if seldom > 1:
                 rows.append(row | timed(job, pieces, every=seldom, **settings))
                 print(_sentence(rows[-1]))
-    for method, pieces in METHODS:
+    for name, method, pieces in METHODS:
         whole = method == "norm_layers"
         settings = {"pairs": 10 if whole else given.pairs, "calls": 50 if whole else 4, "clock": clock}
-        row = {"model": GPT, "micro_batches": pieces}
-        rows.append(row | timed(jobs()[GPT], pieces, every=1, method=method, **settings))
+        row = {"model": name, "micro_batches": pieces}
+        rows.append(row | timed(jobs()[name], pieces, every=1, method=method, **settings))
+        rows[-1] |= memory(name, pieces, method, given.threads)
         print(_sentence(rows[-1]), flush=True)
     report("noise_overhead", " ".join((__doc__ or "").split("\n\n")[0].split()), rows, save=given.save)
 
@@ -138,10 +146,30 @@ def timed(
     return found | {"step_ms": 1e3 * min(plain for _, plain in seconds) / calls, "pairs": seconds}
 
 
+def alone_in_a_group() -> None:
+    """For DistributedDataParallel over this process."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+
+
+def memory(name: str, pieces: int, method: str, threads: int) -> dict[str, Any]:
+    """The ratio of the measured side's peak memory to the plain side's."""
+    makes = [partial(side, name, pieces, every, method) for every in (1, 0)]
+    measured, plain, imports = (peak_bytes(make, threads=threads) for make in (*makes, None))
+    ratio = (measured - imports) / (plain - imports)
+    return {"memory_ratio": ratio, "memory_bytes": measured - imports, "memory_holds": ratio <= MEMORY[method]}
+
+
+def side(name: str, pieces: int, every: int, method: str) -> Side:
+    """In a process of its own."""
+    alone_in_a_group()
+    return Side(*jobs()[name], pieces, every=every, method=method)
+
+
 def _sentence(row: dict[str, Any]) -> str:
     how = f"{row['method']}, {row['micro_batches']} micro-batches, every {row['every']}"
     interval = f"[{row['low']:.4f}, {row['high']:.4f}]"
-    return f"{row['model']:45} {how}: {row['ratio']:.4f} {interval} of {row['step_ms']:.2f} ms"
+    memory = f", memory {row['memory_ratio']:.3f}" if "memory_ratio" in row else ""
+    return f"{row['model']:45} {how}: {row['ratio']:.4f} {interval} of {row['step_ms']:.2f} ms{memory}"
 
 
 if __name__ == "__main__":

@@ -1,21 +1,21 @@
 """Claim: exact per-example gradient norms cost at most 1.25 times a training step's time and 1.10 times its memory.
 
-A 4-layer GPT, width 128, length 64, batch 32, AdamW, one micro-batch a step. Ours is `ExampleNorms.watch` around the
+4-layer GPTs of three shapes, AdamW, one micro-batch a step: the work of an example's norm falls against the pass's as
+the layers widen, and rises with the length up to that of every gradient. Ours is `ExampleNorms.watch` around the
 pass; beside it, each against the same plain step: ours with the normalisation layers alone, Opacus' ghost norms
 (`GradSampleModuleFastGradientClipping`, the first backward pass alone), and `torch.func`'s `vmap(grad)`, which makes
 every gradient. Before the timing all must find the same norms, and ours must leave the weights of a plain step in
 every bit after it. Memory is the peak of a child process that takes ten steps, less that of a child that takes none.
 """
 
-import multiprocessing
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
-from _paired import arguments, median_ratio, paired_seconds, report
+from _paired import arguments, median_ratio, paired_seconds, peak_bytes, report
 from opacus.grad_sample import GradSampleModuleFastGradientClipping
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
@@ -25,7 +25,17 @@ from batchlab.measure.examples.example_norms import ExampleNorms, norm_layer_nam
 from batchlab.workloads.models import ByteTransformer
 
 TIME, MEMORY = 1.25, 1.10
-EXAMPLES, LENGTH = 32, 64
+
+
+class Shape(NamedTuple):
+    """Of a 4-layer GPT and its batch."""
+
+    width: int
+    length: int
+    examples: int
+
+
+SHAPES = (Shape(128, 64, 32), Shape(256, 64, 32), Shape(384, 256, 8))  # the last: nanoGPT's on one machine
 SIDES = ("ours", "ours, normalisation layers alone", "Opacus ghost norms", "vmap(grad)")
 
 
@@ -46,10 +56,12 @@ def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
 class Side:
     """One copy of the model in training, whose `step` returns the squared norms, or None where nothing is measured."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, shape: Shape) -> None:
         torch.manual_seed(0)
-        self.model = GPT(LENGTH, width=128, layers=4, heads=4)
-        self.tokens = torch.randint(256, (EXAMPLES, LENGTH + 1))
+        warnings.simplefilter("ignore")
+        self.examples = shape.examples
+        self.model = GPT(shape.length, width=shape.width, layers=4, heads=4)
+        self.tokens = torch.randint(256, (shape.examples, shape.length + 1))
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
         self._measured: Callable[[], Tensor | None] = {
             "plain": self._plain,
@@ -74,7 +86,7 @@ class Side:
         loss_of(self.model, self.tokens).backward()
 
     def _ours(self) -> Tensor:
-        with self._norms.watch(EXAMPLES) as record:
+        with self._norms.watch(self.examples) as record:
             loss_of(self.model, self.tokens).backward()
         return record.sq_norms()
 
@@ -94,57 +106,51 @@ class Side:
         return sum(g.flatten(1).square().sum(1).double() for g in gradients.values())
 
 
-def peak_bytes(name: str | None, threads: int) -> int:
-    """The peak memory of this process after ten steps of a side, or after the imports alone (Linux)."""
-    torch.set_num_threads(threads)
-    warnings.simplefilter("ignore")
-    side = None if name is None else Side(name)
-    for _ in range(10 if side else 0):
-        side.step()
-    status = Path("/proc/self/status").read_text()  # ru_maxrss would begin with the parent's
-    return 1024 * int(status.split("VmHWM:")[1].split()[0])
-
-
-def in_child(name: str | None, threads: int) -> int:
-    """`peak_bytes` of a fresh process."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(peak_bytes, (name, threads))
-
-
-def agree() -> float:
+def agree(shape: Shape) -> float:
     """The largest relative difference of ours and Opacus' norms from those of `vmap(grad)`, over examples."""
-    ours, opacus, true = (Side(name)._measured() for name in ("ours", "Opacus ghost norms", "vmap(grad)"))
+    ours, opacus, true = (Side(name, shape)._measured() for name in ("ours", "Opacus ghost norms", "vmap(grad)"))
     return max(((found - true) / true).abs().max().item() for found in (ours, opacus))
 
 
 def main() -> None:
-    """Prints a row for each side and one JSON object."""
+    """Prints a row for each shape and side, and one JSON object."""
     given = arguments(__doc__, pairs=30)
     torch.set_num_threads(given.threads)
     warnings.simplefilter("ignore")
     clock = time.process_time if given.processor_time else time.perf_counter
-    difference = agree()
-    assert difference < 1e-5, f"the norms differ by {difference}"
-    empty = in_child(None, given.threads)
-    memory = {name: in_child(name, given.threads) - empty for name in ("plain", *SIDES)}
     rows: list[dict[str, Any]] = []
-    for name in SIDES:
-        measured, plain = Side(name), Side("plain")
-        calls = 1 if name == "vmap(grad)" else 4
-        seconds = paired_seconds(measured.step, plain.step, pairs=given.pairs, calls=calls, clock=clock)
-        same = all(map(torch.equal, measured.model.parameters(), plain.model.parameters()))
-        assert same or not name.startswith("ours"), "measuring changed a weight"
-        row = {"side": name, **median_ratio(seconds), "memory_ratio": memory[name] / memory["plain"]}
-        row |= {"same_bits": same, "norms_differ_by": difference, "memory_bytes": memory[name], "clock": clock.__name__}
-        row |= {"calls": calls, "step_ms": 1e3 * min(plain for _, plain in seconds) / calls, "pairs": seconds}
-        if name == "ours":
-            row["holds"] = row["high"] <= TIME and row["memory_ratio"] <= MEMORY
-        rows.append(row)
-        interval = f"[{row['low']:.3f}, {row['high']:.3f}]"
-        print(
-            f"{name:34} time {row['ratio']:.3f} {interval}, memory {row['memory_ratio']:.3f} of {row['step_ms']:.0f} ms"
-        )
+    for shape in SHAPES:
+        difference = agree(shape)
+        assert difference < 1e-5, f"the norms differ by {difference}"
+        empty = peak_bytes(None, threads=given.threads)
+        sides = {name: partial(Side, name, shape) for name in ("plain", *SIDES)}
+        memory = {name: peak_bytes(make, threads=given.threads) - empty for name, make in sides.items()}
+        for name in SIDES:
+            row = shape._asdict() | {"side": name, "norms_differ_by": difference, "memory_bytes": memory[name]}
+            row |= {"memory_ratio": memory[name] / memory["plain"]} | timed(name, shape, given.pairs, clock)
+            if name == "ours":
+                row["holds"] = row["high"] <= TIME and row["memory_ratio"] <= MEMORY
+            rows.append(row)
+            print(_sentence(row), flush=True)
     report("per_example_norms", (__doc__ or "").splitlines()[0], rows, save=given.save)
+
+
+def timed(name: str, shape: Shape, pairs: int, clock: Callable[[], float]) -> dict[str, Any]:
+    """The ratio of a side's time to the plain side's, in pairs of four steps each, or of one for `vmap(grad)`."""
+    measured, plain = Side(name, shape), Side("plain", shape)
+    calls = 1 if name == "vmap(grad)" else 4
+    seconds = paired_seconds(measured.step, plain.step, pairs=pairs, calls=calls, clock=clock)
+    same = all(map(torch.equal, measured.model.parameters(), plain.model.parameters()))
+    assert same or not name.startswith("ours"), "measuring changed a weight"
+    row: dict[str, Any] = median_ratio(seconds) | {"same_bits": same, "clock": clock.__name__, "calls": calls}
+    return row | {"step_ms": 1e3 * min(plain for _, plain in seconds) / calls, "pairs": seconds}
+
+
+def _sentence(row: dict[str, Any]) -> str:
+    shape = f"width {row['width']}, length {row['length']}, batch {row['examples']}"
+    time_ratio = f"{row['ratio']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
+    memory = f"{row['memory_ratio']:.3f}"
+    return f"{shape:34} {row['side']:34} time {time_ratio}, memory {memory} of {row['step_ms']:.0f} ms"
 
 
 if __name__ == "__main__":
