@@ -8,12 +8,14 @@ over the fresh seeds. Every seed is reported, and none is chosen.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import math
 import statistics
 import tempfile
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,6 +49,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=20.0, help="seconds of a probe")
     parser.add_argument("--threads", type=int, default=2, help="torch's threads")
     parser.add_argument("--target", help="METRIC>=VALUE or METRIC<=VALUE, in place of the job's own")
+    parser.add_argument("--keep", help="a folder for the sweeps: interrupted ones go on from there")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/verify_JOB.json")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -62,12 +65,23 @@ def main() -> None:
 
 def verify(job: bl.Job, seed: int, given: argparse.Namespace) -> dict[str, Any]:
     """Probe, plan, sweep, and the plan's own runs."""
-    facts = bl.probe(job, budget=given.budget, seed=seed)
-    plan = bl.plan(job, facts)
-    with tempfile.TemporaryDirectory() as folder:
+    with contextlib.ExitStack() as stack:
+        folder = Path(given.keep or stack.enter_context(tempfile.TemporaryDirectory())) / f"{job.name}-{seed}"
+        facts = _facts(job, folder / "facts.json", seed, given.budget)
+        plan = bl.plan(job, facts)
+        if plan.predicted_steps is None:  # a sweep would be for nothing
+            raise SystemExit(f"{job.name}: {facts.warnings[-1]}; give a larger --budget")
         sizes = around(plan.batch_size, len(job.train))
         study = bl.sweep(job, batch_sizes=sizes, out=folder, seeds=given.fresh, seed=seed, facts=facts)
         return _compared(job, facts, plan, study, seed, given.fresh)
+
+
+def _facts(job: bl.Job, kept: Path, seed: int, budget: float) -> Facts:
+    """What the probe found, or had found before this was interrupted."""
+    if not kept.exists():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(bl.probe(job, budget=budget, seed=seed).to_json(), "utf-8")
+    return Facts.from_json(kept.read_text("utf-8"))
 
 
 def _compared(job: bl.Job, facts: Facts, plan: Plan, study: Study, seed: int, fresh: int) -> dict[str, Any]:

@@ -67,20 +67,24 @@ def test_exchange_rate_is_the_slope_of_the_front():
 
 
 def test_quadratic_drop_equals_the_law():
-    """Sheet check 3: L = ½θᵀHθ with H = h·I, so that B_noise = tr(Σ)/|G|²; 40,000 draws, 3 standard errors."""
+    """L = ½θᵀHθ: B_noise = tr(HΣ)/(GᵀHG), ε_max = |G|²/(GᵀHG), ΔL_max = ½|G|⁴/(GᵀHG); 40,000 draws, 3 standard errors.
+
+    With curvatures from 0.05 to 2 and noise large where they are, B_noise is far from tr(Σ)/|G|², which fails here.
+    """
     rng = np.random.default_rng(0)
-    d, h = 20, 0.7
-    theta = rng.normal(size=d)
-    gradient, spread = h * theta, rng.uniform(0.5, 2.0, size=d)
-    sq = gradient @ gradient
-    noise_scale, largest = (spread**2).sum() / sq, 1 / h
-    drop_max = 0.5 * sq**2 / (h * sq)
+    d = 20
+    h = np.geomspace(0.05, 2, d)
+    theta, spread = rng.normal(size=d) / h**0.5, h * rng.uniform(1.0, 3.0, size=d)
+    gradient = h * theta
+    sq, bent = gradient @ gradient, gradient @ (h * gradient)
+    noise_scale, largest, drop_max = (h * spread**2).sum() / bent, sq / bent, 0.5 * sq**2 / bent
+    assert abs(math.log(noise_scale / ((spread**2).sum() / sq))) > 0.15
     for batch in (noise_scale / 4, noise_scale, 4 * noise_scale):
         rate = saturating(largest / 2, noise_scale, batch, noise_scale=noise_scale)
         assert rate == pytest.approx(largest / (1 + noise_scale / batch), rel=1e-12)
         drawn = gradient + rng.normal(size=(40_000, d)) * spread / math.sqrt(batch)
         moved = theta - rate * drawn
-        drops = 0.5 * h * (theta @ theta - (moved**2).sum(1))
+        drops = 0.5 * (theta @ (h * theta) - moved**2 @ h)
         expected = drop_max * tradeoff.efficiency(batch, noise_scale=noise_scale)
         assert abs(drops.mean() - expected) < 3 * drops.std() / math.sqrt(len(drops))
     assert tradeoff.efficiency(noise_scale, noise_scale=noise_scale) == pytest.approx(0.5)

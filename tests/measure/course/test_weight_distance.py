@@ -191,10 +191,10 @@ def test_shards_give_the_whole_distance(world, tmp_path):
     assert in_ranks(world, tmp_path, _sharded, expected) == [0] * world
 
 
-def digits_course(seed, batch_size, rate):
+def digits_course(seed, batch_size, rate, *, images=1437, fitted=(3, 100)):
     """A small conv net with batch norm over ghosts of 32, SGD with momentum 0.9, gradients clipped at 5."""
     data = load_digits()
-    x, y = torch.tensor(data.data[:1437] / 16.0, dtype=torch.float32).view(-1, 1, 8, 8), torch.tensor(data.target)
+    x, y = torch.tensor(data.data[:images] / 16.0, dtype=torch.float32).view(-1, 1, 8, 8), torch.tensor(data.target)
     torch.manual_seed(seed)
     blocks = [
         part
@@ -204,9 +204,9 @@ def digits_course(seed, batch_size, rate):
     model = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(64, 10))
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
     distance, order = WeightDistance(model, per_decade=None), torch.tensor([], dtype=torch.long)
-    for _ in range(100):
+    for _ in range(fitted[1]):
         if len(order) < batch_size:
-            order = torch.randperm(1437)
+            order = torch.randperm(images)
         batch, order = order[:batch_size], order[batch_size:]
         optimizer.zero_grad()
         for ghost in batch.split(32):
@@ -214,7 +214,7 @@ def digits_course(seed, batch_size, rate):
         nn.utils.clip_grad_norm_(model.parameters(), 5.0)
         optimizer.step()
         distance.step()
-    return distance.fit(low=3, high=100)
+    return distance.fit(low=fitted[0], high=fitted[1])
 
 
 @pytest.mark.slow
@@ -232,3 +232,18 @@ def test_the_early_distance_on_digits_grows_about_as_a_logarithm():
     slopes = {key: mean_slope(fits).value for key, fits in runs.items()}
     assert slopes[32, 0.005] == pytest.approx(0.92, rel=0.3) and slopes[128, 0.01] == pytest.approx(1.21, rel=0.3)
     assert slopes[128, 0.005] == pytest.approx(slopes[32, 0.005], rel=0.15) and slopes[128, 0.01] > slopes[128, 0.005]
+
+
+@pytest.mark.slow
+def test_the_logarithm_ends_when_the_loss_has_vanished():
+    """Updates 10 to 576 on 500 images at four times the rate, three seeds. Early, R² is above 0.92 and the slopes rise.
+
+    Measured: R² 0.87 to 0.89 and slopes 0.74 to 0.81 (batch 32), 0.77 to 0.80 and 0.62 to 0.64 (128); the sheet's run
+    gave 0.6 to 0.8, 0.48 and 0.33.
+    """
+    slopes = []
+    for size, rate in ((32, 0.02), (128, 0.04)):
+        late = [digits_course(seed, size, rate, images=500, fitted=(10, 576)) for seed in range(3)]
+        assert max(fit.r2 for fit in late) < 0.92
+        slopes.append(mean_slope(late).value)
+    assert slopes[1] < slopes[0] < 0.9  # early: 0.92 and 1.21, and the larger batch the faster

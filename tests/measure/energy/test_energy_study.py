@@ -165,6 +165,15 @@ def _compare(configs=None, train=lambda config, seed: None, **options):
     return compare_energy(configs or {"a": 1, "b": 2}, train, **(machine.options() | options))
 
 
+def test_every_run_waits_for_the_machine_to_cool():
+    order = []
+    _compare(
+        train=lambda config, seed: order.append("train"), repeats=3, cool_down_seconds=2.0, interval=None,
+        sleep=lambda seconds: order.append(seconds),
+    )  # fmt: skip
+    assert order == [2.0, "train"] * 6
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -154,7 +154,7 @@ def _in_ranks(expected):
         loss_of(wrapped, x.split(6)[rank], y.split(6)[rank]).backward()
     found = signal.step(keep=True)
     for name, ratio in expected.items():
-        torch.testing.assert_close(signal.ratios[name], ratio, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(signal.ratios[name], ratio, rtol=1e-6, atol=1e-6)
     assert found.groups == 4 and found.group_size == 6.0
 
 

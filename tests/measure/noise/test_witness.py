@@ -29,6 +29,13 @@ def test_a_parameter_that_is_never_used_hides_no_backward_pass_outside():
         two_heads_step(model, noise, 1, outside=(2,))
 
 
+def _normalise(parameters, norm):
+    gradients = [p.grad for p in parameters]
+    length = nn.utils.get_total_norm(gradients)
+    for gradient in gradients:
+        gradient.mul_(norm / length)
+
+
 class _Scaled(nn.Module):
     def __init__(self):
         super().__init__()
@@ -38,6 +45,64 @@ class _Scaled(nn.Module):
 
     def forward(self, x):
         return self.last(torch.tanh(self.first(x))).sum(1, keepdim=True) * self.scale
+
+
+@pytest.mark.parametrize("method", ["micro_batch", "per_example"])
+@pytest.mark.parametrize("clip", [nn.utils.clip_grad_norm_, _normalise])
+def test_a_gradient_clipped_before_step_is_refused(method, clip):
+    """Else a clipped step's norms shrink by the square of its factor, and the ratio of means hardly sees it."""
+    model = small_model(dtype=torch.float64)
+    noise, x, y = GradientNoise(model, method), *small_batch(64, torch.float64)
+
+    def step(which, limit):
+        model.zero_grad()
+        for at in (0, 8):
+            with noise.micro_batch(8):
+                part = slice(16 * which + at, 16 * which + at + 8)
+                ((model(x[part]).squeeze(1) - y[part]).square().mean() / 2).backward()
+        clip(model.parameters(), limit)
+        return noise.step()
+
+    step(0, 0.1)
+    with pytest.raises(InputError, match="clipped or normalised before step"):
+        step(1, 0.1)
+    for limit in (0.2, 0.4, 0.7):  # another norm each time: no one can tell that from a loss scale
+        step(0, limit)
+
+
+def test_a_loss_scale_that_grew_between_equal_steps_is_no_clipping():
+    model, scale = small_model(dtype=torch.float64), 2.0**10
+    noise, (x, y) = GradientNoise(model), small_batch(16, torch.float64)
+    for _ in range(3):
+        model.zero_grad()
+        for part in (slice(8), slice(8, 16)):
+            with noise.micro_batch(8):
+                (scale * (model(x[part]).squeeze(1) - y[part]).square().mean() / 2).backward()
+        for parameter in model.parameters():
+            parameter.grad.div_(scale)
+        assert noise.step().method
+        scale *= 2
+    assert noise.statistics.count == 3
+
+
+@pytest.mark.parametrize("method", ["micro_batch", "per_example"])
+def test_a_sum_over_examples_gives_the_scale_of_the_mean(method):
+    """Divided by their number after the backward passes, or not at all: a factor common to all pieces."""
+    found = []
+    for weight, after in ((1 / 32, 1.0), (1.0, 1 / 32), (1.0, 1.0)):
+        model = small_model(dtype=torch.float64)
+        noise = GradientNoise(model, method)
+        for seed in range(20):
+            model.zero_grad()
+            x, y = small_batch(32, torch.float64, seed=seed)
+            for part in (slice(12), slice(12, 32)):
+                with noise.micro_batch(len(x[part])):
+                    (weight * (model(x[part]).squeeze(1) - y[part]).square().sum()).backward()
+            for parameter in model.parameters():
+                parameter.grad.mul_(after)
+            noise.step()
+        found.append(noise.estimate().value)
+    assert found == pytest.approx([found[0]] * 3, rel=1e-9)
 
 
 def test_a_single_number_is_no_witness_where_there_is_another():

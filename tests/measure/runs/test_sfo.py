@@ -85,7 +85,7 @@ def test_noise_of_five_percent_and_three_repeats_give_it_within_a_fifth(b_star):
     low, high = np.quantile(values, (0.25, 0.75))
     assert 0.95 * b_star < low < high < 1.05 * b_star
     covered = sum(fit.critical_batch.low <= b_star <= fit.critical_batch.high for fit in fits)
-    assert covered >= 78, covered
+    assert 78 <= covered <= 98, covered  # 90 stated; repeats widen the band a little
     assert np.median([fit.critical_batch.high - fit.critical_batch.low for fit in fits]) < 0.3 * b_star
 
 
@@ -99,7 +99,7 @@ def test_the_band_covers_at_its_rate(b_star, noise, runs, shared, most):
     fits = simulated(b_star, seeds, noise=noise, runs=runs, shared=shared)
     covered = sum(fit.critical_batch.low <= b_star <= fit.critical_batch.high for fit in fits) / seeds
     four_sigma = 4 * math.sqrt(0.9 * 0.1 / seeds)  # 0.06
-    assert 0.9 - four_sigma < covered < most + 0.02, covered
+    assert 0.9 - four_sigma < covered <= most, covered
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.02])

@@ -155,7 +155,7 @@ class AdamStability:
         return replace(layer, dip=float(dip), dip_p=float(p))
 
     def updates(self, name: str) -> Tensor:
-        """u of a layer's watched coordinates that ever had a gradient, on this rank, as the state is now; flat.
+        """u of a layer's watched coordinates that have a gradient now, on this rank, as the state is now; flat.
 
         For a histogram beside the Gaussian of variance (1 - β1)/(1 + β1).
         """

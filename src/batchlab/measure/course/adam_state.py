@@ -108,9 +108,11 @@ class AdamState:
         return watched.pick(state["exp_avg"]), watched.pick(state.get("max_exp_avg_sq", state["exp_avg_sq"]))
 
     def update(self, watched: Watched, moments: Moments) -> Tensor:
-        """u on this rank, of the watched coordinates that ever had a gradient."""
+        """u on this rank, of the watched coordinates that have a gradient now."""
         m, v = self._mv(watched)
-        return adam_update(m, v, moments.betas, moments.eps, moments.t)[0][(m != 0) | (v != 0)]
+        gradient = watched.parameter.grad
+        active = (m != 0) | (v != 0) if gradient is None else watched.pick(gradient) != 0
+        return adam_update(m, v, moments.betas, moments.eps, moments.t)[0][active]
 
     def sums(
         self,
@@ -138,19 +140,21 @@ class AdamState:
 
     def _chunk_sums(self, chunk: Sequence[tuple[Watched, Moments]]) -> Tensor:
         """A row of `UpdateSums` for each parameter; without a gradient, its columns are 0."""
-        moments, ms, vs, gradients, befores = chunk[0][1], [], [], [], []
+        moments, ms, vs, gradients, befores, actives = chunk[0][1], [], [], [], [], []
         for each, _ in chunk:
             m, v = self._mv(each)
             gradient, before = each.parameter.grad, each.before
             ms.append(m)
             vs.append(v)
             gradients.append(torch.zeros_like(m) if gradient is None else each.pick(gradient).to(m.dtype))
+            actives.append((m != 0) | (v != 0) if gradient is None else gradients[-1] != 0)
             befores.append(torch.zeros_like(m) if before is None else before.to(m))
         lengths = [len(m) for m in ms]
-        m, v, g, p = (each[0] if len(each) == 1 else torch.cat(each) for each in (ms, vs, gradients, befores))
+        columns = (ms, vs, gradients, befores, actives)
+        m, v, g, p, active = (each[0] if len(each) == 1 else torch.cat(each) for each in columns)
         g, p = (g, p) if moments.sign == 1 else (-g, -p)
         u, root = adam_update(m, v, moments.betas, moments.eps, moments.t)
-        return update_sums(u, root, g, p, (m != 0) | (v != 0), moments.eps, lengths)
+        return update_sums(u * active, root, g, p, active, moments.eps, lengths)
 
 
 def _chunks(ready: Sequence[tuple[Watched, Moments]]) -> Iterator[list[tuple[Watched, Moments]]]:

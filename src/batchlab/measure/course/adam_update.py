@@ -125,7 +125,7 @@ NO_SPREAD = 1e-6  # var u over mean u²: below it, the fourth moment is lost in 
 class UpdateSums(NamedTuple):
     """Sums over coordinates, from which every statistic follows: those of parts are added, on one rank or over many.
 
-    n: coordinates that ever had a gradient. u1..u4: Σu, Σu², Σu³, Σu⁴ over them. high: how many have |u| > 0.8.
+    n: coordinates that have a gradient. u1..u4: Σu, Σu², Σu³, Σu⁴ over them. high: how many have |u| > 0.8.
     below: how many have √v̂ < ε. log_root: Σln(√v̂/ε) where v̂ > 0, and positive how many those are.
     ug, gg: Σu·g, Σg². gp, pp: Σg·p, Σp² with p the gradient one step before.
     """
@@ -211,10 +211,10 @@ def update_sums(
 ) -> Tensor:
     """`UpdateSums` of each of several tensors that lie one after another, a row each, summed in float64.
 
-    u, root, g, p: flat. active: where there ever was a gradient. lengths: of the tensors.
+    u, root, g, p: flat, u being 0 elsewhere than at active: where there is a gradient. lengths: of the tensors.
     """
     wide = torch.float32 if u.device.type == "mps" else torch.float64
-    seen = root > 0
+    seen = active & (root > 0)
     logs = torch.where(seen, root / eps if eps > 0 else torch.inf, 1.0).log()
     marks = [active, u.abs() > HIGH, active & (root < eps), seen]
     u, g, p = (each.to(wide) for each in (u, g, p))

@@ -66,8 +66,9 @@ class GradientNoise:
     loss divided by the number of equal pieces is that. Then a piece's own |g|² follows from the gradient that it
     adds, seen by a hook before it is added: no copy of any gradient is kept, and no bit changed. A common factor on
     all pieces that `.grad` no longer has at `step` (a loss scale, a division after the backward passes) is found from
-    one small parameter's gradient and taken out; where the pieces are no multiple of `.grad` at all, `step` refuses.
-    That check needs `.grad` as the norm has it, so it is left out where the caller gives the norm.
+    one small parameter's gradient and taken out; where the pieces are no multiple of `.grad` at all, `step` refuses,
+    and where `.grad` was clipped, at the second step that was. These checks need `.grad` as the norm has it, so they
+    are left out where the caller gives the norm.
 
     The pieces of all ranks count. One piece in all tells nothing: there is nothing to compare it with. A step that is
     not finite is skipped on all ranks and counted in `skipped`. `pair` holds the last step's own two parts, None where

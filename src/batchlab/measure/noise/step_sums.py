@@ -80,6 +80,8 @@ def step_sums(
     blind = len(witnessed) > 0 and finite and not witnessed[-1]
     checked = len(witnessed) > 0 and finite and not blind
     factor = source.witness.factor(witnessed, int(passes), world) if checked else world
+    if checked:
+        source.witness.refuse_clipped(sums[len(own) - 1], factor / world)
     told = 0.0 if blind and source.choose_witness() else count - left_out
     scaled = [square * examples / factor**2 * count / (told or 1) for square in sums[: len(small)]]
     return StepSums(scaled, sums[len(small) : len(own)], examples, int(count), int(told))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
@@ -37,6 +38,7 @@ class Witness:
         self.parameter = self._left.pop(0)
         self.wanted = True
         self.nothing = torch.zeros(0, device=self.parameter.device, dtype=torch.float64)
+        self._scaled: tuple[float, float] | None = None
         self.forget()
 
     def choose_anew(self) -> bool:
@@ -114,3 +116,20 @@ class Witness:
         if gg == 0 or unsure > 0.5 or abs(cg / gg / expected - 1) <= unsure:
             return expected
         return cg / gg
+
+    def refuse_clipped(self, grad_sq_norm: float, factor: float) -> None:
+        """Raises `InputError` where two steps whose `.grad` was scaled differently have one and the same norm.
+
+        A factor of two more is that of a loss scale which grew. factor: what `factor` gave over what it expected.
+        """
+        if factor == 1:
+            return
+        last, self._scaled = self._scaled, (grad_sq_norm, factor)
+        if last is None or abs(grad_sq_norm - last[0]) > _EXACT * last[0]:
+            return
+        doublings = abs(math.log2(factor / last[1]))
+        if abs(doublings - round(doublings)) > _EXACT:
+            raise InputError(
+                ".grad has the same norm at two steps and was scaled differently: it was clipped or normalised before "
+                "step; call step first, or clipped steps count for too little"
+            )
