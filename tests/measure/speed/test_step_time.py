@@ -16,6 +16,7 @@ from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate, MicroBatchTime
 from batchlab.core.job import Job
 from batchlab.measure.speed.step_time import Throughput, saturation, throughput
+from batchlab.measure.training_step import TrainingStep
 from tests.spine.forked import in_ranks
 from tests.spine.jobs import toy_job
 
@@ -64,8 +65,8 @@ class Timed:
 def timed(monkeypatch):
     hooks = []
 
-    def make(**options):
-        made = Timed(**options)
+    def make(kind=Timed, **options):
+        made = kind(**options)
         monkeypatch.setattr("batchlab.measure.speed.step_time.time", SimpleNamespace(perf_counter=lambda: made.now))
         hooks.append(register_optimizer_step_post_hook(made.updated))
         return made
@@ -87,6 +88,33 @@ def test_each_second_goes_where_it_belongs_and_the_sizes_take_turns(timed):
     assert found.loading.value == LOAD and found.saturates_at == 6  # from 5.07 on
     assert clock.sizes == [1, 6, 8] * 61 and clock.models == 1
     assert Throughput.from_json(found.to_json()) == found
+
+
+class Queued(Timed):
+    """The same on a device that works behind the program: forward and backward and the update end at `wait`."""
+
+    waiting = 0.0
+
+    def loss(self, module, batch):
+        before = self.now
+        loss = super().loss(module, batch)
+        self.now, self.waiting = before, self.waiting + self.now - before
+        return loss
+
+    def updated(self, *_):
+        self.waiting += UPDATE
+
+    def wait(self):
+        self.now, self.waiting = self.now + self.waiting, 0.0
+
+
+def test_what_a_device_still_has_to_do_is_waited_for(timed, monkeypatch):
+    plain = throughput(timed().job, [1, 8], seconds=math.inf, device="cpu")
+    queued = timed(kind=Queued)
+    monkeypatch.setattr(TrainingStep, "wait", queued.wait)
+    found = throughput(queued.job, [1, 8], seconds=math.inf, device="cpu")
+    assert found.micro_batches == plain.micro_batches and found.update == plain.update
+    assert found.loading == plain.loading and found.steps == plain.steps
 
 
 def test_warming_up_counts_only_for_a_size_that_has_no_other(timed):
