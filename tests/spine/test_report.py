@@ -151,8 +151,26 @@ def test_a_verified_run_is_shown_against_its_own_sweep(tmp_path):
 def test_a_study_has_a_page_of_its_own(tmp_path):
     study = made.write_study(tmp_path / "study", made_from=made.facts(), notes=("a note of the sweep",))
     path = report(study, tmp_path / "s.html")
-    assert {"tradeoff", "time-measured", "tuned-rates", "rate-search"} == set(figures(path))
+    assert {"tradeoff", "time-measured", "regimes", "tuned-rates", "rate-search"} == set(figures(path))
     assert "Measured critical batch size" in words(path) and "a note of the sweep" in words(path)
+
+
+def test_a_study_says_where_more_batch_stops_helping(tmp_path):
+    from batchlab.measure import critical_batch, perfect_scaling_limit
+
+    study = made.write_study(tmp_path / "study")
+    path = report(study, tmp_path / "s.html")
+    found, rows = perfect_scaling_limit(study), study.rows()
+    pairs = [(row["batch_size"], steps) for row in rows for steps in row["steps"]]
+    shown, data = words(path), trace(figures(path)["regimes"], "perfect scaling")
+    assert data["y"] == pytest.approx(list(found.perfect)) and data["x"] == list(found.batch_sizes)
+    for name, estimate in (
+        ("Perfect scaling until", found.perfect_until),
+        ("Critical batch size B*", critical_batch(*zip(*pairs, strict=True)).size),
+    ):
+        assert name in shown and f"{float(f'{estimate.value:.3g}'):g}" in shown
+    assert found.flat_from.defined or "not reached" in shown
+    assert "diminishing returns" in shown
 
 
 @pytest.mark.parametrize("lines", [[], list(made.trials(sizes=(16,)))[:2]])

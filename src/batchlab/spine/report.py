@@ -56,6 +56,7 @@ def terminal_report(run_or_study: Run | Study) -> Table:
 def _run_page(run: Run) -> tuple[str, str, list[Section]]:
     from batchlab.spine import chapters, study_chapters
     from batchlab.spine.columns import columns
+    from batchlab.spine.scaling_chapter import where_more_batch_helps
 
     plan, facts, study = run.plan, run.facts, _own_study(run)
     taken = columns(run.steps(), run.meta.get("initial"))
@@ -72,6 +73,7 @@ def _run_page(run: Run) -> tuple[str, str, list[Section]]:
             if study is None
             else [
                 study_chapters.measured_against_predicted(study, facts, plan, run.summary),
+                *where_more_batch_helps(study),
                 study_chapters.tuned(study, plan),
             ]
         ),
@@ -84,10 +86,12 @@ def _run_page(run: Run) -> tuple[str, str, list[Section]]:
 
 def _study_page(study: Study) -> tuple[str, str, list[Section]]:
     from batchlab.spine import chapters, study_chapters
+    from batchlab.spine.scaling_chapter import where_more_batch_helps
 
     sections = [
         study_chapters.found(study),
         study_chapters.measured_against_predicted(study, study.facts, None, {}),
+        *where_more_batch_helps(study),
         study_chapters.tuned(study),
         study_chapters.all_rows(study),
         study_chapters.sweep_limits(study),

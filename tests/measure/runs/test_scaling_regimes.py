@@ -200,11 +200,12 @@ def quadratic_steps(batch_size, momenta, dimensions=100, share=0.05, most=20_000
 def test_momentum_extends_perfect_scaling_and_changes_nothing_at_batch_size_one():
     sizes = [2.0**k for k in range(13)]
     plain = {b: quadratic_steps(b, [0.0]) for b in sizes}
-    heavy = {b: quadratic_steps(b, [0.0, 0.5, 0.8, 0.9, 0.95, 0.98]) for b in sizes}
-    assert heavy[1.0] == pytest.approx(plain[1.0], rel=0.1)
-    sgd, momentum = perfect_scaling_limit(plain), perfect_scaling_limit(heavy)
-    assert momentum.perfect_until.value >= sgd.perfect_until.value
-    assert heavy[4096.0] < 0.8 * plain[4096.0]
+    sgd = perfect_scaling_limit(plain)
+    for momenta in ([0.5], [0.8], [0.9], [0.5, 0.8, 0.9, 0.95, 0.98]):  # each alone, so that it could be the slower one
+        heavy = {b: quadratic_steps(b, momenta) for b in sizes}
+        assert heavy[1.0] == pytest.approx(plain[1.0], rel=0.1)
+        assert perfect_scaling_limit(heavy).perfect_until.value >= sgd.perfect_until.value
+        assert heavy[4096.0] < 0.8 * plain[4096.0]
 
 
 def digits_split(seed):

@@ -48,10 +48,10 @@ class AlarmLimits:
 class LayerStability(JsonNoun):
     """One layer's updates at one step; NaN for what is undefined.
 
-    t: the optimizer's step. coordinates: watched ones with a gradient at that step: those
-    of a row whose token was absent, or of a unit that is dead, decay to u = 0 and would narrow the rest. variance_ratio: var u over
-    (1 - β1)/(1 + β1); 1 for gradients independent in time, (1 + β1)/(1 - β1) for a sign update. sarle: 1/3 Gaussian,
-    1 two points. high_share: of |u| > 0.8. lag1: correlation of successive gradients, a running mean over readings.
+    t: the optimizer's step. coordinates: watched ones with a gradient at that step: those of an absent token's row, or
+    of a dead unit, decay to u = 0 and would narrow the rest. variance_ratio: var u over (1 - β1)/(1 + β1); 1 for
+    gradients independent in time, (1 + β1)/(1 - β1) for a sign update. sarle: 1/3 Gaussian, 1 two points. high_share:
+    of |u| > 0.8. lag1: correlation of successive gradients, a running mean over readings.
     eps_share: of √v̂ < ε. root_over_eps: geometric mean of √v̂/ε. rms, bound: RMS(u), and what no gradients can exceed.
     cosine: of u with the gradient; √(1 - β1²) = 0.44 for independent ones, less where coordinates differ in scale.
     dip, dip_p: Hartigan's statistic and p-value, None unless asked for. alarms: of "bimodal", "frozen", "disaligned".
