@@ -100,12 +100,15 @@ class NormPieces:
         if output.ndim < 2 or len(output) != self._examples or not inputs:
             self._spoiled = True
             return
-        x, looked_at = inputs[0].detach(), self._looked_at
-        output.register_hook(lambda g: self._add(module, x[looked_at], wide(g.detach()[looked_at])))  # type: ignore[no-untyped-call]
+        own, looked_at = self._own(module), self._looked_at
+        x = inputs[0].detach() if any(name == "weight" for name, _ in own) else None
+        output.register_hook(lambda g: self._add(module, own, x, g.detach()[looked_at]))  # type: ignore[no-untyped-call]
 
-    def _add(self, module: nn.Module, x: Tensor, g: Tensor) -> None:
-        for name, parameter in self._own(module):
-            terms = _NORMALISED[type(module)](module, x).mul_(g) if name == "weight" else g
+    def _add(self, module: nn.Module, own: Sequence[tuple[str, nn.Parameter]], x: Tensor | None, g: Tensor) -> None:
+        for name, parameter in own:
+            terms = wide(g)
+            if name == "weight" and x is not None:
+                terms = _NORMALISED[type(module)](module, x[self._looked_at]).mul_(terms)
             place, rows = self._places[parameter], _rows(module, terms)
             before = self._rows.get(place)
             self._rows[place] = rows if before is None else before + rows
