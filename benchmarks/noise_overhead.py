@@ -2,9 +2,10 @@
 normalisation layers, 25 % from single examples, and 2 % of its memory, 10 % from single examples.
 
 At every step where a step takes some 50 ms; where it takes a few, at one step in so many as `batchlab plan` chooses
-for a long run from what measuring each costs (`planner.cadence.noise_every`). Both are shown. The normalisation
-layers' pairs are of 50 steps each, so that the step with all layers is in every one; so is not the start, when all
-layers are measured ten times.
+for a long run from what measuring each costs (`planner.cadence.noise_every`). Both are shown. The pairs of normalisation
+layers are of 50 steps each, so that one with all layers is in every pair, after 400 steps in which all layers are
+measured 43 times; what those cost is `first_400`.
+
 The same training step with and without `GradientNoise`, one by one in turn, in one process: two copies of one model
 with the same weights and data, AdamW, the gradient's norm computed on both sides (a training loop logs it and checks
 that it is finite), which the noise scale then takes over. For ranks both copies are in DistributedDataParallel over one
@@ -134,15 +135,15 @@ def timed(
 ) -> dict[str, Any]:
     """The ratio of the measured side's time to the plain side's, in pairs of `calls` steps each."""
     measured, plain = (Side(*job, pieces, every=each, method=method) for each in (every, 0))
-    for _ in range(12 if method == "norm_layers" else 0):
-        measured.step()
-        plain.step()
-    warm_up = 0 if method == "norm_layers" else 5
+    whole = method == "norm_layers"
+    first = paired_seconds(measured.step, plain.step, pairs=4, calls=100, clock=clock, warm_up=0) if whole else []
+    warm_up = 0 if whole else 5
     seconds = paired_seconds(measured.step, plain.step, pairs=pairs, calls=calls, clock=clock, warm_up=warm_up)
     same = all(map(torch.equal, measured.model.parameters(), plain.model.parameters()))
     assert same, "measuring changed a weight"
     found = {"method": method, "every": every} | median_ratio(seconds)
     found |= {"holds": found["high"] <= LIMITS[method], "same_bits": same, "clock": clock.__name__, "calls": calls}
+    found |= {"first_400": sum(a for a, _ in first) / sum(b for _, b in first)} if first else {}
     return found | {"step_ms": 1e3 * min(plain for _, plain in seconds) / calls, "pairs": seconds}
 
 
@@ -169,6 +170,7 @@ def _sentence(row: dict[str, Any]) -> str:
     how = f"{row['method']}, {row['micro_batches']} micro-batches, every {row['every']}"
     interval = f"[{row['low']:.4f}, {row['high']:.4f}]"
     memory = f", memory {row['memory_ratio']:.3f}" if "memory_ratio" in row else ""
+    memory += f", first 400 steps {row['first_400']:.3f}" if "first_400" in row else ""
     return f"{row['model']:45} {how}: {row['ratio']:.4f} {interval} of {row['step_ms']:.2f} ms{memory}"
 
 
