@@ -2,9 +2,9 @@
 normalisation layers, 25 % from single examples, and 2 % of its memory, 10 % from single examples.
 
 At every step where a step takes some 50 ms; where it takes a few, at one step in so many as `batchlab plan` chooses
-for a long run from what measuring each costs (`planner.cadence.noise_every`). Both are shown. The pairs of normalisation
-layers are of 50 steps each, so that one with all layers is in every pair, after 400 steps in which all layers are
-measured 43 times; what those cost is `first_400`.
+for a long run from what measuring each costs (`planner.cadence.noise_every`). Both are shown. The pairs of
+normalisation layers are of 50 steps each, so that one with all layers is in every pair, after 400 steps in which all
+layers are measured 43 times; what those cost is `first_400`.
 
 The same training step with and without `GradientNoise`, one by one in turn, in one process: two copies of one model
 with the same weights and data, AdamW, the gradient's norm computed on both sides (a training loop logs it and checks
@@ -156,13 +156,15 @@ def memory(name: str, pieces: int, method: str, threads: int) -> dict[str, Any]:
     """The ratio of the measured side's peak memory to the plain side's."""
     makes = [partial(side, name, pieces, every, method) for every in (1, 0)]
     measured, plain, imports = (peak_bytes(make, threads=threads) for make in (*makes, None))
-    ratio = (measured - imports) / (plain - imports)
+    ratio = (measured - imports) / (plain - imports)  # both with scipy in them, which the small models feel
     return {"memory_ratio": ratio, "memory_bytes": measured - imports, "memory_holds": ratio <= MEMORY[method]}
 
 
 def side(name: str, pieces: int, every: int, method: str) -> Side:
-    """In a process of its own."""
+    """In a process of its own; with the modules that an estimate imports, which are no part of a step."""
     alone_in_a_group()
+    from scipy import special, stats  # noqa: F401
+
     return Side(*jobs()[name], pieces, every=every, method=method)
 
 

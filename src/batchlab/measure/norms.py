@@ -27,9 +27,18 @@ def sq_norm(gradient: Tensor, weight: Tensor | None = None) -> Tensor:
     if gradient.numel() <= CHUNK:
         return _norm(gradient, dtype).square()
     whole = flat(gradient)
+    if gradient.is_cpu and gradient.dtype == dtype:
+        return torch.stack([torch.dot(part, part) for part in torch.split(whole, CHUNK)]).sum()
     even = len(whole) - len(whole) % CHUNK
     rows = _norm(whole[:even].view(-1, CHUNK), dtype, dim=1)
     return torch.dot(rows, rows) + _norm(whole[even:], dtype).square()
+
+
+def dense_sq_norm(numbers: Tensor) -> float:
+    """|g|² of a flat float32 or float64 tensor on a CPU, as a number, by the quickest way there is."""
+    if len(numbers) <= CHUNK:
+        return torch.dot(numbers, numbers).item()
+    return sum([torch.dot(part, part).item() for part in torch.split(numbers, CHUNK)])
 
 
 def sq_norm_of_sum(a: Tensor, b: Tensor) -> float | Tensor:

@@ -21,7 +21,7 @@ from batchlab.core.checks import check_count
 from batchlab.core.errors import InputError
 from batchlab.measure.noise.preconditioner import Preconditioner
 from batchlab.measure.noise.witness import Witness
-from batchlab.measure.norms import CHUNK, flat, sq_norm, sq_norm_of_sum
+from batchlab.measure.norms import CHUNK, dense_sq_norm, flat, sq_norm, sq_norm_of_sum
 from batchlab.parallel.shards import Mesh, is_spread, part_like, share
 
 
@@ -132,12 +132,12 @@ class PieceNorms:
             self._pieces.append(Piece(examples, self._seen))
 
     def _plain(self, leaf: Tensor) -> bool:
-        """Whether one dot product gives the square."""
-        plain = leaf.is_cpu and leaf.numel() <= CHUNK and leaf.dtype in (torch.float32, torch.float64)
+        """Whether dot products give the square."""
+        plain = leaf.is_cpu and leaf.dtype in (torch.float32, torch.float64)
         return plain and self._weights is None and not is_spread(leaf)
 
     def _hook(self, index: int, leaf: Tensor) -> Callable[[Tensor], None]:
-        plain, dot, strided, vector = self._plain(leaf), torch.dot, torch.strided, leaf.ndim == 1
+        plain, strided, vector = self._plain(leaf), torch.strided, leaf.ndim == 1
 
         def see(gradient: Tensor) -> None:
             if self._examples is None:
@@ -148,15 +148,14 @@ class PieceNorms:
                     "own, and checkpoint shared parameters with use_reentrant=False"
                 )
             if plain and gradient.layout is strided:
-                numbers = gradient if vector else flat(gradient)
-                self._seen[index] = dot(numbers, numbers).item()
+                self._seen[index] = dense_sq_norm(gradient if vector else flat(gradient))
             else:
                 self._seen[index] = self._square(index, gradient)
 
         return see
 
     def _merged_hook(self, index: int, leaf: Tensor) -> Callable[[Tensor], None]:
-        plain, dot, strided = self._plain(leaf), torch.dot, torch.strided
+        plain, strided, small = self._plain(leaf), torch.strided, leaf.numel() <= CHUNK
 
         def see(gradient: Tensor) -> None:
             if self._examples is None:
@@ -170,9 +169,8 @@ class PieceNorms:
                     'method "ranks" reads the sum of a rank\'s micro-batches off .grad, which was taken away '
                     "between two of them: under fully_shard, set_requires_gradient_sync(False) on all but the last"
                 )
-            if plain and gradient.layout is strided:
-                numbers = flat(gradient if before is None else before + gradient)
-                self._seen[index] = dot(numbers, numbers).item()
+            if plain and gradient.layout is strided and (small or before is None):
+                self._seen[index] = dense_sq_norm(flat(gradient if before is None else before + gradient))
             elif before is None or self._weights is not None or is_spread(leaf) or gradient.is_sparse:
                 self._seen[index] = self._square(index, gradient if before is None else before + gradient)
             else:

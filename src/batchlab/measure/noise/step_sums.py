@@ -163,6 +163,8 @@ def _gradient_sq_norms(
 
     A parameter that was frozen since has none, whatever lies in its `.grad`.
     """
+    if not subsets:
+        return []
     trained = [i for i, p in enumerate(parameters) if p.grad is not None and p.requires_grad]
     wanted = [i for i in trained if any(i in places for places in subsets)]
     shares = [share(gradient) for i in wanted if (gradient := parameters[i].grad) is not None]
