@@ -1,5 +1,7 @@
 """Measuring one step in so many, or as many as their cost allows."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -53,6 +55,26 @@ def _self_timed(dear, steps=60):
 def test_it_finds_from_the_loops_own_time_how_seldom_to_measure(dear, every):
     blocks = [True] * 6 + ([False] * 8 + [True] * 8) * 2
     assert _self_timed(dear) == [*blocks, *(step % every == 0 for step in range(60 - len(blocks)))]
+
+
+def test_norm_layers_are_timed_once_all_layers_are_seldom_measured():
+    """A measured step costs 0.02 s of 1 s more, one with all layers 0.4 s: at one in 4, and not at one in 20."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 1)).double()
+    noise, now, measured = GradientNoise(model, "norm_layers", every="auto"), 0.0, []
+    for step in range(130):
+        measured.append(noise._turn == 0)
+        now += 1 + measured[-1] * (0.4 if noise._norm_layers.calibrates else 0.02)
+        x = torch.randn(8, 3, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        with noise.micro_batch(8):
+            model(x).square().mean().backward()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("batchlab.measure.noise.self_timed.time.perf_counter", lambda now=now: now)
+            noise.step()
+        model.zero_grad()
+    assert measured[:64] == [True] * 64 and measured[64:96] == ([False] * 8 + [True] * 8) * 2
+    gaps = {b - a for a, b in itertools.pairwise(at for at in range(96, 130) if measured[at])}
+    assert len(gaps) == 1 and gaps <= {1, 2, 3, 4}
 
 
 def _ranks_time_themselves(folder):

@@ -20,11 +20,11 @@ from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate
 from batchlab.measure.noise.example_pieces import ExamplePieces
 from batchlab.measure.noise.noise_pair import NoisePair, unbiased_pair
-from batchlab.measure.noise.norm_layers import NormLayers
+from batchlab.measure.noise.norm_layers import SETTLED, NormLayers
 from batchlab.measure.noise.norm_pieces import NormPieces
 from batchlab.measure.noise.pieces import PieceNorms
 from batchlab.measure.noise.preconditioner import Preconditioner
-from batchlab.measure.noise.self_timed import SelfTimed
+from batchlab.measure.noise.self_timed import WARM_UP, SelfTimed
 from batchlab.measure.noise.step_sums import StepSums, step_sums
 from batchlab.measure.ratio import RatioOfMeans
 from batchlab.parallel.agree import agree_min
@@ -58,8 +58,8 @@ class GradientNoise:
     not with single examples.
     every: measures one step in so many, the first among them; the others run without hooks and cost nothing. Where a
     step takes milliseconds, a measured one costs a tenth of it; from some 50 ms on, a few hundredths. "auto": so many
-    that measuring takes about 2 % of the loop's time, which the first 38 steps tell (`SelfTimed`); all ranks take the
-    same. What is measured then depends on the clock, so a run repeats exactly only with a number.
+    that measuring takes about 2 % of the loop's time, which the first 38 steps tell, of norm layers 96 (`SelfTimed`);
+    all ranks take the same. What is measured then depends on the clock, so a run repeats exactly only with a number.
 
     What `.grad` must hold at `step`: the exact mean over all examples of the batch, each piece's mean loss weighted
     by its share (and, under DDP, which averages over ranks, by the number of ranks); no clipping and no decay in it. A
@@ -118,7 +118,8 @@ class GradientNoise:
             raise InputError("the model has no parameter that requires a gradient")
         if any(p.is_complex() for p in self._parameters):
             raise InputError("the noise of complex parameters is not defined here: view them as real ones")
-        self._timed = SelfTimed(self._parameters[0].device) if every == "auto" else None
+        warm_up = SETTLED if method == "norm_layers" else WARM_UP
+        self._timed = SelfTimed(self._parameters[0].device, warm_up=warm_up) if every == "auto" else None
         self._weights = None if optimizer is None else Preconditioner(optimizer, self._parameters)
         self._norm_layers = NormLayers(model, coverage=coverage) if method == "norm_layers" else None
         self._all: PieceNorms | ExamplePieces

@@ -31,7 +31,7 @@ from batchlab.measure.noise.norm_pieces import NormPieces
 from batchlab.measure.ratio import RatioOfMeans
 
 GROWTH, AGAIN, KEEP, AGREE = 8, 50, 0.7, 0.01
-FIRST = 2 * GROWTH
+FIRST, SETTLED = 2 * GROWTH, GROWTH**2  # measured steps until all layers are no longer measured at each, in 1 of 8
 
 
 class NormLayers:

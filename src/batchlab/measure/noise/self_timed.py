@@ -16,7 +16,8 @@ class SelfTimed:
 
     measures: whether the next step is one to measure, until `settled`. every: measuring one step in so many takes about
     2 % of a loop's time, by the faster block of each kind; at most 100. device: where the work is done; it is waited
-    for at the ends of blocks, as else an accelerator's time would count where its results are read.
+    for at the ends of blocks, as else an accelerator's time would count where its results are read. warm_up: steps
+    before the first block, where 6 would not show what a step costs later.
 
     All in the loop counts: data, forward and backward pass, optimizer.
 
@@ -28,15 +29,15 @@ class SelfTimed:
     8
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, warm_up: int = WARM_UP) -> None:
         self.every, self.settled, self.measures = 1, False, True
-        self._device, self._ended, self._began = device, 0, 0.0
+        self._device, self._ended, self._began = device, -warm_up, 0.0
         self._seconds: dict[bool, list[float]] = {True: [], False: []}
 
     def ended(self, *, at: float | None = None) -> None:
         """After each step of the loop until it is settled. at: the time in seconds; now if None."""
         self._ended += 1
-        block, place = divmod(self._ended - WARM_UP, BLOCK)
+        block, place = divmod(self._ended, BLOCK)
         if block < 0 or place:
             return
         if self._device.type not in ("cpu", "meta"):
