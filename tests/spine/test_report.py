@@ -177,6 +177,7 @@ def test_a_study_says_where_more_batch_stops_helping(tmp_path):
 def test_a_study_that_has_hardly_begun_says_so(tmp_path, lines):
     path = report(made.write_study(tmp_path / "study", lines, finished=False), tmp_path / "s.html")
     assert f"The sweep has not finished (running): {len(lines)} trial" in words(path)
+    assert "Not known yet: study must hold at least 2 batch sizes that reached the goal, got 0." in words(path)
 
 
 def test_a_run_without_a_step_says_what_is_missing(tmp_path):

@@ -73,7 +73,7 @@ def _run_page(run: Run) -> tuple[str, str, list[Section]]:
             if study is None
             else [
                 study_chapters.measured_against_predicted(study, facts, plan, run.summary),
-                *where_more_batch_helps(study),
+                where_more_batch_helps(study),
                 study_chapters.tuned(study, plan),
             ]
         ),
@@ -91,7 +91,7 @@ def _study_page(study: Study) -> tuple[str, str, list[Section]]:
     sections = [
         study_chapters.found(study),
         study_chapters.measured_against_predicted(study, study.facts, None, {}),
-        *where_more_batch_helps(study),
+        where_more_batch_helps(study),
         study_chapters.tuned(study),
         study_chapters.all_rows(study),
         study_chapters.sweep_limits(study),

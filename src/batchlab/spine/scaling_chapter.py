@@ -9,16 +9,18 @@ from batchlab.measure.runs.data_overhead import CriticalBatch, critical_batch
 from batchlab.measure.runs.scaling_regimes import ScalingRegimes, perfect_scaling_limit
 from batchlab.spine.words import figure
 from batchlab.viz import scaling
-from batchlab.viz.blocks import Block, Bullets, Chart, Section, Table, Tiles
+from batchlab.viz.blocks import Block, Bullets, Chart, Paragraph, Section, Table, Tiles
+
+TITLE = "Where more batch stops helping"
 
 
-def where_more_batch_helps(study: Study) -> list[Section]:
-    """Perfect scaling, diminishing returns, no further gain; nothing where fewer than two sizes met the target."""
+def where_more_batch_helps(study: Study) -> Section:
+    """Perfect scaling, diminishing returns, no further gain; where the study does not tell, why not."""
     try:
         found = perfect_scaling_limit(study)
-    except InputError:  # it says why in words for a caller; here the part is left out
-        return []
-    blocks: list[Block] = [Tiles(_tiles(found, _critical(study)))]
+    except InputError as error:
+        return Section("more-batch", TITLE, [Paragraph(f"Not known yet: {error}.", quiet=True)])
+    critical, notes = _critical(study)
     chart = Chart(
         "regimes",
         "Steps to target against perfect scaling",
@@ -26,18 +28,18 @@ def where_more_batch_helps(study: Study) -> list[Section]:
         scaling.regimes(found),
         _table(found),
     )
-    notes = [note for note in found.note.split("; ") if note]
-    return [
-        Section("more-batch", "Where more batch stops helping", [*blocks, chart, *([Bullets(notes)] if notes else [])])
-    ]
+    notes = [note for note in (*found.note.split("; "), *notes) if note]
+    blocks: list[Block] = [Tiles(_tiles(found, critical)), chart, *([Bullets(notes)] if notes else [])]
+    return Section("more-batch", TITLE, blocks)
 
 
-def _critical(study: Study) -> CriticalBatch | None:
+def _critical(study: Study) -> tuple[CriticalBatch | None, list[str]]:
+    """B*, or why there is none."""
     runs = [(row["batch_size"], steps) for row in study.rows() for steps in row["steps"]]
     try:
-        return critical_batch([size for size, _ in runs], [steps for _, steps in runs])
-    except InputError:  # fewer than three sizes, or no plateau
-        return None
+        return critical_batch([size for size, _ in runs], [steps for _, steps in runs]), []
+    except InputError as error:
+        return None, [f"B* is not known: {error}"]
 
 
 def _tiles(found: ScalingRegimes, critical: CriticalBatch | None) -> list[tuple[str, str, str]]:
