@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 
+import numpy as np
 import pytest
 
 from batchlab.core.errors import InputError
@@ -250,3 +251,11 @@ def test_all_devices_are_used_where_they_are_there_already():
     assert made(facts, {"all_devices": True}).frontier == made(facts).frontier
     with pytest.raises(InputError, match="devices must be at most the data set's 64 examples, got 100"):
         made({"examples": 64}, {"devices": 100, "all_devices": True})
+
+
+def test_integers_of_numpy_are_integers():
+    given, numpys = (
+        plan(hand_job(), hand_facts(), batch_size=64),
+        plan(hand_job(), hand_facts(), batch_size=np.int64(64)),
+    )
+    assert numpys.to_json() == given.to_json()

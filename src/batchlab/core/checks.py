@@ -17,19 +17,17 @@ def check_positive(**numbers: float) -> None:
     Traceback (most recent call last):
     batchlab.core.errors.InputError: noise_scale must be finite and > 0, got nan
     """
-    _check(lambda value: 0 < value < math.inf, "finite and > 0", numbers)
+    _check(lambda value: 0 < value < math.inf, "be finite and > 0", numbers)
 
 
 def check_not_negative(**numbers: float) -> None:
     """Each must be >= 0; infinity passes."""
-    _check(lambda value: value >= 0, ">= 0", numbers)
+    _check(lambda value: value >= 0, "be >= 0", numbers)
 
 
 def check_share(**numbers: float) -> None:
     """Each must lie in [0, 1]."""
-    for name, value in numbers.items():
-        if not holds(lambda value: 0 <= value <= 1, value):
-            raise InputError(f"{name} must lie in [0, 1], got {value!r}")
+    _check(lambda value: 0 <= value <= 1, "lie in [0, 1]", numbers)
 
 
 def check_inside(**numbers: float) -> None:
@@ -39,9 +37,7 @@ def check_inside(**numbers: float) -> None:
     Traceback (most recent call last):
     batchlab.core.errors.InputError: coverage must lie in (0, 1), got 95
     """
-    for name, value in numbers.items():
-        if not holds(lambda value: 0 < value < 1, value):
-            raise InputError(f"{name} must lie in (0, 1), got {value!r}")
+    _check(lambda value: 0 < value < 1, "lie in (0, 1)", numbers)
 
 
 def check_count(least: int = 1, /, **counts: int) -> None:
@@ -72,4 +68,4 @@ def holds(condition: Callable[[Any], Any], value: Any) -> bool:
 def _check(condition: Callable[[Any], Any], right: str, numbers: dict[str, Any]) -> None:
     for name, value in numbers.items():
         if not holds(condition, value):
-            raise InputError(f"{name} must be {right}, got {value!r}")
+            raise InputError(f"{name} must {right}, got {value!r}")

@@ -53,6 +53,7 @@ def plan(
         if not isinstance(value, noun):
             raise InputError(f"{name} must be a batchlab.{noun.__name__}, got {type(value).__name__}")
     _check(job, facts, devices, batch_size)
+    devices, batch_size = int(devices), None if batch_size is None else int(batch_size)  # NumPy's integers too
     if all_devices and devices > facts.train_examples:
         raise InputError(f"devices must be at most the data set's {facts.train_examples} examples, got {devices}")
     prediction = Prediction.of(facts)
