@@ -1,14 +1,20 @@
-"""A linear model on 200 points, and facts for it made by hand: a sweep of it takes a second."""
+"""A linear model on 200 points, and facts for it made by hand: a sweep of it takes a second.
 
+`finished` is a sweep of three sizes, run once for every module that imports it.
+"""
+
+import pytest
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
 from batchlab.core.facts import Estimate
 from batchlab.core.job import Job, Target
+from batchlab.spine.sweep import sweep
 from tests.spine.facts_fixture import hand_facts
 
 TARGET = Target("loss", 1.0)
+SIZES, TRIALS, SEEDS = [4, 16, 64], 4, 2
 
 
 def points(n, seed):
@@ -47,3 +53,27 @@ def linear_facts(target=TARGET, **changes):
         "target": target,
     }
     return hand_facts(**(settings | changes))
+
+
+def quick(out, *, job=None, facts=None, **changes):
+    settings = {"batch_sizes": SIZES, "trials": TRIALS, "seeds": SEEDS, "facts": facts or linear_facts()}
+    return sweep(job or linear_job(), out=out, **(settings | changes))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    before = torch.random.get_rng_state()
+    seen = []
+    study = quick(tmp_path_factory.mktemp("sweep") / "study", progress=lambda phase, done: seen.append((phase, done)))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    return study, seen
+
+
+def searched(study, size):
+    return [t for t in study.trials() if t["batch_size"] == size and t["kind"] == "search"]
+
+
+def steps_of(study):
+    return sorted(
+        (t["batch_size"], t["kind"], t["learning_rate"], t["seed"], t["steps_to_target"]) for t in study.trials()
+    )
