@@ -5,6 +5,9 @@ For each seed, all anew: a probe of 20 s (a slow job needs more to know its nois
 over batch sizes around it with the learning rate searched at each (8 rates, more where the best lies at their edge)
 and the best run again with fresh seeds, and the plan itself run with as many. Times are the medians of training seconds
 over the fresh seeds. Every seed is reported, and none is chosen.
+
+With --plain-weights the sweep's and the plan's runs evaluate their weights as they are, not averages of them, to the
+same target; the prediction stays what it was. So it shows what averaging does to the measured critical batch size.
 """
 
 import argparse
@@ -50,17 +53,19 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="torch's threads")
     parser.add_argument("--target", help="METRIC>=VALUE or METRIC<=VALUE, in place of the job's own")
     parser.add_argument("--keep", help="a folder for the sweeps: interrupted ones go on from there")
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/verify_JOB.json")
+    parser.add_argument("--plain-weights", action="store_true", help="evaluate the weights, not their average")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/verify_JOB[_plain].json")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     for name in given.jobs:
         rows, claim = [], " ".join((__doc__ or "").split("\n\n")[0].split())
+        benchmark = f"verify_{name}_plain" if given.plain_weights else f"verify_{name}"
         for seed in range(given.seeds):
             rows.append({"job": name} | verify(JOBS[name](target=_target(given.target)), seed, given))
             print(_sentence(rows[-1]), flush=True)
             if given.save:  # a seed takes minutes to an hour: what is done is kept
-                write(result(f"verify_{name}", claim, to_plain(rows)))
-        report(f"verify_{name}", claim, to_plain(rows), save=given.save)
+                write(result(benchmark, claim, to_plain(rows)))
+        report(benchmark, claim, to_plain(rows), save=given.save)
 
 
 def verify(job: bl.Job, seed: int, given: argparse.Namespace) -> dict[str, Any]:
@@ -68,6 +73,8 @@ def verify(job: bl.Job, seed: int, given: argparse.Namespace) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         folder = Path(given.keep or stack.enter_context(tempfile.TemporaryDirectory())) / f"{job.name}-{seed}"
         facts = _facts(job, folder / "facts.json", seed, given.budget)
+        if given.plain_weights:
+            facts = dataclasses.replace(facts, reference=dataclasses.replace(facts.reference, average_power=None))
         plan = bl.plan(job, facts)
         if plan.predicted_steps is None:  # a sweep would be for nothing
             raise SystemExit(f"{job.name}: {facts.warnings[-1]}; give a larger --budget")

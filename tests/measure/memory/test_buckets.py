@@ -13,7 +13,7 @@ from batchlab.core.job import Job
 from batchlab.measure.memory.buckets import MicroBatchTable, ascending, edges, within
 from batchlab.measure.memory.micro_batch import find_micro_batch
 from batchlab.measure.memory.size_finder import MicroBatch
-from tests.measure.memory.test_micro_batch import without_freeing
+from tests.measure.memory.limited import without_freeing
 
 PAIRS = ((10, 5), (10, 10), (20, 12), (20, 18), (40, 12), (40, 40))
 

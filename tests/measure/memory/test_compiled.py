@@ -8,7 +8,7 @@ from torch import nn
 from batchlab.core.job import Job
 from batchlab.measure.memory.compiled import compiled_graphs, every_size_compiled
 from batchlab.measure.memory.micro_batch import find_micro_batch
-from tests.measure.memory.test_micro_batch import without_freeing
+from tests.measure.memory.limited import without_freeing
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ from batchlab.core.job import Job
 from batchlab.measure.memory.compiled import compiled_graphs
 from batchlab.measure.memory.lockstep import Lockstep, PeerFailed, communicates
 from batchlab.measure.memory.micro_batch import find_micro_batch
-from tests.measure.memory.test_micro_batch import without_freeing
+from tests.measure.memory.limited import without_freeing
 from tests.spine.forked import in_ranks
 
 PLACES = ("data", "forward", "between", "backward", "step", "evaluation")

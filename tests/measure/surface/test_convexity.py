@@ -10,7 +10,7 @@ from torch import nn
 from batchlab.core.errors import InputError
 from batchlab.measure.surface.convexity import HessianMap, hessian_map
 from batchlab.measure.surface.landscape import landscape
-from tests.measure.surface.test_landscape import Quadratic, quadratic, quadratic_data, quadratic_loss
+from tests.measure.surface.small import Quadratic, quadratic, quadratic_data, quadratic_loss
 from tests.spine.forked import in_ranks
 
 HERE = ([0.0], [0.0])
