@@ -10,7 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from batchlab.core.checks import check_count, check_not_negative, check_positive, holds
+from batchlab.core.checks import check_count, check_not_negative, check_positive, holds, is_count
 from batchlab.core.errors import InputError
 from batchlab.core.jsonio import JsonNoun
 
@@ -158,7 +158,7 @@ def _entries(file: str, table: Mapping[str, Any], kind: str) -> list[tuple[str, 
 
 def _device(file: str, name: str, entry: Mapping[str, Any]) -> Device:
     where = f"{file}: device {name!r}"
-    if not holds(lambda count: isinstance(count, int) and count >= 1, entry["devices_per_node"]):
+    if not is_count(entry["devices_per_node"]):
         raise InputError(
             f"{where} devices_per_node must be an integer of at least 1, got {entry['devices_per_node']!r}"
         )
