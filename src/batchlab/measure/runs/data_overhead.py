@@ -15,12 +15,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from batchlab.core.checks import check_inside, check_positive
 from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate
 from batchlab.core.jsonio import JsonNoun
+from batchlab.core.log_line import LogLine
 from batchlab.measure.runs.tradeoff import Tradeoff, fit_tradeoff
 
 FEWEST_SIZES = 3
@@ -131,48 +130,9 @@ class Growth(JsonNoun):
         It holds the scatter about the law as well as the law's own uncertainty, and widens away from the points.
         """
         check_positive(size=size)
-        line = _Line.through(self.sizes, self.critical_batches)
+        line = LogLine.through(self.sizes, self.critical_batches)
         method = f"power law over {line.count} points, Student's interval of one more B*"
-        return line.at(math.log(size), method, self.beta.coverage, extra=1.0)
-
-
-@dataclass(frozen=True)
-class _Line:
-    """ln y = mean_y + slope·(ln x - mean_x) by least squares. spread: Σ(ln x - mean_x)². deviation: about the line."""
-
-    count: int
-    mean_x: float
-    mean_y: float
-    slope: float
-    spread: float
-    deviation: float
-
-    @classmethod
-    def through(cls, xs: Sequence[float], ys: Sequence[float]) -> _Line:
-        x, y = np.log(xs), np.log(ys)
-        dx, dy = x - x.mean(), y - y.mean()
-        spread = float(dx @ dx)
-        slope = float(dx @ dy) / spread
-        deviation = math.sqrt(float(((dy - slope * dx) ** 2).sum()) / (len(xs) - 2))
-        return cls(len(xs), float(x.mean()), float(y.mean()), slope, spread, deviation)
-
-    def student(self, coverage: float) -> float:
-        """Student's two-sided quantile, n - 2 degrees of freedom."""
-        from scipy.special import stdtrit
-
-        return float(stdtrit(self.count - 2, 0.5 + coverage / 2))
-
-    def at(self, log_x: float, method: str, coverage: float, *, extra: float = 0.0) -> Estimate:
-        """y there. extra: 1 for the interval of a new point, 0 for that of the line."""
-        away = log_x - self.mean_x
-        half = self.student(coverage) * self.deviation * math.sqrt(extra + 1 / self.count + away**2 / self.spread)
-        value = self.mean_y + self.slope * away
-        return Estimate(_exp(value), _exp(value - half), _exp(value + half), method, coverage)
-
-
-def _exp(value: float) -> float:
-    """e^value, infinite where a float cannot hold it."""
-    return math.exp(value) if value < 709.0 else math.inf
+        return line.at(size, method, self.beta.coverage, new_point=True)
 
 
 def fit_growth(
@@ -203,9 +163,6 @@ def fit_growth(
     if len(set(map(float, sizes))) < FEWEST_SIZES:
         raise InputError(f"sizes must hold at least {FEWEST_SIZES} different values, got {len(set(sizes))}")
     xs, ys = tuple(map(float, sizes)), tuple(map(float, critical_batches))
-    line, method = _Line.through(xs, ys), f"least squares on ln B* over {len(xs)} points, Student's interval"
-    half = line.student(coverage) * line.deviation / math.sqrt(line.spread)
-    beta = Estimate(line.slope, line.slope - half, line.slope + half, method, coverage)
-    fitted = line.mean_y + line.slope * (np.log(xs) - line.mean_x)
-    residuals = tuple(float(residual) for residual in np.log(ys) - fitted)
-    return Growth(line.at(0.0, method, coverage), beta, xs, ys, residuals, unit)
+    line, method = LogLine.through(xs, ys), f"least squares on ln B* over {len(xs)} points, Student's interval"
+    exponent, one = line.exponent(method, coverage), line.at(1.0, method, coverage)
+    return Growth(one, exponent, xs, ys, line.residuals, unit)
