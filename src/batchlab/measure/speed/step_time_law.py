@@ -13,6 +13,7 @@ from batchlab.core.checks import check_inside
 from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate, MicroBatchTime
 from batchlab.core.jsonio import JsonNoun
+from batchlab.measure.fieller import fieller
 
 TOLERANCE = 0.05
 OVERHEAD, COMMUNICATION, DATA = 0.5, 0.3, 0.3
@@ -108,12 +109,11 @@ def _half(beta: Array, covariances: Sequence[Array], method: str, coverage: floa
         return Estimate(math.nan, -math.inf, math.inf, f"undefined: time does not grow with size; {method}", coverage)
     low, high = value, value
     for v in covariances:
-        a, b, c = beta[1] ** 2 - v[1, 1], beta[0] * beta[1] - v[0, 1], beta[0] ** 2 - v[0, 0]
-        if not (math.isfinite(a) and a > 0):
-            return Estimate(value, -math.inf, math.inf, f"unbounded: the slope may be zero; {method}", coverage)
-        root = math.sqrt(max(b * b - a * c, 0.0))
-        low, high = min(low, float(b - root) / a), max(high, float(b + root) / a)
-    return Estimate(value, float(low), float(high), method, coverage)
+        ends = fieller(float(beta[0]), float(beta[1]), float(v[0, 0]), float(v[0, 1]), float(v[1, 1]))
+        if ends[1] == math.inf:
+            return Estimate(value, *ends, f"unbounded: the slope may be zero; {method}", coverage)
+        low, high = min(low, ends[0]), max(high, ends[1])
+    return Estimate(value, low, high, method, coverage)
 
 
 def _undefined(reason: str, coverage: float) -> StepTimeLaw:
