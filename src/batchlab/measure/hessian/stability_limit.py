@@ -28,39 +28,15 @@ from batchlab.core.checks import check_inside
 from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate
 from batchlab.core.jsonio import JsonNoun
+from batchlab.core.spike_law import effective_batch as effective_batch
+from batchlab.core.spike_law import mean_square_edge
+from batchlab.core.spike_law import spike_edge as spike_edge
+from batchlab.core.spike_law import stable_rate as stable_rate
 
 FEWEST_POINTS = 3
 _FINEST = 1e-4  # of a mean: no edge is taken as known better than this
 
 Array = NDArray[np.float64]
-
-
-def effective_batch(batch_size: float, examples: float) -> float:
-    """𝔟 = b/(1 - b/N): the batch of independent draws as noisy as b of N without replacement; infinite at b = N.
-
-    >>> effective_batch(50, 100), effective_batch(100, 100)
-    (100.0, inf)
-    """
-    if not 1 <= examples < math.inf:
-        raise InputError(f"examples must be finite and >= 1, got {examples!r}")
-    if not 0 < batch_size <= examples:
-        raise InputError(f"batch_size must lie in (0, {examples}], the number of examples, got {batch_size!r}")
-    return math.inf if batch_size == examples else batch_size / (1 - batch_size / examples)
-
-
-def spike_edge(eigenvalue: float, kappa_sq: float, effective: float) -> float:
-    """λ'₁(𝔟): where the largest eigenvalue λ₁ > 0 of H shows in the Hessian of a batch.
-
-    >>> [spike_edge(value, 1.0, 1.0) for value in (0.5, 1.0, 2.0, 4.0)]
-    [2.0, 2.0, 2.5, 4.25]
-    """
-    if not (0 < eigenvalue < math.inf and 0 <= kappa_sq < math.inf and effective > 0):
-        raise InputError(
-            "eigenvalue and effective must be > 0 and kappa_sq >= 0, got "
-            f"eigenvalue={eigenvalue!r}, kappa_sq={kappa_sq!r}, effective={effective!r}"
-        )
-    noise = kappa_sq / effective
-    return eigenvalue + noise / eigenvalue if eigenvalue**2 > noise else 2 * math.sqrt(noise)
 
 
 @dataclass(frozen=True)
@@ -121,27 +97,7 @@ def rate_ceiling(eigenvalue: float, kappa_sq: float, effective: float, momentum:
     >>> rate_ceiling(2.0, 8.0, 4.0), rate_ceiling(2.0, 8.0, math.inf, 0.5)
     (0.6666666666666666, 1.5)
     """
-    spike_edge(eigenvalue, kappa_sq, effective)
-    _check_momentum(momentum)
-    noise = (1 + momentum) / (1 - momentum) * kappa_sq / (effective * eigenvalue)
-    return 2 * (1 + momentum) / (eigenvalue + noise)
-
-
-def stable_rate(eigenvalue: float, momentum: float = 0.0) -> float:
-    """2(1 + μ)/λ: the learning rate below which heavy ball shrinks a direction of fixed curvature λ > 0.
-
-    >>> stable_rate(4.0, 0.9)
-    0.95
-    """
-    _check_momentum(momentum)
-    if not eigenvalue > 0:
-        raise InputError(f"eigenvalue must be > 0: no learning rate is too large along it, got {eigenvalue!r}")
-    return 2 * (1 + momentum) / eigenvalue
-
-
-def _check_momentum(momentum: float) -> None:
-    if not 0 <= momentum < 1:
-        raise InputError(f"momentum must lie in [0, 1), got {momentum!r}")
+    return stable_rate(mean_square_edge(eigenvalue, kappa_sq, effective, momentum), momentum)
 
 
 def fit_spike(
