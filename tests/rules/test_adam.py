@@ -26,6 +26,18 @@ def test_identity():
     assert adam_for_batch(1e-3, kappa=1) == (1e-3, (0.9, 0.999), 1e-8)
 
 
+@given(st.floats(0.0, 1.0), st.sampled_from(["half_life", "sde"]))
+def test_a_factor_of_one_changes_no_bit(beta, rule):
+    assert scale_beta(beta, 1, beta_rule=rule) == beta
+
+
+def test_published_values():
+    """Sheet 36, check 1, for 16 views."""
+    rate, (first, second), eps = adam_for_batch(1e-3, (0.9, 0.999), 1e-15, kappa=16)
+    assert (rate, eps) == pytest.approx((4e-3, 2.5e-16), rel=1e-12)
+    assert (round(first, 5), round(second, 5)) == (0.18530, 0.98412)
+
+
 @given(st.floats(0.999, 0.99999), st.floats(0.5, 4.0))
 def test_the_two_beta_rules_agree_to_first_order(beta, kappa):
     exact, first_order = (scale_beta(beta, kappa, beta_rule=rule) for rule in ("half_life", "sde"))

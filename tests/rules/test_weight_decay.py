@@ -75,3 +75,45 @@ def test_bad_numbers(name, bad):
 def test_run_shorter_than_an_update():
     with pytest.raises(InputError, match=r"total_examples must be at least batch_size: a run of 10 is less than"):
         weight_decay.from_timescale(0.2, batch_size=11, learning_rate=0.1, total_examples=10)
+
+
+rates = st.floats(1e-7, 10.0)
+
+
+@given(decay=numbers, rate=rates, new_rate=rates, batch=st.floats(1.0, 1e5), kappa=st.floats(1e-3, 1e3))
+def test_scaling_keeps_the_timescale(decay, rate, new_rate, batch, kappa):
+    run = {"total_examples": 1e9}
+    tau = weight_decay.timescale(batch_size=batch, learning_rate=rate, weight_decay=decay, **run)
+    moved = weight_decay.scale_weight_decay(decay, kappa, learning_rate=rate, new_learning_rate=new_rate)
+    found = weight_decay.timescale(batch_size=kappa * batch, learning_rate=new_rate, weight_decay=moved, **run)
+    assert found == pytest.approx(tau, rel=1e-12)
+    assert moved == pytest.approx(
+        weight_decay.from_timescale(tau, batch_size=kappa * batch, learning_rate=new_rate, **run), rel=1e-12
+    )
+
+
+@given(st.floats(0.0, 10.0), st.floats(1e-3, 1e3), rates)
+def test_the_three_rules_of_the_sheets(decay, kappa, rate):
+    """κλ where η stays (sheet 17), √κ·λ with the square-root rule (sheet 53), λ with the linear rule."""
+
+    def moved(new_rate):
+        return weight_decay.scale_weight_decay(decay, kappa, learning_rate=rate, new_learning_rate=new_rate)
+
+    assert moved(rate) == decay * kappa
+    assert moved(rate * math.sqrt(kappa)) == pytest.approx(decay * math.sqrt(kappa), rel=1e-12)
+    assert moved(rate * kappa) == pytest.approx(decay, rel=1e-12)
+
+
+def test_scaling_is_the_first_order_of_the_exact_form():
+    """(1 - ηλ)^κ = 1 - η̂λ̂ (sheet 53): they part by (ηλ·κ)²/2 at most."""
+    rate, new_rate, decay, kappa = 1e-3, 4e-3, 0.1, 16
+    exact = (1 - (1 - rate * decay) ** kappa) / new_rate
+    moved = weight_decay.scale_weight_decay(decay, kappa, learning_rate=rate, new_learning_rate=new_rate)
+    assert 0 < moved - exact < (rate * decay * kappa) ** 2 / 2 / new_rate
+
+
+def test_scaling_refuses():
+    with pytest.raises(InputError, match="weight_decay must be >= 0, got -1"):
+        weight_decay.scale_weight_decay(-1, 2, learning_rate=1, new_learning_rate=1)
+    with pytest.raises(InputError, match="new_learning_rate must be finite and > 0, got 0"):
+        weight_decay.scale_weight_decay(1, 2, learning_rate=1, new_learning_rate=0)

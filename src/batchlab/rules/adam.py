@@ -47,7 +47,7 @@ def adam_for_batch(
 
 
 def scale_beta(beta: float, kappa: float, *, beta_rule: BetaRule = "half_life") -> float:
-    """β^κ, or 1 - κ(1 - β), which is refused where κ(1 - β) > 1."""
+    """β^κ, or 1 - κ(1 - β), which is refused where κ(1 - β) > 1. κ = 1 changes no bit."""
     check_share(beta=beta)
     check_positive(kappa=kappa)
     if beta_rule == "half_life":
@@ -56,7 +56,7 @@ def scale_beta(beta: float, kappa: float, *, beta_rule: BetaRule = "half_life") 
         raise InputError(f'beta_rule must be "half_life" or "sde", got {beta_rule!r}')
     if kappa * (1 - beta) > 1:
         raise InputError(f"kappa*(1 - beta) must be at most 1, got {kappa!r}*(1 - {beta!r}): beta would be negative")
-    return 1 - kappa * (1 - beta)
+    return beta if kappa == 1 else 1 - kappa * (1 - beta)
 
 
 def scale_eps(eps: float, kappa: float) -> float:

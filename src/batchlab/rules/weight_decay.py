@@ -10,7 +10,7 @@ Only for decay that is decoupled and multiplied by the learning rate, as `torch.
 
 from __future__ import annotations
 
-from batchlab.core.checks import check_positive
+from batchlab.core.checks import check_not_negative, check_positive
 from batchlab.core.errors import InputError
 
 
@@ -32,6 +32,21 @@ def from_timescale(tau: float, *, batch_size: float, learning_rate: float, total
     check_positive(tau=tau, batch_size=batch_size, learning_rate=learning_rate, total_examples=total_examples)
     _check_run(batch_size, total_examples)
     return batch_size / (learning_rate * total_examples * tau)
+
+
+def scale_weight_decay(weight_decay: float, kappa: float, *, learning_rate: float, new_learning_rate: float) -> float:
+    """λ̂ = λ·κ·η/η̂, for a batch κ times as large on as many examples: it keeps B/(ηλ), the timescale in examples.
+
+    learning_rate, new_learning_rate: η and η̂, the peaks at the two batch sizes. λ̂ = κλ where η stays, √κ·λ where it
+    goes by the square root (as in Busbridge et al. 2023, arXiv 2307.13813), λ where it goes linearly: so also for SGD's
+    L2 penalty, which shrinks the weights by ηλ an update too. First order in ηλ: of (1 - ηλ)^κ = 1 - η̂λ̂. λ = 0 stays.
+
+    >>> scale_weight_decay(0.1, 16, learning_rate=1e-3, new_learning_rate=4e-3)
+    0.4
+    """
+    check_not_negative(weight_decay=weight_decay)
+    check_positive(kappa=kappa, learning_rate=learning_rate, new_learning_rate=new_learning_rate)
+    return weight_decay * (kappa * (learning_rate / new_learning_rate))
 
 
 def _check_run(batch_size: float, total_examples: float) -> None:
