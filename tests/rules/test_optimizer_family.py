@@ -1,0 +1,145 @@
+"""The families against optimizers themselves: equal progress along a weak gradient at two batch sizes, by the rule."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from batchlab.core.errors import InputError
+from batchlab.optim.create import names
+from batchlab.rules.learning_rate import for_optimizer
+from batchlab.rules.optimizer_family import FAMILY, family, kind
+
+MEAN, EXAMPLES, BATCH, KAPPA = 0.01, 2048, 4, 4
+COUNT = 20_000
+
+
+class Signum(torch.optim.Optimizer):
+    """w <- w - η·sign(m), m <- βm + (1 - β)g; Lion's second average left out."""
+
+    def __init__(self, params, lr, beta=0.9):
+        super().__init__(params, {"lr": lr, "beta": beta})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for w in group["params"]:
+                m = self.state[w].setdefault("m", torch.zeros_like(w))
+                m.lerp_(w.grad, 1 - group["beta"])
+                w.sub_(group["lr"] * m.sign())
+
+
+class Normalised(torch.optim.Optimizer):
+    """w <- w - η·√n·g/|g|: a layer of unit weights under LARS, without momentum and decay."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for w in group["params"]:
+                w.sub_(group["lr"] * math.sqrt(w.numel()) * w.grad / w.grad.norm())
+
+
+O = torch.optim
+MAKE = {
+    "sgd": lambda p, lr: O.SGD(p, lr=lr, momentum=0.9),
+    "nag": lambda p, lr: O.SGD(p, lr=lr, momentum=0.9, nesterov=True),
+    "asgd": lambda p, lr: O.ASGD(p, lr=lr),
+    "adam": lambda p, lr: O.Adam(p, lr=lr),
+    "adamw": lambda p, lr: O.AdamW(p, lr=lr, weight_decay=0.0),
+    "rmsprop": lambda p, lr: O.RMSprop(p, lr=lr, alpha=0.9),
+    "nadam": lambda p, lr: O.NAdam(p, lr=lr),
+    "radam": lambda p, lr: O.RAdam(p, lr=lr, betas=(0.9, 0.95)),
+    "adamax": lambda p, lr: O.Adamax(p, lr=lr, betas=(0.9, 0.9)),
+    "adafactor": lambda p, lr: O.Adafactor(p, lr=lr, weight_decay=0.0),
+    "adagrad": lambda p, lr: O.Adagrad(p, lr=lr),
+    "signum": Signum,
+    "lars": Normalised,
+}
+
+
+def progress(make, lr, batch, mean=None, parameters=10):
+    """The move along `mean` over `EXAMPLES`, in units of it, with its standard error over parameters.
+
+    The gradient of each is -mean + N(0, 1/batch).
+    """
+    mean = torch.full((COUNT // parameters,), MEAN) if mean is None else mean
+    random = torch.Generator().manual_seed(batch)
+    weights = [torch.nn.Parameter(torch.zeros_like(mean)) for _ in range(parameters)]
+    optimizer = make(weights, lr)
+    for _ in range(EXAMPLES // batch):
+        for w in weights:
+            w.grad = -mean + torch.randn(mean.shape, generator=random) / math.sqrt(batch)
+        optimizer.step()
+    moves = torch.stack([(w.detach() * mean).sum() for w in weights]).double() / float((mean**2).sum())
+    return float(moves.mean()), float(moves.std()) / math.sqrt(parameters)
+
+
+def close(base, larger):
+    """The ratio of the two within 10 % and four standard errors of 1: the next rule is off by 2 or more."""
+    (a, error_a), (b, error_b) = base, larger
+    error = math.hypot(error_a / a, error_b / b)
+    assert error < 0.05, "too few coordinates to tell"
+    assert abs(b / a - 1) < 0.1 + 4 * error, (a, b)
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_equal_progress_far_below_the_noise_scale(name):
+    """μ²B/σ² is at most 1/600, 1/30 of what a momentum averages, and the updates are many against its memory."""
+    rate = 1e-3
+    moved = for_optimizer(name, rate, BATCH, BATCH * KAPPA).learning_rate
+    close(progress(MAKE[name], rate, BATCH), progress(MAKE[name], moved, BATCH * KAPPA))
+
+
+def test_equal_progress_of_muon():
+    """16 by 16 matrices: noise of spectral norm 8/√B, an average momentum's 1.3/√B, around a mean of 0.05."""
+    make = lambda p, lr: O.Muon(p, lr=lr, weight_decay=0.0)  # noqa: E731
+    rate, mean = 1e-3, 0.05 * torch.eye(16)
+    moved = for_optimizer("muon", rate, BATCH, BATCH * KAPPA).learning_rate
+    close(progress(make, rate, BATCH, mean, 8), progress(make, moved, BATCH * KAPPA, mean, 8))
+
+
+def test_lars_own_table_has_the_slopes_that_are_stated():
+    """You et al. 2017: batch sizes and best rates of AlexNet, AlexNet-BN and ResNet-50."""
+    batches = [512, 4096, 8192, 16384, 32768]
+    tables = [(batches, [2, 10, 10, 14, 14]), (batches, [2, 10, 14, 23, 22])]
+    tables.append(([256, 1024, 8192, 16384, 32768], [4, 9, 30, 33, 40]))
+    slopes = [float(np.polyfit(np.log(sizes), np.log(rates), 1)[0]) for sizes, rates in tables]
+    assert [round(slope, 2) for slope in slopes] == [0.48, 0.61, 0.49]
+    assert all(f"{slope:.2f}" in kind("lars").why for slope in slopes)
+
+
+def test_lamb_recipe_is_the_square_root():
+    """You et al. 2020: 5/(2^k·1000), k = 3, 2.5, ..., 0 at batch 512, 1024, ..., 32768."""
+    for step in range(7):
+        found = for_optimizer("lamb", 5e-3, 32768, 512 * 2**step).learning_rate
+        assert found == pytest.approx(5 / (2 ** (3 - step / 2) * 1000), rel=1e-12)
+
+
+def test_every_optimizer_that_batchlab_makes_has_a_family():
+    assert set(names()) <= set(FAMILY)
+    assert all(kind(name).why and family(name) in ("sgd", "adam", "adagrad") for name in FAMILY)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "adam_w", "ADAM-W"])
+def test_spelling_does_not_count(name):
+    assert family(name) == "adam"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("prodigy", "optimizer 'prodigy' has no learning-rate rule: it finds its learning rate by itself"),
+        ("L-BFGS", "optimizer 'L-BFGS' has no learning-rate rule: it is for gradients of all examples"),
+        ("shampoo", 'with averaged statistics it goes as "soap"'),
+        ("", r"optimizer must be one of \['adabelief', .*, got '': no learning-rate rule for it"),
+        (None, r"optimizer must be one of .*, got None"),
+        (["adam"], r"optimizer must be one of .*, got \['adam'\]"),
+    ],
+)
+def test_what_has_no_rule_is_refused(name, said):
+    with pytest.raises(InputError, match=said):
+        kind(name)
