@@ -1,0 +1,1 @@
+"""What a training run takes: seconds, dollars, joules, bytes, and loss for the money."""
