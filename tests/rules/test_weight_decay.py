@@ -117,3 +117,101 @@ def test_scaling_refuses():
         weight_decay.scale_weight_decay(-1, 2, learning_rate=1, new_learning_rate=1)
     with pytest.raises(InputError, match="new_learning_rate must be finite and > 0, got 0"):
         weight_decay.scale_weight_decay(1, 2, learning_rate=1, new_learning_rate=0)
+
+
+BASE = weight_decay.DecayBase(weight_decay=0.1, learning_rate=2e-3, batch_tokens=2**19, tokens=1.22e10, params=6.1e8)
+wide = st.floats(0.01, 100.0)
+
+
+def _run(params, tokens, batch, rate):
+    return {
+        "params": BASE.params * params,
+        "tokens": BASE.tokens * tokens,
+        "batch_tokens": BASE.batch_tokens * batch,
+        "learning_rate": BASE.learning_rate * rate,
+    }
+
+
+@given(st.floats(0.1, 10.0), st.floats(0.1, 10.0), wide, wide)
+def test_power_lines_inverts_the_timescale(params, tokens, batch, rate):
+    """Sheet check 2: τ(λ_opt) = c·TPP^m to 1e-12, by the absolute form and from a base."""
+    run = _run(params, tokens, batch, rate)
+    for form in ({"absolute": True}, {"base": BASE}):
+        found = weight_decay.power_lines(**run, **form)
+        tau = weight_decay.timescale(
+            batch_size=run["batch_tokens"],
+            learning_rate=run["learning_rate"],
+            weight_decay=found.weight_decay,
+            total_examples=run["tokens"],
+        )
+        assert tau == pytest.approx(found.timescale, rel=1e-12)
+        c = 1.084 if "absolute" in form else 524288 / (2e-3 * 0.1 * 1.22e10) * 20**0.527
+        assert tau == pytest.approx(c * (run["tokens"] / run["params"]) ** -0.527, rel=1e-12)
+
+
+@given(wide, wide)
+def test_power_lines_relative_form_is_the_planner_rule(batch, rate):
+    """λ = λ₀·(B/B₀)(η₀/η)(D₀/D)(TPP₀/TPP)^m, and at the base itself λ₀."""
+    run = _run(2.0, 7.0, batch, rate)
+    expected = 0.1 * batch / rate / 7 * (2 / 7) ** -0.527
+    assert weight_decay.power_lines(**run, base=BASE).weight_decay == pytest.approx(expected, rel=1e-12)
+    assert weight_decay.power_lines(**_run(1, 1, 1, 1), base=BASE).weight_decay == pytest.approx(0.1, rel=1e-12)
+
+
+def test_power_lines_doublings():
+    """Sheet check 2: B×2 doubles λ; D×2 at fixed tokens a parameter and B halves it."""
+    one = weight_decay.power_lines(**_run(1, 1, 1, 1), absolute=True).weight_decay
+    twice = weight_decay.power_lines(**_run(1, 1, 2, 1), absolute=True).weight_decay
+    longer = weight_decay.power_lines(**_run(2, 2, 1, 1), absolute=True).weight_decay
+    assert (twice, longer) == pytest.approx((2 * one, one / 2), rel=1e-12)
+
+
+def test_power_lines_published_timescales():
+    """Sheet check 3: τ(200)/τ(20) = 0.297; the paper reports about 0.21 at 20, its law gives 0.224."""
+    at = {
+        per: weight_decay.power_lines(
+            params=6.1e8, tokens=6.1e8 * per, batch_tokens=5e5, learning_rate=2e-3, absolute=True
+        ).timescale
+        for per in (20, 200)
+    }
+    assert at[200] / at[20] == pytest.approx(0.297, abs=5e-4)
+    assert at[20] == pytest.approx(0.224, abs=5e-4) and at[20] == pytest.approx(0.21, rel=0.08)
+
+
+@given(st.floats(0.1, 50.0), st.floats(0.1, 50.0))
+def test_power_lines_gives_the_timescale_of_the_trainer_that_uses_it(batch, tokens):
+    """Sheet check 4: at equal tokens a parameter η ∝ √B with λ = λ₀·√(B/B₀)·D₀/D has the same τ."""
+    rate = 2e-3 * math.sqrt(batch)
+    theirs = 0.1 * math.sqrt(batch) / tokens
+    run = {"params": 6.1e8 * tokens, "tokens": 1.22e10 * tokens, "batch_tokens": 2**19 * batch, "learning_rate": rate}
+    ours = weight_decay.power_lines(**run, base=BASE)
+    tau = weight_decay.timescale(
+        batch_size=run["batch_tokens"], learning_rate=rate, weight_decay=theirs, total_examples=run["tokens"]
+    )
+    assert ours.timescale == pytest.approx(tau, rel=1e-12)
+    assert ours.weight_decay == pytest.approx(theirs, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"learning_rate": 0.0}, "learning_rate must be finite and > 0, got 0.0"),
+        ({"base": BASE._replace(weight_decay=0.0)}, "weight_decay must be finite and > 0, got 0.0"),
+        ({"base": BASE._replace(params=math.nan)}, "base_params must be finite and > 0, got nan"),
+        ({"tokens": 1e5}, "total_examples must be at least batch_size: a run of 100000.0 is less than one update"),
+        ({"optimizer": "adam"}, "optimizer must decay its weights apart from the gradient, as adamw does, got 'adam'"),
+        ({"base": None}, "base must be a run whose weight decay was tuned, or absolute=True takes the paper's own"),
+        ({"absolute": True}, "give one of them, got base=DecayBase"),
+        ({"base": None, "absolute": True, "params": 6.1e2}, "tokens_per_parameter must be within a thousandfold"),
+    ],
+)
+def test_power_lines_refuses(change, message):
+    """Sheet check 7."""
+    with pytest.raises(InputError, match=message):
+        weight_decay.power_lines(**(_run(1, 1, 1, 1) | {"base": BASE} | change))
+
+
+def test_power_lines_says_where_it_extrapolates_and_reads_back():
+    far = weight_decay.power_lines(params=1e8, tokens=3e11, batch_tokens=1e6, learning_rate=1e-3, absolute=True)
+    assert "tokens_per_parameter of 3e+03 lie beyond 10 to 1.3e+03" in far.outside and far.form == "absolute"
+    assert weight_decay.DecayChoice.from_json(far.to_json()) == far

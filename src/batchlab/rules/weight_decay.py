@@ -4,14 +4,23 @@ AdamW makes the weights an exponential average of the updates, with a memory of 
 fraction of the run. The best τ hardly changes with the batch size, below the critical batch; above it no λ helps.
 η is the peak learning rate (under μP the width-scaled one). B and D, the whole run, count one unit.
 
+Across models and tokens the best τ is a power of tokens a parameter: `power_lines`.
+
 Only for decay that is decoupled and multiplied by the learning rate, as `torch.optim.AdamW` does it. Not for
 `torch.optim.Adam(weight_decay=...)` or SGD's, which are L2 penalties in the gradient. Fitted on runs of one epoch.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
 from batchlab.core.checks import check_not_negative, check_positive
 from batchlab.core.errors import InputError
+from batchlab.core.jsonio import JsonNoun
+from batchlab.rules.published import law
+
+COUPLED = ("adam", "sgd", "rmsprop", "adagrad", "adadelta", "nadam", "radam", "adamax")
 
 
 def timescale(*, batch_size: float, learning_rate: float, weight_decay: float, total_examples: float) -> float:
@@ -54,4 +63,88 @@ def _check_run(batch_size: float, total_examples: float) -> None:
         raise InputError(
             f"total_examples must be at least batch_size: a run of {total_examples!r} is less than one "
             f"update of {batch_size!r}"
+        )
+
+
+class DecayBase(NamedTuple):
+    """A run whose weight decay was tuned: what the relative form moves from. learning_rate: the peak η."""
+
+    weight_decay: float
+    learning_rate: float
+    batch_tokens: float
+    tokens: float
+    params: float
+
+
+@dataclass(frozen=True)
+class DecayChoice(JsonNoun):
+    """The weight decay of a run, by the power law of its timescale.
+
+    weight_decay: λ. timescale: τ = B/(ηλD), which it gives the run. tokens_per_parameter: D/N. form: "relative", from a
+    run that was tuned, or "absolute", by the paper's own prefactor. outside: which inputs lie beyond the range that the
+    law was fitted over; "" if none does.
+    """
+
+    weight_decay: float
+    timescale: float
+    tokens_per_parameter: float
+    form: Literal["relative", "absolute"]
+    outside: str = ""
+
+
+def power_lines(
+    *,
+    params: float,
+    tokens: float,
+    batch_tokens: float,
+    learning_rate: float,
+    base: DecayBase | None = None,
+    absolute: bool = False,
+    optimizer: str = "adamw",
+) -> DecayChoice:
+    """λ_opt = B/(ηDτ_opt) with τ_opt = c·(D/N)^m, m = -0.527 (Bergsma et al. 2025, arXiv 2505.13738).
+
+    params: N. tokens: D, of the whole run. batch_tokens: B, one update's. learning_rate: the peak η, under μP the
+    width-scaled one. Plain counts, B and D both in tokens.
+    base: a tuned run of yours; then λ = λ₀·(B/B₀)(η₀/η)(D₀/D)·((D₀/N₀)/(D/N))^m, which needs neither the paper's c nor
+    its tokenizer. absolute: True takes c = 1.084 in its place; c is unverified, from memory, consistent with the
+    τ = 0.21 that the paper reports at 20 tokens a parameter. One of the two must be given.
+    optimizer: torch's name; refused where its decay is not decoupled.
+
+    Scale η or λ by the batch, never both: with η ∝ √B, λ ∝ √B keeps τ. The λ is for the parameter groups that decay;
+    leaving norms and embeddings out changes what a λ does, so keep the groups of the base. Below the critical batch
+    alone: above it no λ rescues the loss.
+
+    >>> base = DecayBase(weight_decay=0.1, learning_rate=2e-3, batch_tokens=2**19, tokens=1.22e10, params=6.1e8)
+    >>> power_lines(params=6.1e8, tokens=1.22e10, batch_tokens=2**20, learning_rate=2e-3, base=base).weight_decay
+    0.2
+    """
+    check_positive(params=params, tokens=tokens, batch_tokens=batch_tokens, learning_rate=learning_rate)
+    _check_decoupled(optimizer)
+    if (base is None) == (not absolute):
+        raise InputError(
+            "base must be a run whose weight decay was tuned, or absolute=True takes the paper's own prefactor: give "
+            f"one of them, got base={base!r}, absolute={absolute!r}"
+        )
+    rule, per_parameter = law("power_lines_timescale"), tokens / params
+    run = {"batch_size": batch_tokens, "learning_rate": learning_rate, "total_examples": tokens}
+    if base is None:
+        tau, outside = rule["c"] * per_parameter ** rule["m"], rule.outside(tokens_per_parameter=per_parameter)
+        return DecayChoice(from_timescale(tau, **run), tau, per_parameter, "absolute", outside)
+    check_positive(base_params=base.params)
+    own = timescale(
+        batch_size=base.batch_tokens,
+        learning_rate=base.learning_rate,
+        weight_decay=base.weight_decay,
+        total_examples=base.tokens,
+    )
+    tau = own * (per_parameter / (base.tokens / base.params)) ** rule["m"]
+    return DecayChoice(from_timescale(tau, **run), tau, per_parameter, "relative")
+
+
+def _check_decoupled(optimizer: str) -> None:
+    if str(optimizer).lower() in COUPLED:
+        raise InputError(
+            f"optimizer must decay its weights apart from the gradient, as adamw does, got {optimizer!r}: its "
+            "weight_decay is an L2 penalty in the gradient, for which the timescale means nothing"
         )
