@@ -1,0 +1,1 @@
+"""A training recipe, and what it becomes at another batch size."""
