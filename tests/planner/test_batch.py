@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from batchlab.core.errors import InputError
 from batchlab.core.plan import FrontierRow
 from batchlab.planner.batch import EQUAL_WITHIN, GOALS, pick
-from batchlab.planner.frontier import frontier, size_grid, size_range
+from batchlab.planner.frontier_rows import frontier, size_grid, size_range
 from batchlab.planner.prediction import Prediction
 from tests.spine.facts_fixture import exact, hand_facts
 

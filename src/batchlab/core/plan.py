@@ -31,7 +31,8 @@ class Reason(JsonNoun):
 class FrontierRow(JsonNoun):
     """One choice: what a batch size on so many devices is predicted to take to the target.
 
-    steps: updates to the target. time: seconds. cost: device-seconds. picked: the plan's own choice.
+    steps: updates to the target. time: seconds. cost: device-seconds. picked: the plan's own choice. dollars, joules:
+    of all devices, where a price and a power were given.
     """
 
     batch_size: int
@@ -40,6 +41,8 @@ class FrontierRow(JsonNoun):
     time: float
     cost: float
     picked: bool = False
+    dollars: float | None = None
+    joules: float | None = None
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from batchlab.core.plan import FrontierRow, Plan, Reason
 from batchlab.optim.create import defaults
 from batchlab.planner import batch as goals
 from batchlab.planner import cadence
-from batchlab.planner.frontier import device_grid, frontier, size_grid, size_range
+from batchlab.planner.frontier_rows import device_grid, frontier, size_grid, size_range
 from batchlab.planner.prediction import Prediction
 from batchlab.rules import learning_rate as lr_rules
 from batchlab.rules import weight_decay as decay_rules

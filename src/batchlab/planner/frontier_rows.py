@@ -55,14 +55,29 @@ def device_grid(devices: int) -> list[int]:
 
 
 def frontier(
-    facts: Facts, prediction: Prediction, *, batch_sizes: Sequence[int], devices: Sequence[int] = (1,)
+    facts: Facts,
+    prediction: Prediction | None = None,
+    *,
+    batch_sizes: Sequence[int] | None = None,
+    devices: Sequence[int] = (1,),
+    price_per_hour: float | None = None,
+    watts: float | None = None,
 ) -> tuple[FrontierRow, ...]:
     """One row for each batch size on each number of devices that it can be spread over, none picked.
 
-    prediction: of the updates to the target. Rows are sorted by devices, then by batch size.
+    prediction: of the updates to the target; from the facts if None. batch_sizes: those worth predicting if None, from
+    B_crit/16 to 16·B_crit. price_per_hour: dollars for one device. watts: that one draws while it trains, which is what
+    you measured (`measure.Energy`), not the board's maximum. Rows are sorted by devices, then by batch size.
     """
+    known = prediction or Prediction.of(facts)
+    if batch_sizes is None:
+        batch_sizes = size_grid(*size_range(known.b_crit, facts.train_examples)) if known.noise_known else ()
+        batch_sizes = batch_sizes or (facts.base_batch_size,)
+    for name, value in (("price_per_hour", price_per_hour), ("watts", watts)):
+        if value is not None:
+            check_positive(**{name: value})
     rows = [
-        _row(facts, prediction, size, count)
+        _row(facts, known, size, count, price_per_hour, watts)
         for count in sorted(set(devices))
         for size in sorted(set(batch_sizes))
         if size >= count
@@ -72,7 +87,11 @@ def frontier(
     return tuple(rows)
 
 
-def _row(facts: Facts, prediction: Prediction, batch_size: int, devices: int) -> FrontierRow:
+def _row(
+    facts: Facts, prediction: Prediction, batch_size: int, devices: int, price: float | None, watts: float | None
+) -> FrontierRow:
     steps = prediction.steps(batch_size)
     time = steps * facts.step_time(batch_size, devices)
-    return FrontierRow(batch_size, devices, steps, time, devices * time)
+    cost = devices * time
+    dollars, joules = (None if price is None else cost / 3600 * price), (None if watts is None else cost * watts)
+    return FrontierRow(batch_size, devices, steps, time, cost, dollars=dollars, joules=joules)

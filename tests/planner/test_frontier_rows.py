@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate, Reference
-from batchlab.planner.frontier import device_grid, frontier, size_grid, size_range
+from batchlab.planner.frontier_rows import device_grid, frontier, size_grid, size_range
 from batchlab.planner.prediction import Prediction
 from batchlab.rules import tradeoff
 from tests.spine.facts_fixture import exact, hand_facts
@@ -149,3 +149,27 @@ def test_size_range_stays_within_the_data():
 @pytest.mark.parametrize(("devices", "grid"), [(1, [1]), (8, [1, 2, 4, 8]), (12, [1, 2, 4, 8, 12])])
 def test_device_grid(devices, grid):
     assert device_grid(devices) == grid
+
+
+def test_dollars_and_joules_are_those_of_all_devices():
+    rows = frontier(hand_facts(), devices=(1, 4), price_per_hour=2.0, watts=300.0)
+    for row in rows:
+        assert row.dollars == pytest.approx(row.devices * row.time / 3600 * 2.0) and row.joules == row.cost * 300.0
+    plain = frontier(hand_facts(), devices=(1, 4))
+    assert all(row.dollars is None and row.joules is None for row in plain)
+    assert [(r.batch_size, r.devices, r.steps, r.time) for r in plain] == [
+        (r.batch_size, r.devices, r.steps, r.time) for r in rows
+    ]
+
+
+def test_the_batch_sizes_worth_predicting_are_the_default():
+    facts = hand_facts()
+    wanted = size_grid(*size_range(facts.noise_scale.value, facts.train_examples))
+    assert [row.batch_size for row in frontier(facts)] == wanted
+    assert [row.batch_size for row in frontier(hand_facts(noise_scale=UNKNOWN))] == [facts.base_batch_size]
+
+
+@pytest.mark.parametrize("given", [{"price_per_hour": 0.0}, {"watts": -1.0}, {"price_per_hour": "2 USD"}])
+def test_prices_and_watts_must_be_positive(given):
+    with pytest.raises(InputError, match=f"{next(iter(given))} must be finite and > 0"):
+        frontier(hand_facts(), **given)
