@@ -153,8 +153,6 @@ def _devices(move: Move, new: Recipe) -> Iterator[str]:
             f"{new.batch_size} {new.unit} do not spread evenly over {new.devices} devices: weigh each device's mean by "
             "its share"
         )
-    if not move.devices_given and old.devices * new.batch_size % old.batch_size:
-        yield (
-            f"{old.unit} per device go from {old.batch_size / old.devices:.4g} to "
-            f"{new.batch_size / new.devices:.4g}: no whole number of devices keeps them"
-        )
+    each, before = new.batch_size / new.devices, old.batch_size / old.devices
+    if not move.devices_given and each > before:
+        yield f"{old.unit} per device rise from {before:.4g} to {each:.4g}: no whole number of devices keeps them"

@@ -128,7 +128,7 @@ def side_by_side(move: Move) -> dict[str, float]:
     """The learning rate by linear and sqrt, with a finite noise scale by saturating and surge too, and as chosen."""
     known = move.noise_scale is not None and math.isfinite(move.noise_scale)
     names = ["linear", "sqrt", *(["saturating", "surge"] if known else [])]
-    names += [move.rule] if move.rule and move.rule not in names else []
+    names += [move.rule] if move.rule is not None and move.rule not in ("none", *names) else []
     return {name: move.old.learning_rate if move.kappa == 1 else _by_rule(move, name) for name in names}
 
 
