@@ -1,0 +1,149 @@
+"""The largest batch from memory, model size, sequence length and sparsity (arXiv 2408.04693, equation 1).
+
+  bytes(B, L, S) = M_model + B·L·((1 - C1) + C1·S)·κ        κ = 1/C0, bytes of a token where all experts are at work
+  B_max = ⌊C0·(M_gpu - M_model)/(L·((1 - C1) + C1·S))⌋
+
+S is the share of experts at work, L the padded length of a query, M_model the loaded weights with adapters and
+optimizer: sparse tuning loads all experts, so it does not shrink with S. C1 is the share of the activations that does.
+
+All memory is in bytes. The paper's C0 counts queries·tokens per GB, and its GB is not stated: taken as 1e9 bytes here
+(as 2^30 it would be 7 % off, in C0 and in the card's memory alike, so B_max is the same). Its text fits C0 = 82, C1 =
+0.95 to Mixtral and 83, 0.88 to BlackMamba; its code draws Mixtral with 62, 0.89, M_model = 23.35 and L = 512, and its
+plotted 27 queries at 80 GB are not met (20).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from batchlab.core.checks import check_not_negative, check_positive, check_share, holds
+from batchlab.core.errors import InputError
+from batchlab.core.facts import Estimate
+from batchlab.core.jsonio import JsonNoun
+from batchlab.planner.fine_tune.measured import Measured, check_sparsity, measured
+
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class BatchMemoryModel(JsonNoun):
+    """bytes_per_token: κ. sparse_share: C1. model_bytes: M_model. residuals: measured/predicted - 1 of each point.
+
+    largest_batch: of the points; None where the constants were given.
+
+    >>> mixtral = BatchMemoryModel.of(c0_per_gb=62, sparse_share=0.89, model_bytes=23.35e9)
+    >>> [mixtral.max_batch(gpu * 1e9, 512, 0.25) for gpu in (40, 48, 80)]
+    [6, 8, 20]
+    """
+
+    bytes_per_token: Estimate
+    sparse_share: Estimate
+    model_bytes: Estimate
+    residuals: tuple[float, ...] = ()
+    largest_batch: float | None = None
+
+    @classmethod
+    def of(cls, *, c0_per_gb: float, sparse_share: float, model_bytes: float) -> BatchMemoryModel:
+        """From constants. c0_per_gb: C0, queries·tokens per 1e9 bytes."""
+        check_positive(c0_per_gb=c0_per_gb)
+        check_share(sparse_share=sparse_share)
+        check_not_negative(model_bytes=model_bytes)
+        return cls(given(GB / c0_per_gb), given(sparse_share), given(model_bytes))
+
+    @classmethod
+    def fit(
+        cls,
+        points: Sequence[Measured | Sequence[float]],
+        *,
+        model_bytes: float | None = None,
+        sparse_share: float | None = None,
+        coverage: float = 0.95,
+    ) -> BatchMemoryModel:
+        """From peaks of memory at several batches: least squares on the bytes, which are linear in M_model, κ(1 - C1)
+        and κC1. Intervals are Student's, of C1 Fieller's, for errors of one size in bytes.
+
+        model_bytes, sparse_share: M_model and C1 where they are known; C1 = 0 where no point has a sparsity.
+        Raises `InputError` where the points cannot tell the unknowns apart: M_model needs two sizes of B·L, C1 two
+        sparsities.
+        """
+        from batchlab.planner.fine_tune.memory_fit import fit_bytes
+
+        return fit_bytes(measured(points), model_bytes, sparse_share, coverage)
+
+    @classmethod
+    def fit_limits(
+        cls,
+        points: Sequence[Measured | Sequence[float]],
+        *,
+        model_bytes: float | None = None,
+        sparse_share: float | None = None,
+        coverage: float = 0.95,
+    ) -> BatchMemoryModel:
+        """From the largest batches that fit: each point's `peak_bytes` is the memory of a card, its `batch` what fits.
+
+        Least squares on ln B: errors count by ratio. Whole batches are up to one too small, so B_max of 10 and less
+        bias it: prefer `fit`. Intervals are from the linearised law and hold for errors of some percent.
+        M_model needs two cards (or to be given), C1 two sparsities.
+        """
+        from batchlab.planner.fine_tune.memory_fit import fit_limits
+
+        return fit_limits(measured(points), model_bytes, sparse_share, coverage)
+
+    @property
+    def c0_per_gb(self) -> float:
+        """C0: queries·tokens per 1e9 bytes."""
+        return GB / self.bytes_per_token.value
+
+    def query_bytes(self, sequence_length: float = 1, sparsity: float = 1.0) -> float:
+        """What one query adds: L·((1 - C1) + C1·S)·κ."""
+        check_positive(sequence_length=sequence_length)
+        check_sparsity(sparsity)
+        share = 1 - self.sparse_share.value * (1 - sparsity)
+        each = sequence_length * share * self.bytes_per_token.value
+        if not each > 0:
+            raise InputError(
+                f"sparsity {sparsity!r} is beyond what the model holds for: a query would take {each:.3g} B"
+            )
+        return each
+
+    def bytes(self, batch: float, sequence_length: float = 1, sparsity: float = 1.0) -> float:
+        """The peak at a batch."""
+        check_not_negative(batch=batch)
+        return self.model_bytes.value + batch * self.query_bytes(sequence_length, sparsity)
+
+    def max_batch(
+        self, gpu_bytes: float, sequence_length: float = 1, sparsity: float = 1.0, *, reserve: float = 0.0
+    ) -> int:
+        """B_max, 0 where not one query fits. reserve: the share of memory to leave free for fragmentation."""
+        room = self._room(gpu_bytes, reserve)
+        each = self.query_bytes(sequence_length, sparsity)
+        batch = max(0, math.floor((room - self.model_bytes.value) / each))
+        return batch + (
+            self.bytes(batch + 1, sequence_length, sparsity) <= room
+        )  # a quotient just below a whole number
+
+    def missing_bytes(
+        self,
+        gpu_bytes: float,
+        sequence_length: float = 1,
+        sparsity: float = 1.0,
+        *,
+        batch: float = 1,
+        reserve: float = 0.0,
+    ) -> float:
+        """What the memory lacks for `batch` queries; 0 where they fit."""
+        return max(0.0, self.bytes(batch, sequence_length, sparsity) - self._room(gpu_bytes, reserve))
+
+    @staticmethod
+    def _room(gpu_bytes: float, reserve: float) -> float:
+        check_positive(gpu_bytes=gpu_bytes)
+        if not holds(lambda share: 0 <= share < 1, reserve):
+            raise InputError(f"reserve must lie in [0, 1), got {reserve!r}")
+        return gpu_bytes * (1 - reserve)
+
+
+def given(value: float) -> Estimate:
+    """A number without spread."""
+    return Estimate(float(value), float(value), float(value), "given")
