@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from typing import Any
 
 import torch
@@ -20,7 +21,9 @@ class WeightAverage:
     the p of a polynomial average, Σ (xₜ^(p+1) - xₜ₋₁^(p+1))·θₜ over positions x: about the last 1/(p + 1) of the run,
     whatever its length (Shamir and Zhang 2013).
 
-    `module` is a copy of the model that holds ζ; integer buffers and running statistics are copied, not averaged.
+    `module` is a copy of the model that holds ζ; integer buffers and running statistics are copied, not averaged. Of
+    weights in half precision ζ is kept in float32, and `module` holds it rounded: at a small share of a new value a
+    half-precision average would stand still.
 
     >>> model = nn.Linear(1, 1, bias=False)
     >>> average = WeightAverage(model, power=0.0)
@@ -41,6 +44,8 @@ class WeightAverage:
         self.half_life, self.power = half_life, power
         self._averaged = AveragedModel(model, multi_avg_fn=self._lerp)
         self._weight, self._position, self._share = 0.0, 0, 1.0
+        self._fine = {name: p.detach().float() for name, p in self.module.named_parameters() if _half(p)}
+        self._known: weakref.ref[nn.Module] | None = None
 
     @property
     def module(self) -> nn.Module:
@@ -57,12 +62,33 @@ class WeightAverage:
         """Takes in the weights after an update with `examples` examples."""
         if examples < 1:
             raise InputError(f"examples must be at least 1, got {examples!r}")
+        if self._known is None or self._known() is not model:
+            self._check(model)
         self._position += examples
         log_kept = self._log_kept(examples)
         new = -math.expm1(log_kept)
         self._weight = math.exp(log_kept) * self._weight + new
         self._share = new / self._weight
         self._averaged.update_parameters(model)
+        self._update_fine(model)
+
+    def _check(self, model: nn.Module) -> None:
+        """Refuses a model whose parameters are of other shapes, which might be broadcast."""
+        mine, theirs = ({name: tuple(p.shape) for name, p in each.named_parameters()} for each in (self.module, model))
+        if len(mine) != len(theirs):
+            raise InputError(f"model must have the {len(mine)} parameters that are averaged, got {len(theirs)}")
+        for (name, shape), other in zip(mine.items(), theirs.values(), strict=True):
+            if shape != other:
+                raise InputError(f"model's parameter {name} must be of the shape averaged, {shape}, got {other}")
+        self._known = weakref.ref(model)
+
+    @torch.no_grad()
+    def _update_fine(self, model: nn.Module) -> None:
+        if self._fine:
+            for (name, average), weights in zip(self.module.named_parameters(), model.parameters(), strict=True):
+                if name in self._fine:
+                    fine = self._fine[name]
+                    average.copy_(fine.lerp_(weights.to(fine.device, torch.float32), self._share))
 
     def _log_kept(self, examples: int) -> float:
         if self.half_life is not None:
@@ -78,9 +104,17 @@ class WeightAverage:
 
     def state_dict(self) -> dict[str, Any]:
         """The average, its weight and its position."""
-        return {"averaged": self._averaged.state_dict(), "weight": self._weight, "position": self._position}
+        state = {"averaged": self._averaged.state_dict(), "weight": self._weight, "position": self._position}
+        return state | ({"fine": dict(self._fine)} if self._fine else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over what `state_dict` gave."""
         self._averaged.load_state_dict(state["averaged"])
         self._weight, self._position = state["weight"], state["position"]
+        rounded = dict(self.module.named_parameters())
+        for name, fine in self._fine.items():
+            fine.copy_(state.get("fine", rounded)[name].detach())
+
+
+def _half(parameter: Tensor) -> bool:
+    return parameter.is_floating_point() and parameter.element_size() < 4
