@@ -11,7 +11,6 @@ unbounded, and says so.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +20,7 @@ from batchlab.core.checks import check_inside, check_positive, holds
 from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate
 from batchlab.core.jsonio import JsonNoun
+from batchlab.rules.fit.power_laws import Values
 
 Array = NDArray[np.float64]
 WITHIN = 16.0
@@ -57,8 +57,8 @@ class Optimum(JsonNoun):
 
 
 def batch_optimum(
-    batch_size: Sequence[float],
-    loss: Sequence[float],
+    batch_size: Values,
+    loss: Values,
     *,
     within: float = WITHIN,
     coverage: float = 0.95,
@@ -83,7 +83,7 @@ def batch_optimum(
 
 
 def learning_rate_optimum(
-    learning_rate: Sequence[float], loss: Sequence[float], *, within: float = WITHIN, coverage: float = 0.95
+    learning_rate: Values, loss: Values, *, within: float = WITHIN, coverage: float = 0.95
 ) -> Optimum:
     """The learning rate of least loss, from runs of one batch size: a parabola in ln η.
 
@@ -96,19 +96,15 @@ def learning_rate_optimum(
     return optimum(learning_rate, loss, name="learning_rate", within=within, coverage=coverage)
 
 
-def timescale_optimum(
-    tau: Sequence[float], loss: Sequence[float], *, within: float = WITHIN, coverage: float = 0.95
-) -> Optimum:
+def timescale_optimum(tau: Values, loss: Values, *, within: float = WITHIN, coverage: float = 0.95) -> Optimum:
     """The timescale τ = B/(ηλD) of least loss, from runs that differ in weight decay alone: a parabola in ln τ.
 
-    `rules.weight_decay.timescale` gives τ of a run; `timescale_law` fits the law over models and tokens.
+    `rules.weight_decay.timescale` gives τ of a run; `timescale` fits the law over models and tokens.
     """
     return optimum(tau, loss, name="tau", within=within, coverage=coverage)
 
 
-def optimum(
-    x: Sequence[float], loss: Sequence[float], *, name: str = "x", within: float = WITHIN, coverage: float = 0.95
-) -> Optimum:
+def optimum(x: Values, loss: Values, *, name: str = "x", within: float = WITHIN, coverage: float = 0.95) -> Optimum:
     """The x of least loss, whatever x is: what the three above do. name: what x is, with its unit."""
     check_inside(coverage=coverage)
     if not holds(lambda within: 1 < within < math.inf, within):
@@ -214,7 +210,7 @@ def _why_not(at: float, values: Array, best: int, name: str) -> str:
     return ""
 
 
-def _checked(x: Sequence[float], loss: Sequence[float], name: str) -> tuple[Array, Array]:
+def _checked(x: Values, loss: Values, name: str) -> tuple[Array, Array]:
     for each, values in ((name, x), ("loss", loss)):
         if not hasattr(values, "__len__") or getattr(values, "ndim", 1) != 1:
             raise InputError(f"{each} must be a sequence of numbers, got {values!r:.80}")

@@ -24,7 +24,8 @@ from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate
 from batchlab.core.jsonio import JsonNoun
 from batchlab.rules.fit.bootstrap import Rows, bootstrap
-from batchlab.rules.fit.huber import least_huber
+from batchlab.rules.fit.huber import least_huber, sum_of_powers
+from batchlab.rules.fit.power_laws import Values
 
 Array = NDArray[np.float64]
 DELTA = 1e-3
@@ -103,9 +104,9 @@ class ChinchillaLaw(JsonNoun):
 
 
 def chinchilla(
-    params: Sequence[float],
-    tokens: Sequence[float],
-    loss: Sequence[float],
+    params: Values,
+    tokens: Values,
+    loss: Values,
     *,
     runs: Sequence[Hashable] | None = None,
     delta: float = DELTA,
@@ -153,9 +154,7 @@ def chinchilla(
     )
 
 
-def chinchilla_constants(
-    params: Sequence[float], tokens: Sequence[float], loss: Sequence[float], *, delta: float = DELTA
-) -> LossConstants:
+def chinchilla_constants(params: Values, tokens: Values, loss: Values, *, delta: float = DELTA) -> LossConstants:
     """The five constants alone, without intervals: what `chinchilla` fits, in milliseconds."""
     table = _Table.of(params, tokens, loss)
     _check_identified(table)
@@ -168,7 +167,7 @@ class _Table(NamedTuple):
     losses: Array
 
     @classmethod
-    def of(cls, params: Sequence[float], tokens: Sequence[float], loss: Sequence[float]) -> _Table:
+    def of(cls, params: Values, tokens: Values, loss: Values) -> _Table:
         columns = {"params": params, "tokens": tokens, "loss": loss}
         for name, column in columns.items():
             if not hasattr(column, "__len__") or getattr(column, "ndim", 1) != 1:
@@ -203,20 +202,21 @@ def _check_identified(table: _Table) -> None:
 
 
 def _solve(table: _Table, delta: float, start: LossConstants | None = None) -> LossConstants:
-    """start: constants to begin at, in place of the grid."""
+    """The constants are searched as ln of the three terms at the middle of the table, and α, β.
+
+    start: constants to begin at, in place of the grid.
+    """
     check_positive(delta=delta)
     n, d, log_loss = np.log(table.params), np.log(table.tokens), np.log(table.losses)
     n_middle, d_middle = float(n.mean()), float(d.mean())
 
-    def model(c: Array) -> tuple[Array, Array]:
-        """c = ln of the three terms at the middle of the table, and α, β."""
-        parts = np.stack([np.full_like(n, c[0]), c[1] - c[2] * (n - n_middle), c[3] - c[4] * (d - d_middle)])
-        top = parts.max(0)
-        terms = np.exp(parts - top)
-        share = terms / terms.sum(0)
-        slopes = np.stack([share[0], share[1], -share[1] * (n - n_middle), share[2], -share[2] * (d - d_middle)], 1)
-        return top + np.log(terms.sum(0)) - log_loss, slopes
-
+    one, none = np.ones_like(n), np.zeros_like(n)
+    constants = (
+        [one, none, none, none, none],
+        [none, one, n_middle - n, none, none],
+        [none, none, none, one, d_middle - d],
+    )
+    model = sum_of_powers(np.stack([np.stack(columns, 1) for columns in constants]), log_loss)
     if start is None:
         starts = _grid_starts(table, n - n_middle, d - d_middle)
     else:

@@ -27,6 +27,23 @@ def huber(residuals: Array, delta: float) -> float:
     return float(np.where(size <= delta, 0.5 * residuals**2, delta * (size - 0.5 * delta)).sum())
 
 
+def sum_of_powers(terms: Array, log_y: Array) -> Residuals:
+    """Residuals ln f - ln y of f = Σ_t exp(terms_t @ constants), a sum of powers of whatever the terms hold logs of.
+
+    terms: one design matrix a power (t x n x k). All powers are positive.
+    """
+
+    def model(constants: Array) -> tuple[Array, Array]:
+        parts = terms @ constants
+        top = parts.max(0)
+        shares = np.exp(parts - top)
+        total = shares.sum(0)
+        jacobian: Array = np.einsum("tn,tnk->nk", shares / total, terms)
+        return top + np.log(total) - log_y, jacobian
+
+    return model
+
+
 def least_huber(model: Residuals, starts: Sequence[Array], delta: float) -> list[tuple[float, Array]]:
     """(Σh, constants) from each start, ascending; of several the best is searched once more from where it ended.
 

@@ -21,6 +21,7 @@ from batchlab.core.jsonio import JsonNoun
 from batchlab.core.log_line import LogLine
 
 Array = NDArray[np.float64]
+Values = Sequence[float] | Array
 FEWEST = 3
 WIDEST = 1.0
 _SAME = 1e-9
@@ -54,8 +55,9 @@ class PowerLaw(JsonNoun):
 
     @property
     def leave_one_out(self) -> float:
-        """The mean of |ln(measured/predicted)| over the points, each predicted by the others."""
-        return float(np.mean(np.abs(self.held_out)))
+        """The mean of |ln(measured/predicted)| over the points, each predicted by the others; NaN if none could be."""
+        known = [abs(error) for error in self.held_out if not math.isnan(error)]
+        return float(np.mean(known)) if known else math.nan
 
     def value(self, x: float) -> float:
         """y on the law."""
@@ -87,8 +89,8 @@ class PowerLaw(JsonNoun):
 
 
 def power_law(
-    x: Sequence[float],
-    y: Sequence[float],
+    x: Values,
+    y: Values,
     *,
     x_name: str = "x",
     y_name: str = "y",
@@ -120,13 +122,11 @@ def power_law(
     _check_width(exponent, line, xs, x_name, y_name, widest)
     x_middle = math.exp(line.mean_x)
     middle = line.at(x_middle, method, coverage)
-    held_out = leave_out(np.log(xs), np.array(line.residuals), line.spread)
+    held_out = leave_groups_out(np.log(xs), np.log(ys), np.round(np.log(xs) / _SAME))
     return PowerLaw(exponent, middle, x_middle, line.deviation, xs, ys, line.residuals, held_out, x_name, y_name)
 
 
-def checked(
-    x: Sequence[float], y: Sequence[float], x_name: str = "x", y_name: str = "y"
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def checked(x: Values, y: Values, x_name: str = "x", y_name: str = "y") -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Both as plain floats of one length, finite and > 0."""
     for name, values in ((x_name, x), (y_name, y)):
         if not hasattr(values, "__len__") or getattr(values, "ndim", 1) != 1:
@@ -138,25 +138,26 @@ def checked(
     return tuple(map(float, x)), tuple(map(float, y))
 
 
-def leave_out(log_x: Array, residuals: Array, spread: float) -> tuple[float, ...]:
-    """ln(measured/predicted) at each point, by the line without the points of its x: in closed form.
+def leave_groups_out(log_x: Array, log_y: Array, group: Array | NDArray[np.intp]) -> tuple[float, ...]:
+    """ln(measured/predicted) at each point, by the line without all points of its group; NaN where that is none."""
+    errors = np.full(len(log_x), math.nan)
+    for each in np.unique(group):
+        left = group == each
+        x, y = log_x[~left], log_y[~left]
+        dx = x - x.mean() if len(x) else x
+        if not dx @ dx > _SAME**2:
+            continue
+        slope = dx @ (y - y.mean()) / (dx @ dx)
+        errors[left] = log_y[left] - y.mean() - slope * (log_x[left] - x.mean())
+    return tuple(map(float, errors))
 
-    Of m points at one x, all with leverage h = 1/n + (ln x - mean)²/spread: e_i + h·Σe/(1 - mh).
-    """
-    leverage = 1 / len(log_x) + (log_x - log_x.mean()) ** 2 / spread
-    same = np.abs(log_x[:, None] - log_x[None, :]) < _SAME
-    count, total = same.sum(1), same @ residuals
-    return tuple(map(float, residuals + leverage * total / (1 - count * leverage)))
 
-
-def _different(xs: Sequence[float]) -> int:
+def _different(xs: Values) -> int:
     logs = np.sort(np.log(np.asarray(xs)))
     return 0 if len(logs) == 0 else 1 + int((np.diff(logs) > _SAME).sum())
 
 
-def _check_width(
-    exponent: Estimate, line: LogLine, xs: Sequence[float], x_name: str, y_name: str, widest: float
-) -> None:
+def _check_width(exponent: Estimate, line: LogLine, xs: Values, x_name: str, y_name: str, widest: float) -> None:
     width, span = exponent.high - exponent.low, max(xs) / min(xs)
     if width <= widest:
         return

@@ -68,7 +68,8 @@ def from_study(study: Study) -> RunTable:
         if found["at_edge"]:
             notes.append(f"the best learning rate at batch size {size:g} lies at the edge of those tried")
         for taken in steps:
-            rows.append({"batch_examples": size, "learning_rate": rate, "steps_to_target": taken or math.inf})
+            row = {"batch_examples": size, "learning_rate": rate, "steps_to_target": taken or math.inf}
+            rows.append(row | {"learning_rate_at_edge": int(found["at_edge"])})
     if not rows:
         raise InputError(f"{study.path} must hold a batch size that reached its target, got none")
     return _table(rows, notes)

@@ -7,6 +7,7 @@
 | steps | updates of the whole run; tokens = steps x batch_tokens where tokens is left out |
 | steps_to_target | updates until a fixed target was met; blank or inf where it was not |
 | learning_rate, weight_decay | the peak η and λ; under μP the width-scaled η |
+| learning_rate_at_edge | 1 where the best rate is the smallest or largest tried, else 0 |
 | loss | nats a token, of one tokenizer and data set, at the end of a finished schedule |
 | replicas | M of DiLoCo; blank or 0 for data-parallel training |
 | run | which run a row is of, where a run has several rows |
@@ -29,6 +30,7 @@ from batchlab.core.errors import InputError
 from batchlab.core.jsonio import JsonNoun
 
 Array = NDArray[np.float64]
+Rows = NDArray[np.intp]
 Check = tuple[Callable[[Any], Any], str]
 
 _POSITIVE: Check = (lambda value: 0 < value < math.inf, "be finite and > 0")
@@ -38,6 +40,7 @@ _REPLICAS: Check = (
     lambda value: 0 <= value < math.inf and value == int(value),
     "be a whole number, or blank for data-parallel training",
 )
+_EDGE: Check = (lambda value: value in (0, 1), "be 0 or 1")
 NUMBERS: Mapping[str, Check] = {
     "params": _POSITIVE,
     "tokens": _POSITIVE,
@@ -51,6 +54,7 @@ NUMBERS: Mapping[str, Check] = {
     "weight_decay": _NOT_NEGATIVE,
     "loss": _POSITIVE,
     "replicas": _REPLICAS,
+    "learning_rate_at_edge": _EDGE,
 }
 BLANK: Mapping[str, float] = {"steps_to_target": math.inf, "replicas": 0.0}
 TEXTS = ("run", "optimizer")
@@ -143,13 +147,29 @@ class RunTable(JsonNoun):
                 return name, self[name]
         raise InputError(f"{law} needs a batch column, {_BATCH}, got {', '.join(self.columns)}")
 
-    def take(self, rows: Sequence[int] | NDArray[np.intp]) -> RunTable:
+    def groups(self, *names: str) -> list[tuple[tuple[float, ...], Rows]]:
+        """The rows that share a value in every one of those columns, with the values, in ascending order."""
+        return groups(*(self[name] for name in names))
+
+    def take(self, rows: Sequence[int] | Rows) -> RunTable:
         """The rows of those indices, in that order; a row may come twice."""
         return RunTable(
             {name: tuple(values[row] for row in rows) for name, values in self.columns.items()},
             {name: tuple(values[row] for row in rows) for name, values in self.texts.items()},
             self.notes,
         )
+
+
+def groups(*columns: Array) -> list[tuple[tuple[float, ...], Rows]]:
+    """The rows that share a value in every column, to 9 digits; with those values, in ascending order."""
+    with np.errstate(divide="ignore"):
+        keys = np.round(np.log(np.stack(columns, 1)) * 1e9)
+    _, first, which = np.unique(keys, axis=0, return_index=True, return_inverse=True)
+    which = which.reshape(-1)
+    return [
+        (tuple(float(column[first[group]]) for column in columns), np.flatnonzero(which == group))
+        for group in range(len(first))
+    ]
 
 
 def _names(columns: Mapping[str, Any]) -> tuple[dict[str, tuple[str, float]], list[str]]:
@@ -216,7 +236,7 @@ def _finite(numbers: Mapping[str, Array], diverged: str) -> tuple[NDArray[np.boo
     return kept, [f"{int((~kept).sum())} of {rows} rows were left out: their loss is not finite"]
 
 
-def _check_numbers(numbers: Mapping[str, Array], rows: NDArray[np.intp]) -> None:
+def _check_numbers(numbers: Mapping[str, Array], rows: Rows) -> None:
     for name, values in numbers.items():
         condition, right = NUMBERS[name]
         for row, value in zip(rows, values, strict=True):
