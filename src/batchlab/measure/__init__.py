@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from batchlab.measure.noise.dual_norm import group_gradients as group_gradients
     from batchlab.measure.noise.gradient_noise import GradientNoise as GradientNoise
     from batchlab.measure.noise.gradient_signal import GradientSignal as GradientSignal
+    from batchlab.measure.noise.independence import IndependenceCurve as IndependenceCurve
+    from batchlab.measure.noise.independence import gradient_independence_curve as gradient_independence_curve
     from batchlab.measure.noise.noise_pair import noise_scale as noise_scale
     from batchlab.measure.noise.noise_pair import unbiased_pair as unbiased_pair
     from batchlab.measure.noise.signal_to_noise import Gsnr as Gsnr
@@ -85,6 +87,8 @@ _HOME = {
     "dual_norm_noise": "noise.dual_norm",
     "DualNormNoise": "noise.dual_norm",
     "group_gradients": "noise.dual_norm",
+    "gradient_independence_curve": "noise.independence",
+    "IndependenceCurve": "noise.independence",
     "fit_tradeoff": "runs.tradeoff",
     "Tradeoff": "runs.tradeoff",
     "critical_batch": "runs.data_overhead",
