@@ -18,7 +18,7 @@ from batchlab.core.job import Target
 from tests.cli.command import environment
 from tests.spine.facts_fixture import hand_job
 
-VERBS = ("tune", "probe", "plan", "train", "sweep", "report", "runs", "systems")
+VERBS = ("rescale", "advise", "tune", "probe", "plan", "train", "sweep", "report", "runs", "systems")
 COMMANDS = command().commands
 
 

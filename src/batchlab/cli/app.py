@@ -1,4 +1,4 @@
-"""The command and its usage errors. Importing `verbs` and `views` adds the verbs to `app`."""
+"""The command and its usage errors. Importing `planning`, `verbs` and `views` adds the verbs to `app`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ app = typer.Typer(
 
 def command() -> Any:
     """The whole command, all verbs in it."""
-    from batchlab.cli import verbs, views  # noqa: F401
+    from batchlab.cli import planning, verbs, views  # noqa: F401
 
     return typer.main.get_command(app)
 
