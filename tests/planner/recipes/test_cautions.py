@@ -142,6 +142,14 @@ def test_decay_without_a_rule():
     assert line.endswith("the loss that is minimised changes with it")
 
 
+def test_decay_that_leaves_no_weights():
+    """ηλ·κ: 0.24 times 2 is not yet above a half, 0.26 times 2 is."""
+    assert "shrinks the weights" not in str(warnings(changes={"weight_decay": 240.0}))
+    assert said("shrinks the weights", changes={"weight_decay": 260.0}) == (
+        "an update shrinks the weights by 52 %: their timescale is less than two updates"
+    )
+
+
 def test_devices_and_passes():
     assert said("micro_batch 100 is larger than a device's share of 64", changes={"micro_batch": 100}).endswith("share")
     assert said("128 examples do not spread evenly over 3 devices", devices=3)

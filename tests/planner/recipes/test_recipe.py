@@ -182,6 +182,8 @@ def test_tokens_are_called_tokens():
         ({"batch_size": 0, "steps": 1}, "batch_size must be an integer of at least 1, got 0"),
         ({"batch_size": True, "steps": 1}, "batch_size must be an integer of at least 1, got True"),
         ({"learning_rate": 0, "steps": 1}, "learning_rate must be finite and > 0, got 0"),
+        ({"learning_rate": True, "steps": 1}, "learning_rate must be a number, got True"),
+        ({"total_examples": 2**63}, r"total_examples must be below 2\^63, got 9223372036854775808"),
         ({"learning_rate": "1e-3", "steps": 1}, "learning_rate must be finite and > 0, got '1e-3'"),
         ({"betas": 0.9, "steps": 1}, r"betas must be two numbers \(CAME: three\) in \[0, 1\), got 0.9"),
         ({"betas": [0.9, 1.0], "steps": 1}, r"betas must be two numbers .*got \(0.9, 1.0\)"),

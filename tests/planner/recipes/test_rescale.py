@@ -124,7 +124,7 @@ def test_every_number_has_its_reason_and_texts_go_round(recipe, to_batch):
         assert reason.rule and reason.source
     assert Recipe.from_toml(moved.to_toml()) == moved.recipe
     assert Rescaled.from_json(moved.to_json()).recipe == moved.recipe
-    assert len(moved.table().split("\n")) == 1 + len(moved.reasons) + len(moved.warnings)
+    assert len(moved.table().split("\n")) == 2 + len(moved.reasons) + len(moved.warnings)
 
 
 ADAMW = Recipe(
@@ -262,7 +262,8 @@ def test_an_estimate_of_the_noise_scale():
 
 
 def test_the_table():
-    lines = planner.recipe(Recipe(256, 2560, "sgd", 0.1), 512, devices=2).table().split("\n")
+    title, *lines = planner.recipe(Recipe(256, 2560, "sgd", 0.1), 512, devices=2).table().split("\n")
+    assert title == "sgd, from a batch of 256 to 512 examples, κ = 2"
     assert lines[0].split() == ["old", "new", "rule"]
     assert [line.split()[:3] for line in lines[1:3]] == [["batch_size", "256", "512"], ["devices", "1", "2"]]
     assert any(line.split()[:4] == ["learning_rate", "0.1", "0.2", "linear:"] for line in lines)
@@ -274,7 +275,10 @@ def test_a_file_moved(tmp_path):
     (tmp_path / "recipe.toml").write_text(ADAMW.to_toml())
     text = planner.rescaled_toml(tmp_path / "recipe.toml", 8192, devices=64)
     assert Recipe.from_toml(text) == planner.recipe(ADAMW, 8192, devices=64).recipe
-    assert text.startswith("# moved from a batch of 256, κ = 32\n# ")
+    moved, counts, first = text.split("\n")[:3]
+    assert moved == "# moved from a batch of 256 to 8192 examples, κ = 32"
+    assert counts == "# updates: 14076, in the warm-up: 0, passes of a device for each: 1"
+    assert first.startswith("# the learning-rate rules lie")
     assert "devices = 64  # was 1; given by the user [user]\n" in text
     assert "total_examples = 115305030  # kept, in examples [" in text
 
@@ -283,6 +287,7 @@ def test_a_file_moved(tmp_path):
     ("options", "message"),
     [
         ({"to_batch": 0}, "to_batch must be an integer of at least 1, got 0"),
+        ({"to_batch": 2**63}, r"to_batch must be below 2\^63, got 9223372036854775808"),
         ({"to_batch": 1e3}, "to_batch must be an integer of at least 1, got 1000.0"),
         ({"devices": 2000}, "devices must be at most to_batch = 1024, as every device needs .*got 2000"),
         ({"devices": 0}, "devices must be an integer of at least 1, got 0"),

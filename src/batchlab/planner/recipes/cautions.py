@@ -21,7 +21,7 @@ def cautions(move: Move, new: Recipe, rates: Mapping[str, float], noise: Estimat
     """In plain sentences. rates: the learning rate by each rule. noise: as the caller gave it, with its interval.
 
     Thresholds, batchlab's own: rules apart by 2, the step of a usual sweep; a batch 16 times off; a rate more than
-    doubled; fewer than 100 updates; averages that keep less than half at an update.
+    doubled; fewer than 100 updates; averages, the weights among them, that keep less than half at an update.
     """
     found = (_rates(move, new, rates), _noise(move, noise), _run(move, new), _memory(move, new), _decay(move, new))
     return tuple(line for lines in (*found, _devices(move, new)) for line in lines)
@@ -130,6 +130,9 @@ def _decay(move: Move, new: Recipe) -> Iterator[str]:
     old, decay = move.old, traits(move.old.optimizer).decay
     if not old.weight_decay or move.kappa == 1:
         return
+    shrinks = new.learning_rate * (new.weight_decay or 0.0)
+    if decay in ("decoupled", "l2") and shrinks > NO_MEMORY:
+        yield f"an update shrinks the weights by {100 * shrinks:.3g} %: their timescale is less than two updates"
     if decay == "adaptive_l2":
         yield (
             f"{old.optimizer}'s weight decay is an L2 penalty divided by √v: no rule says how it moves, it stays at "

@@ -17,6 +17,7 @@ from batchlab.planner.recipes.toml import read_toml, write_toml
 from batchlab.rules import ema
 
 Unit = Literal["examples", "tokens"]
+LARGEST = 2**63
 
 
 @dataclass(frozen=True)
@@ -182,10 +183,18 @@ _OPTIONAL_COUNTS = ("micro_batch", "train_examples", "ghost_batch_size")
 _FLOATS = ("learning_rate", "momentum", "alpha", "eps", "weight_decay", "ema_decay", "clip_norm", "batchnorm_momentum")
 
 
+def check_size(least: int = 1, /, **counts: int) -> None:
+    """Each must be an integer of at least `least` and below 2^63, as TOML's are."""
+    check_count(least, **counts)
+    for name, count in counts.items():
+        if count >= LARGEST:
+            raise InputError(f"{name} must be below 2^63, got {count!r}")
+
+
 def _check_counts(recipe: Recipe) -> None:
-    check_count(**{name: getattr(recipe, name) for name in _COUNTS})
-    check_count(**{name: getattr(recipe, name) for name in _OPTIONAL_COUNTS if getattr(recipe, name) is not None})
-    check_count(0, warmup_examples=recipe.warmup_examples)
+    check_size(**{name: getattr(recipe, name) for name in _COUNTS})
+    check_size(**{name: getattr(recipe, name) for name in _OPTIONAL_COUNTS if getattr(recipe, name) is not None})
+    check_size(0, warmup_examples=recipe.warmup_examples)
     if recipe.unit not in ("examples", "tokens"):
         raise InputError(f'unit must be "examples" or "tokens", got {recipe.unit!r}')
     if not isinstance(recipe.schedule, str) or not recipe.schedule:
@@ -198,6 +207,9 @@ def _check_counts(recipe: Recipe) -> None:
 
 
 def _check_numbers(recipe: Recipe) -> None:
+    for name in (*_FLOATS, "noise_scale"):
+        if isinstance(getattr(recipe, name), bool):
+            raise InputError(f"{name} must be a number, got {getattr(recipe, name)!r}")
     check_positive(learning_rate=recipe.learning_rate)
     if recipe.clip_norm is not None:
         check_positive(clip_norm=recipe.clip_norm)

@@ -21,7 +21,7 @@ from batchlab.core.plan import Reason
 from batchlab.planner.recipes import moves
 from batchlab.planner.recipes.cautions import cautions
 from batchlab.planner.recipes.moves import Betas, Move, Warmup, Why
-from batchlab.planner.recipes.recipe import Recipe, read_recipe
+from batchlab.planner.recipes.recipe import Recipe, check_size, read_recipe
 from batchlab.planner.recipes.settings import in_unit
 from batchlab.planner.recipes.toml import write_toml
 
@@ -52,7 +52,8 @@ class Rescaled(JsonNoun):
             told = in_unit(name, self.recipe.unit == "tokens")
             old, new = (_short(getattr(recipe, name)) for recipe in (self.base, self.recipe))
             rows.append((told, old, new, f"{reason.rule} [{reason.source}]"))
-        return "\n".join([*_columns(rows), *(f"! {warning}" for warning in self.warnings)])
+        title = f"{self.recipe.optimizer}, from {self._step()}"
+        return "\n".join([title, *_columns(rows), *(f"! {warning}" for warning in self.warnings)])
 
     def to_toml(self) -> str:
         """The new recipe as TOML, each number with its rule and what it was, the warnings first."""
@@ -62,8 +63,13 @@ class Rescaled(JsonNoun):
             old, new = getattr(self.base, name), getattr(self.recipe, name)
             was = "" if old == new else f"was {_short(old)}; "
             comments[in_unit(name, tokens)] = f"{was}{reason.rule} [{reason.source}]"
-        head = [f"moved from a batch of {self.base.batch_size}, κ = {self.kappa:.6g}", *self.warnings]
-        return write_toml(self.recipe.settings(), comments=comments, head=head)
+        new = self.recipe
+        counts = f"updates: {new.steps}, in the warm-up: {new.warmup_steps}, passes of a device for each: "
+        head = [f"moved from {self._step()}", f"{counts}{new.accumulation}", *self.warnings]
+        return write_toml(new.settings(), comments=comments, head=head)
+
+    def _step(self) -> str:
+        return f"a batch of {self.base.batch_size} to {self.recipe.batch_size} {self.recipe.unit}, κ = {self.kappa:.6g}"
 
 
 def recipe(
@@ -104,7 +110,7 @@ def recipe(
     """
     if not isinstance(recipe, Recipe):
         raise InputError(f"recipe must be a planner.Recipe, got {type(recipe).__name__}")
-    check_count(to_batch=to_batch)
+    check_size(to_batch=to_batch)
     _check_choice("betas", betas, get_args(Betas))
     _check_choice("warmup", warmup, get_args(Warmup))
     if ema_every is not None:
