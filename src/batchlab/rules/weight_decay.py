@@ -7,7 +7,8 @@ fraction of the run. The best τ hardly changes with the batch size, below the c
 Across models and tokens the best τ is a power of tokens a parameter: `power_lines`.
 
 Only for decay that is decoupled and multiplied by the learning rate, as `torch.optim.AdamW` does it. Not for
-`torch.optim.Adam(weight_decay=...)` or SGD's, which are L2 penalties in the gradient. Fitted on runs of one epoch.
+`torch.optim.Adam(weight_decay=...)` or SGD's, which are L2 penalties in the gradient; `scale_weight_decay` says
+what carries over to SGD's. Fitted on runs of one epoch.
 """
 
 from __future__ import annotations
