@@ -1,6 +1,6 @@
 """The points of the authors' scripts (stsxxx/finetune, analytical_model): queries/s, dense and sparse (top 2 of 8)."""
 
-from batchlab.planner.fine_tune.measured import Measured
+from batchlab.planner.fine_tune.measured_batch import MeasuredBatch
 
 SPARSE = 0.25
 MIXTRAL_A40 = {
@@ -120,4 +120,4 @@ ALL = {
 
 
 def points(speeds):
-    return [Measured.at_speed(b, q, sparsity=s) for s, of in speeds.items() for b, q in of.items()]
+    return [MeasuredBatch.at_speed(b, q, sparsity=s) for s, of in speeds.items() for b, q in of.items()]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchlab.core.errors import InputError
-from batchlab.planner.fine_tune.measured import Measured
+from batchlab.planner.fine_tune.measured_batch import MeasuredBatch
 from batchlab.planner.fine_tune.throughput_model import ThroughputModel
 from tests.planner.fine_tune import published
 from tests.planner.fine_tune.published import points
@@ -42,7 +42,7 @@ def test_every_refit_of_the_table(name):
 def test_the_other_forms_on_mixtral():
     """RMSE 0.182 shifted, 0.078 without sparsity; a, b, g and RMSE 0.286, 0.329, 0.483, 0.044 with its power fitted."""
     assert ThroughputModel.fit(MIXTRAL, form="shift", c3=1.8).rmse == pytest.approx(0.182, abs=0.5e-3)
-    blind = [Measured(p.batch, p.seconds) for p in MIXTRAL]
+    blind = [MeasuredBatch(p.batch, p.seconds) for p in MIXTRAL]
     assert ThroughputModel.fit(blind).rmse == pytest.approx(0.078, abs=0.5e-3)
     power = ThroughputModel.fit(MIXTRAL, form="power")
     found = (power.a.value, power.b.value, power.exponent.value, power.rmse)
@@ -80,7 +80,7 @@ def law(g, noise=None):
     some = [(b, 1.0) for b in (1, 2, 3, 4)] + [(b, 0.25) for b in range(1, 13)]
     scale = np.ones(len(some)) if noise is None else 1 + 0.02 * noise.normal(size=len(some))
     return [
-        Measured.at_speed(b, (0.3 + 0.33 * math.log(b) / s**g) * e, sparsity=s)
+        MeasuredBatch.at_speed(b, (0.3 + 0.33 * math.log(b) / s**g) * e, sparsity=s)
         for (b, s), e in zip(some, scale, strict=True)
     ]
 
@@ -113,7 +113,7 @@ def test_intervals_cover_at_their_rate(form):
     for seed in range(1000):
         drawn = truth + 0.05 * np.random.default_rng(seed).normal(size=len(some))
         fit = ThroughputModel.fit(
-            [Measured.at_speed(b, q, sparsity=s) for (b, s), q in zip(some, drawn, strict=True)], form=form
+            [MeasuredBatch.at_speed(b, q, sparsity=s) for (b, s), q in zip(some, drawn, strict=True)], form=form
         )
         at = fit.estimate(4, 0.25)
         held["a"] += fit.a.low <= 1.0 <= fit.a.high
@@ -135,7 +135,7 @@ def test_what_does_not_identify_the_law_is_refused():
     with pytest.raises(InputError, match=r"points must hold two batch sizes or more: one, 4, fits no law"):
         ThroughputModel.fit([(4, 1.0), (4, 1.1), (4, 0.9)])
     with pytest.raises(InputError, match=r"a and b are not identified: all points have the same ln\(B\) over sparsity"):
-        ThroughputModel.fit([Measured(4, 1.0, sparsity=1.0), Measured(2, 1.0, sparsity=0.5)])
+        ThroughputModel.fit([MeasuredBatch(4, 1.0, sparsity=1.0), MeasuredBatch(2, 1.0, sparsity=0.5)])
 
 
 def test_it_is_not_asked_far_from_its_points():
@@ -178,9 +178,12 @@ def test_two_points_have_no_error_and_no_bounds():
         (lambda: ThroughputModel.fit(MIXTRAL, c3=0.0), r"c3 must be finite and > 0, got 0.0"),
         (lambda: ThroughputModel.fit(MIXTRAL, coverage=95), r"coverage must lie in \(0, 1\), got 95"),
         (lambda: ThroughputModel.fit([]), r"points must be one or more, each with its seconds, got 0"),
-        (lambda: ThroughputModel.fit([Measured(1), Measured(2)]), r"points must be one or more, each with its seconds"),
-        (lambda: ThroughputModel.fit(3), r"points must be a sequence of Measured or of tuples, got 3"),
-        (lambda: ThroughputModel.fit([(1,), (2,)]), r"a point must be Measured or \(batch, seconds.*got \(1,\)"),
+        (
+            lambda: ThroughputModel.fit([MeasuredBatch(1), MeasuredBatch(2)]),
+            r"points must be one or more, each with its seconds",
+        ),
+        (lambda: ThroughputModel.fit(3), r"points must be a sequence of MeasuredBatch or of tuples, got 3"),
+        (lambda: ThroughputModel.fit([(1,), (2,)]), r"a point must be MeasuredBatch or \(batch, seconds.*got \(1,\)"),
         (lambda: ThroughputModel.fit([(1, 1.0), (2, math.nan)]), r"seconds must be finite and > 0, got nan"),
         (lambda: ThroughputModel.fit([(0, 1.0), (2, 1.0)]), r"batch must be finite and > 0, got 0"),
         (lambda: ThroughputModel.fit([(1, 1, None, 8), (2, 1, None, 9)]), r"points must be of one sequence_length"),

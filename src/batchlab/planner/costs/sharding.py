@@ -2,11 +2,9 @@
 
 P parameters on n ranks, w, g and o bytes of weights, gradients and optimizer for each. Kept by a rank, and sent by it:
 
-| strategy | kept | sent |
-| --- | --- | --- |
-| "ddp" | P(w + g + o) | 2(n - 1)/n·P·g an update: one all-reduce of gradients |
-| "grad_optimizer" | P·w + P(g + o)/n | (n - 1)/n·P(w + g) a pass: one gather of weights, one scatter of gradients |
-| "full" | P(w + g + o)/n | (n - 1)/n·P(2w + g) a pass: two gathers, one scatter |
+  "ddp"              keeps P(w + g + o)        sends 2(n - 1)/n·P·g an update: one all-reduce of gradients
+  "grad_optimizer"   keeps P·w + P(g + o)/n    sends (n - 1)/n·P(w + g) a pass: weights gathered, gradients scattered
+  "full"             keeps P(w + g + o)/n      sends (n - 1)/n·P(2w + g) a pass: two gathers, one scatter
 
 "grad_optimizer" is ZeRO-2: `SHARD_GRAD_OP` in FSDP1, `reshard_after_forward=False` in FSDP2. "full" is ZeRO-3.
 

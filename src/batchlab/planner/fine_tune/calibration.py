@@ -12,7 +12,7 @@ from batchlab.core.facts import Estimate, Facts, MicroBatchTime
 from batchlab.core.jsonio import JsonNoun
 from batchlab.measure.speed.step_time import Throughput
 from batchlab.planner.fine_tune.linear_time import LinearTimeModel
-from batchlab.planner.fine_tune.measured import Measured, measured
+from batchlab.planner.fine_tune.measured_batch import MeasuredBatch, measured
 from batchlab.planner.fine_tune.memory_model import BatchMemoryModel
 from batchlab.planner.fine_tune.throughput_fit import exponent_identified
 from batchlab.planner.fine_tune.throughput_model import FORMS, ThroughputModel
@@ -28,12 +28,15 @@ class Speed(Protocol):
         """Queries/s, unguarded."""
 
 
+Fit = Callable[[Sequence[MeasuredBatch]], Speed]
+
+
 @dataclass(frozen=True)
 class FormError(JsonNoun):
     """How far a law is off, in queries/s: root mean squares. rmse: of the points it was fitted to.
 
-    left_out: of each point by the law fitted to the others, NaN where none could be; relative: the same as shares of
-    the measured speeds. predicted: points that could be left out; without the others the law is not identified.
+    left_out: of each point by the law fitted to the others; relative: the same as shares of the measured speeds.
+    predicted: points that were left out: those without which every law is still identified. NaN where there are none.
     """
 
     rmse: float
@@ -51,7 +54,7 @@ class Calibration(JsonNoun):
     several sparsities "shift", and "power" if it is identified.
     """
 
-    points: tuple[Measured, ...]
+    points: tuple[MeasuredBatch, ...]
     linear_time: LinearTimeModel
     logarithm: ThroughputModel
     memory: BatchMemoryModel | None
@@ -98,7 +101,7 @@ class Calibration(JsonNoun):
 
 
 def calibrate(
-    points: Sequence[Measured | Sequence[float]] | Facts | Throughput,
+    points: Sequence[MeasuredBatch | Sequence[float]] | Facts | Throughput,
     *,
     form: str = "code",
     c3: float = 1.0,
@@ -109,7 +112,7 @@ def calibrate(
 ) -> Calibration:
     """Both laws of speed and the law of memory from `points`, with intervals, residuals and errors on points left out.
 
-    points: `Measured`, or tuples (batch, seconds[, peak_bytes[, sequence_length[, sparsity]]]); or what
+    points: `MeasuredBatch`, or tuples (batch, seconds[, peak_bytes[, sequence_length[, sparsity]]]); or what
     `measure.throughput` or `probe` found: then a step is a pass and an update, a batch is a micro-batch, and the law is
     what `planner.cost` takes as step_time.
     form, c3: of the logarithm; see `ThroughputModel`. sequence_length: at which speed is fitted, where points have
@@ -126,7 +129,7 @@ def calibrate(
     chosen = _of_length([point for point in every if point.seconds is not None], sequence_length)
     logarithm = ThroughputModel.fit(chosen, form=form, c3=c3, coverage=coverage)
     linear_time = LinearTimeModel.fit(chosen, coverage=coverage)
-    fits: dict[str, Callable[[Sequence[Measured]], Speed]] = {LINEAR: LinearTimeModel.fit}
+    fits: dict[str, Fit] = {LINEAR: LinearTimeModel.fit}
     for name in FORMS:
         if name == form or (len(logarithm.sparsities) > 1 and (name != "power" or exponent_identified(chosen))):
             fits[name] = lambda some, name=name: ThroughputModel.fit(some, form=name, c3=c3)  # type: ignore[misc]
@@ -137,12 +140,11 @@ def calibrate(
         if not isinstance(points, Facts | Throughput):
             raise
         notes = (*notes, f"no law of memory: {error}")
-    errors = {name: _errors(chosen, fit) for name, fit in fits.items()}
-    return Calibration(tuple(chosen), linear_time, logarithm, memory, errors, notes)
+    return Calibration(tuple(chosen), linear_time, logarithm, memory, _errors(chosen, fits), notes)
 
 
 def _memory(
-    points: Sequence[Measured], model_bytes: float | None, sparse_share: float | None, coverage: float
+    points: Sequence[MeasuredBatch], model_bytes: float | None, sparse_share: float | None, coverage: float
 ) -> BatchMemoryModel | None:
     peaks = [point for point in points if point.peak_bytes is not None]
     if peaks:
@@ -152,26 +154,40 @@ def _memory(
     return None
 
 
-def _errors(points: Sequence[Measured], fit: Callable[[Sequence[Measured]], Speed]) -> FormError:
-    """On the points themselves, and on each by the others."""
-    law, left_out, shares = fit(points), [], []
+def _errors(points: Sequence[MeasuredBatch], fits: Mapping[str, Fit]) -> dict[str, FormError]:
+    """Of each law, on the points themselves, and on those that every law can tell from the others."""
+    seen = {name: _misses(fit(points), points) for name, fit in fits.items()}
+    left_out: dict[str, list[float]] = {name: [] for name in fits}
+    speeds = []
     for place, point in enumerate(points):
+        others = [*points[:place], *points[place + 1 :]]
         try:
-            other = fit([*points[:place], *points[place + 1 :]])
+            misses = {name: _misses(fit(others), [point])[0] for name, fit in fits.items()}
         except InputError:
             continue
-        error = other.speed(point.batch, point.active) - point.speed
-        left_out.append(error)
-        shares.append(error / point.speed)
-    seen = [law.speed(point.batch, point.active) - point.speed for point in points]
-    return FormError(_rms(seen), _rms(left_out), _rms(shares), len(left_out))
+        speeds.append(point.speed)
+        for name, miss in misses.items():
+            left_out[name].append(miss)
+    return {
+        name: FormError(
+            _rms(seen[name]),
+            _rms(misses),
+            _rms([miss / speed for miss, speed in zip(misses, speeds, strict=True)]),
+            len(misses),
+        )
+        for name, misses in left_out.items()
+    }
+
+
+def _misses(law: Speed, points: Sequence[MeasuredBatch]) -> list[float]:
+    return [law.speed(point.batch, point.active) - point.speed for point in points]
 
 
 def _rms(values: Sequence[float]) -> float:
     return math.sqrt(sum(value * value for value in values) / len(values)) if values else math.nan
 
 
-def _of_length(points: Sequence[Measured], sequence_length: float | None) -> list[Measured]:
+def _of_length(points: Sequence[MeasuredBatch], sequence_length: float | None) -> list[MeasuredBatch]:
     lengths = sorted({point.sequence_length for point in points})
     if sequence_length is None:
         if len(lengths) > 1:
@@ -183,8 +199,8 @@ def _of_length(points: Sequence[Measured], sequence_length: float | None) -> lis
 
 
 def _points(
-    points: Sequence[Measured | Sequence[float]] | Facts | Throughput,
-) -> tuple[list[Measured], tuple[str, ...]]:
+    points: Sequence[MeasuredBatch | Sequence[float]] | Facts | Throughput,
+) -> tuple[list[MeasuredBatch], tuple[str, ...]]:
     if isinstance(points, Facts):
         return _steps(points.micro_batches, points.update_seconds)
     if isinstance(points, Throughput):
@@ -192,12 +208,12 @@ def _points(
     return list(measured(points)), ()
 
 
-def _steps(passes: Sequence[MicroBatchTime], update: Estimate) -> tuple[list[Measured], tuple[str, ...]]:
+def _steps(passes: Sequence[MicroBatchTime], update: Estimate) -> tuple[list[MeasuredBatch], tuple[str, ...]]:
     """A pass and an update as a step, ends added to ends; memory only where every size has it."""
     known = all(point.memory_bytes for point in passes)
     notes = () if known else ("memory was not measured at every size: no law of memory",)
     found = [
-        Measured(
+        MeasuredBatch(
             point.examples,
             point.seconds.value + update.value,
             point.memory_bytes if known else None,

@@ -7,16 +7,16 @@ all experts at work. C: the share of it that falls with the share S of experts a
 points of one sparsity there is no C, and t₁ is a query's time at that one.
 
 Physically bounded, where `ThroughputModel`'s logarithm is not. On the points of arXiv 2408.04693, root mean square
-errors in queries/s, fitted to all points (each left out in turn):
+errors in queries/s, fitted to all points (each left out in turn, where all three can do without it):
 
                                 this law         "code"           "power"
-  Mixtral commonsense, A40      0.021 (0.031)    0.055 (0.067)    0.044 (0.065)
-  Mixtral math, A40             0.007 (0.027)    0.022 (0.040)    not identified
+  Mixtral commonsense, A40      0.021 (0.032)    0.055 (0.058)    0.044 (0.061)
+  Mixtral math, A40             0.007 (0.029)    0.022 (0.040)    not identified
   BlackMamba commonsense, A40   0.402 (0.448)    1.055 (1.164)    0.399 (0.442)
   BlackMamba math, A40          0.392 (0.593)    0.561 (0.667)    0.280 (0.519)
-  Mixtral, A100-40              0.005 (0.032)    0.035 (0.075)    not identified
-  Mixtral, A100-80              0.048 (0.058)    0.104 (0.115)    0.066 (0.081)
-  Mixtral, H100                 0.168 (0.186)    0.416 (0.456)    0.336 (0.389)
+  Mixtral, A100-40              0.005 (0.035)    0.035 (0.075)    not identified
+  Mixtral, A100-80              0.047 (0.058)    0.104 (0.115)    0.066 (0.081)
+  Mixtral, H100                 0.168 (0.186)    0.416 (0.455)    0.336 (0.389)
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from batchlab.core.facts import Estimate, MicroBatchTime
 from batchlab.core.jsonio import JsonNoun
 from batchlab.measure.speed.step_time_law import StepTimeLaw, fit_step_time
 from batchlab.planner.fine_tune.least_squares import LeastSquares, full_rank, least_squares
-from batchlab.planner.fine_tune.measured import Measured, check_fitted, measured, timed
+from batchlab.planner.fine_tune.measured_batch import MeasuredBatch, check_fitted, measured, timed
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class LinearTimeModel(JsonNoun):
     residuals: tuple[float, ...]
 
     @classmethod
-    def fit(cls, points: Sequence[Measured | Sequence[float]], *, coverage: float = 0.95) -> LinearTimeModel:
+    def fit(cls, points: Sequence[MeasuredBatch | Sequence[float]], *, coverage: float = 0.95) -> LinearTimeModel:
         """Least squares on the seconds, each weighted by 1/t as in `fit_step_time`: a variance that grows as t.
 
         Raises `InputError` for one batch size.
@@ -121,7 +121,7 @@ class LinearTimeModel(JsonNoun):
         return sparsity
 
 
-def _fit(points: Sequence[Measured], coverage: float) -> LinearTimeModel:
+def _fit(points: Sequence[MeasuredBatch], coverage: float) -> LinearTimeModel:
     check_inside(coverage=coverage)
     batch, active, speed = timed(points)
     seconds, sparsities = batch / speed, tuple(sorted(set(active.tolist())))
@@ -139,7 +139,7 @@ def _fit(points: Sequence[Measured], coverage: float) -> LinearTimeModel:
     return LinearTimeModel(fit, single, sparsities, float(batch.max()), tuple(residuals.tolist()))
 
 
-def _timed_point(point: Measured, count: int) -> MicroBatchTime:
+def _timed_point(point: MeasuredBatch, count: int) -> MicroBatchTime:
     """A time without an interval is as good as the residuals say; of two such times nothing is known."""
     seconds = point.estimate
     if point.low is None and count == 2:

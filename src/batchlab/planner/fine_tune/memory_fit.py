@@ -11,14 +11,14 @@ from batchlab.core.checks import check_inside, check_not_negative, check_share
 from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate
 from batchlab.planner.fine_tune.least_squares import Array, LeastSquares, full_rank, least_squares
-from batchlab.planner.fine_tune.measured import Measured
+from batchlab.planner.fine_tune.measured_batch import MeasuredBatch
 from batchlab.planner.fine_tune.memory_model import BatchMemoryModel, given
 
 METHOD = "least squares on ln B"
 _LARGEST = 700.0  # e^709 is the largest float
 
 
-def known_share(points: Sequence[Measured], sparse_share: float | None) -> float | None:
+def known_share(points: Sequence[MeasuredBatch], sparse_share: float | None) -> float | None:
     """C1 if it need not be fitted: as given, or 0 where no point has a sparsity."""
     if sparse_share is not None:
         check_share(sparse_share=sparse_share)
@@ -26,7 +26,7 @@ def known_share(points: Sequence[Measured], sparse_share: float | None) -> float
     return 0.0 if all(point.sparsity is None for point in points) else None
 
 
-def check_points(points: Sequence[Measured], model_bytes: float | None, share: float | None) -> None:
+def check_points(points: Sequence[MeasuredBatch], model_bytes: float | None, share: float | None) -> None:
     """Refuses points that cannot tell the unknowns apart, by the name of the first that they cannot tell."""
     if not points or any(point.peak_bytes is None for point in points):
         raise InputError(f"points must be one or more, each with peak_bytes, got {len(points)}")
@@ -47,7 +47,7 @@ def check_points(points: Sequence[Measured], model_bytes: float | None, share: f
 
 
 def fit_bytes(
-    points: Sequence[Measured], model_bytes: float | None, sparse_share: float | None, coverage: float
+    points: Sequence[MeasuredBatch], model_bytes: float | None, sparse_share: float | None, coverage: float
 ) -> BatchMemoryModel:
     """See `BatchMemoryModel.fit`."""
     check_inside(coverage=coverage)
@@ -77,7 +77,7 @@ def fit_bytes(
     )
 
 
-def _columns(points: Sequence[Measured]) -> tuple[Array, Array, Array]:
+def _columns(points: Sequence[MeasuredBatch]) -> tuple[Array, Array, Array]:
     """B·L, S and bytes."""
     rows = [(point.batch * point.sequence_length, point.active, point.peak_bytes or math.nan) for point in points]
     tokens, active, peak = np.array(rows, dtype=np.float64).T
@@ -85,7 +85,7 @@ def _columns(points: Sequence[Measured]) -> tuple[Array, Array, Array]:
 
 
 def fit_limits(
-    points: Sequence[Measured], model_bytes: float | None, sparse_share: float | None, coverage: float
+    points: Sequence[MeasuredBatch], model_bytes: float | None, sparse_share: float | None, coverage: float
 ) -> BatchMemoryModel:
     """ln B = -ln κ + ln(M - M_model) - ln L - ln(1 - C1(1 - S)), by Gauss-Newton steps from bounded starts.
 
@@ -142,7 +142,7 @@ def _linearised(values: Array, slopes: Array, residuals: Array, coverage: float)
 
 
 def _model(
-    points: Sequence[Measured],
+    points: Sequence[MeasuredBatch],
     fit: LeastSquares,
     free: Sequence[int],
     values: tuple[float, float, float],

@@ -22,7 +22,7 @@ from batchlab.core.checks import check_not_negative, check_positive, check_share
 from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate
 from batchlab.core.jsonio import JsonNoun
-from batchlab.planner.fine_tune.measured import Measured, check_sparsity, measured
+from batchlab.planner.fine_tune.measured_batch import MeasuredBatch, check_sparsity, measured
 
 GB = 1e9
 
@@ -55,7 +55,7 @@ class BatchMemoryModel(JsonNoun):
     @classmethod
     def fit(
         cls,
-        points: Sequence[Measured | Sequence[float]],
+        points: Sequence[MeasuredBatch | Sequence[float]],
         *,
         model_bytes: float | None = None,
         sparse_share: float | None = None,
@@ -75,7 +75,7 @@ class BatchMemoryModel(JsonNoun):
     @classmethod
     def fit_limits(
         cls,
-        points: Sequence[Measured | Sequence[float]],
+        points: Sequence[MeasuredBatch | Sequence[float]],
         *,
         model_bytes: float | None = None,
         sparse_share: float | None = None,

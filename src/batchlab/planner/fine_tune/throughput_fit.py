@@ -11,18 +11,18 @@ from batchlab.core.checks import check_inside, check_positive
 from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate
 from batchlab.planner.fine_tune.least_squares import Array, LeastSquares, full_rank, least_squares
-from batchlab.planner.fine_tune.measured import Measured, timed
+from batchlab.planner.fine_tune.measured_batch import MeasuredBatch, timed
 from batchlab.planner.fine_tune.throughput_model import FORMS, ThroughputModel, regressor
 
 _GRID = 201
 
 
-def exponent_identified(points: Sequence[Measured]) -> bool:
+def exponent_identified(points: Sequence[MeasuredBatch]) -> bool:
     """Whether g can be told: two sparsities with a batch other than 1."""
     return len({point.active for point in points if point.batch != 1}) >= 2
 
 
-def fit_throughput(points: Sequence[Measured], form: str, c3: float | None, coverage: float) -> ThroughputModel:
+def fit_throughput(points: Sequence[MeasuredBatch], form: str, c3: float | None, coverage: float) -> ThroughputModel:
     """See `ThroughputModel.fit`."""
     check_inside(coverage=coverage)
     if form not in FORMS:
@@ -45,7 +45,7 @@ def fit_throughput(points: Sequence[Measured], form: str, c3: float | None, cove
 
 
 def _exponent(
-    points: Sequence[Measured], batch: Array, active: Array, speed: Array, coverage: float
+    points: Sequence[MeasuredBatch], batch: Array, active: Array, speed: Array, coverage: float
 ) -> tuple[float, Estimate]:
     """g of least RSS on [0, 1], and its profile."""
     if not exponent_identified(points):

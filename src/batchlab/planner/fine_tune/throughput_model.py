@@ -27,7 +27,7 @@ from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate
 from batchlab.core.jsonio import JsonNoun
 from batchlab.planner.fine_tune.least_squares import Array, LeastSquares
-from batchlab.planner.fine_tune.measured import Measured, check_fitted, measured
+from batchlab.planner.fine_tune.measured_batch import MeasuredBatch, check_fitted, measured
 
 Form = Literal["code", "shift", "power"]
 FORMS: tuple[Form, ...] = get_args(Form)
@@ -52,7 +52,7 @@ class ThroughputModel(JsonNoun):
     @classmethod
     def fit(
         cls,
-        points: Sequence[Measured | Sequence[float]],
+        points: Sequence[MeasuredBatch | Sequence[float]],
         *,
         form: str = "code",
         c3: float | None = 1.0,

@@ -1,4 +1,4 @@
-"""`Measured`: one batch that was run, its seconds and its peak of memory."""
+"""`MeasuredBatch`: one batch that was run, its seconds and its peak of memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Measured(JsonNoun):
+class MeasuredBatch(JsonNoun):
     """One batch that was run.
 
     batch: B, queries (examples, sequences) of a step. seconds: of the whole step, None if it was not timed.
@@ -49,7 +49,7 @@ class Measured(JsonNoun):
             object.__setattr__(self, name, None if value is None else float(value))
 
     @classmethod
-    def at_speed(cls, batch: float, queries_per_second: float, sparsity: float | None = None) -> Measured:
+    def at_speed(cls, batch: float, queries_per_second: float, sparsity: float | None = None) -> MeasuredBatch:
         """A batch whose speed is known: B/Q seconds."""
         check_positive(batch=batch, queries_per_second=queries_per_second)
         return cls(batch, batch / queries_per_second, sparsity=sparsity)
@@ -72,23 +72,23 @@ class Measured(JsonNoun):
         return Estimate(value, low, high, "measured")
 
 
-def measured(points: Sequence[Measured | Sequence[float]]) -> tuple[Measured, ...]:
-    """All as `Measured`: a tuple is (batch, seconds[, peak_bytes[, sequence_length[, sparsity]]])."""
+def measured(points: Sequence[MeasuredBatch | Sequence[float]]) -> tuple[MeasuredBatch, ...]:
+    """All as `MeasuredBatch`: a tuple is (batch, seconds[, peak_bytes[, sequence_length[, sparsity]]])."""
     if not isinstance(points, Iterable):
-        raise InputError(f"points must be a sequence of Measured or of tuples, got {points!r:.80}")
+        raise InputError(f"points must be a sequence of MeasuredBatch or of tuples, got {points!r:.80}")
     return tuple(_measured(point) for point in points)
 
 
-def _measured(point: Any) -> Measured:
-    if isinstance(point, Measured):
+def _measured(point: Any) -> MeasuredBatch:
+    if isinstance(point, MeasuredBatch):
         return point
     parts = list(point) if isinstance(point, Iterable) and not isinstance(point, str) else []
     if not 2 <= len(parts) <= 5:
         raise InputError(
-            "a point must be Measured or (batch, seconds[, peak_bytes[, sequence_length[, sparsity]]]), "
+            "a point must be MeasuredBatch or (batch, seconds[, peak_bytes[, sequence_length[, sparsity]]]), "
             f"got {point!r:.80}"
         )
-    return Measured(*parts)
+    return MeasuredBatch(*parts)
 
 
 def check_sparsity(sparsity: float) -> None:
@@ -106,7 +106,7 @@ def check_fitted(sparsity: float, sparsities: Sequence[float]) -> None:
         )
 
 
-def timed(points: Sequence[Measured]) -> tuple[Array, Array, Array]:
+def timed(points: Sequence[MeasuredBatch]) -> tuple[Array, Array, Array]:
     """B, S and Q of points that were all timed at one length; refuses others, and fewer than two batch sizes."""
     if not points or any(point.seconds is None for point in points):
         raise InputError(f"points must be one or more, each with its seconds, got {len(points)}")
