@@ -91,6 +91,7 @@ class Cluster(JsonNoun):
 
     def __post_init__(self) -> None:
         check_count(devices=self.devices)
+        object.__setattr__(self, "devices", int(self.devices))
         if not isinstance(self.device, Device):
             raise InputError(f"device must be a Device, such as hardware()['A100-80'], got {self.device!r}")
         check_positive(inter_node_bandwidth=self.inter_node_bandwidth)

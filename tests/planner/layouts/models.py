@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from batchlab.planner.layouts import ModelShape
@@ -80,6 +84,36 @@ class Transformer(nn.Module):
 
 def loss_of(logits: Tensor, tokens: Tensor) -> Tensor:
     return F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten())
+
+
+class Living(TorchDispatchMode):
+    """Counts the bytes of all storages that live, each once: those given, and whatever an operation touches."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        super().__init__()
+        self.seen: set[int] = set()
+        self.bytes = self.peak = 0
+        for tensor in tensors:
+            self._meet(tensor.untyped_storage())
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **(keywords or {}))
+        for value in tree_leaves((arguments, keywords, result)):
+            if isinstance(value, Tensor):
+                self._meet(value.untyped_storage())
+        return result
+
+    def _meet(self, storage: torch.UntypedStorage) -> None:
+        place, size = storage._cdata, storage.nbytes()
+        if place not in self.seen:
+            self.seen.add(place)
+            self.bytes += size
+            self.peak = max(self.peak, self.bytes)
+            weakref.finalize(storage, self._part, place, size)
+
+    def _part(self, place: int, size: int) -> None:
+        self.seen.discard(place)
+        self.bytes -= size
 
 
 def gpt(**changes: object) -> ModelShape:

@@ -51,6 +51,30 @@ class Limits(NamedTuple):
     sharding: Collection[Sharding] | None = None
     uneven_stages: bool = False
 
+    @classmethod
+    def of(cls, *, uneven_stages: bool, **values: Any) -> Limits:
+        """Limits from one value or several of each; `InputError` by name where one is none of the right kind."""
+        rules = {
+            "tp": ("tensor_parallel", "integers of at least 1", is_count),
+            "pp": ("pipeline_parallel", "integers of at least 1", is_count),
+            "micro_batch": ("micro_batch", "integers of at least 1", is_count),
+            "checkpointing": ("checkpointing", "True or False", _is_flag),
+            "sequence_parallel": ("sequence_parallel", "True or False", _is_flag),
+            "sharding": ("sharding", f"some of {list(SHARDINGS)}", lambda value: value in SHARDINGS),
+        }
+        checked: dict[str, Any] = {}
+        for field, (name, right, is_right) in rules.items():
+            value = values[field]
+            several = value if value is None or isinstance(value, (list, tuple, set, frozenset, range)) else [value]
+            if several is not None and not (several and all(is_right(one) for one in several)):
+                raise InputError(f"{name} must hold {right}, got {value!r}")
+            checked[field] = several
+        return cls(**checked, uneven_stages=bool(uneven_stages))
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, (bool, np.bool_))
+
 
 def divisors(number: int) -> list[int]:
     """All of them, ascending.
@@ -89,7 +113,7 @@ def grid(shape: ModelShape, cluster: Cluster, *, global_batch: int, sequence_len
     the sequence; data parallelism divides nothing where there is one rank of it.
     """
     sizes = _model_sizes(shape, cluster, limits)
-    micro = None if limits.micro_batch is None else set(_allowed("micro_batch", limits.micro_batch))
+    micro = None if limits.micro_batch is None else set(limits.micro_batch)
     pieces = []
     shares = sorted({cluster.devices // (t * p) for t, p in sizes})
     for t, p in sizes:
@@ -133,12 +157,12 @@ def _model_sizes(shape: ModelShape, cluster: Cluster, limits: Limits) -> list[tu
     """The pairs (t, p) that may be tried. A size that was asked for and does not divide is refused by name."""
     tensor, pipeline = tensor_sizes(shape, cluster), pipeline_sizes(shape, cluster, limits.uneven_stages)
     if limits.tp is not None:
-        for t in _allowed("tensor_parallel", limits.tp):
+        for t in limits.tp:
             if t not in tensor:
                 raise InputError(f"tensor_parallel must {_tensor_rule(t, shape, cluster)}, got {t}")
         tensor = sorted(set(limits.tp))
     if limits.pp is not None:
-        for p in _allowed("pipeline_parallel", limits.pp):
+        for p in limits.pp:
             if p not in pipeline:
                 raise InputError(f"pipeline_parallel must {_pipeline_rule(p, shape, cluster)}, got {p}")
         pipeline = sorted(set(limits.pp))
@@ -167,13 +191,6 @@ def _pipeline_rule(p: int, shape: ModelShape, cluster: Cluster) -> str:
     if p > shape.layers:
         return f"be at most the {shape.layers} layers"
     return f"divide the {shape.layers} layers (or give uneven_stages=True)"
-
-
-def _allowed(name: str, values: Collection[int]) -> list[int]:
-    chosen = list(values)
-    if not chosen or not all(is_count(value) for value in chosen):
-        raise InputError(f"{name} must hold integers of at least 1, got {values!r}")
-    return [int(value) for value in chosen]
 
 
 def _nothing_divides(shares: list[int], global_batch: int, micro: set[int] | None) -> str:

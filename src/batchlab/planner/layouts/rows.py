@@ -13,6 +13,7 @@ from batchlab.planner.layouts.step_time import TIME_PARTS, StepTime
 from batchlab.planner.text_table import text_table
 
 SMALL_SHARE = 0.1
+PART_WORDS = {part: part for part in PARTS} | {"optimizer": "optimizer state"}
 TIME_WORDS = {
     "compute": "computing",
     "bubble": "pipeline bubble",
@@ -126,20 +127,21 @@ def why_first(best: Layout, considered: int, fitting: int) -> str:
     share = getattr(best.memory, part) / best.memory.total
     return (
         f"least {how} time of {fitting} layouts that fit, of {considered} that divide: {_seconds(best.seconds)} an "
-        f"update, {best.memory.total / 1e9:.1f} GB a device, of which {part} {share:.0%}"
+        f"update, {best.memory.total / 1e9:.1f} GB a device, of which {PART_WORDS[part]} {share:.0%}"
     )
 
 
-def why_lost(row: Layout, best: Layout) -> str:
-    """Why a row comes after the best, in one sentence with the numbers that differ most."""
+def why_lost(row: Layout, best: Layout, scale: float = 1.0) -> str:
+    """Why a row comes after the best, in one sentence with the numbers that differ most, predictions times `scale`."""
     gap = row.seconds - best.seconds
     if gap <= 1e-9 * best.seconds:
         more = (row.memory.total - best.memory.total) / 1e9
         return f"takes as long and needs {more:.2f} GB more a device" if more > 0 else "takes as long and holds as much"
     slower = f"{gap / best.seconds:.1%} slower, {_seconds(row.seconds)} against {_seconds(best.seconds)}"
-    if row.measured and best.measured:
-        return f"{slower}, both measured"
-    differences = {part: getattr(row.time, part) - getattr(best.time, part) for part in TIME_PARTS}
+    if row.measured or best.measured:
+        kinds = ["measured" if each.measured else "predicted" for each in (row, best)]
+        return f"{slower}, {'both measured' if kinds[0] == kinds[1] else ' against '.join(kinds)}"
+    differences = {part: scale * (getattr(row.time, part) - getattr(best.time, part)) for part in TIME_PARTS}
     most = max(abs(value) for value in differences.values())
     told = sorted((p for p in TIME_PARTS if abs(differences[p]) >= SMALL_SHARE * most), key=lambda p: -differences[p])
     parts = ", ".join(f"{TIME_WORDS[part]} {differences[part]:+.3g} s" for part in told if differences[part])

@@ -3,7 +3,8 @@
 The search is exhaustive: all products dp·tp·pp of the devices, all micro-batches, with and without checkpointing and
 sequence parallelism, four degrees of sharding. What it is exact for is the model of `memory` and `step_time`; how well
 that agrees with published measurements is said there. Hagemann et al. 2023 (arXiv 2311.05610) found micro-batch 1 with
-the least model parallelism and no checkpointing best in most of their settings; nothing of that is built in.
+the least model parallelism and no checkpointing best in most of their settings. That is not built in: small models and
+short sequences get larger ones.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from batchlab.core.checks import check_count, check_not_negative
+from batchlab.core.checks import check_count, holds
 from batchlab.core.errors import InputError
 from batchlab.planner.hardware import Cluster
 from batchlab.planner.layouts.activations import Block
 from batchlab.planner.layouts.grid import SHARDINGS, Grid, Limits, Sharding, grid
 from batchlab.planner.layouts.memory import PARTS, Array, Costing, Memory, Precision, memory, precision_named
-from batchlab.planner.layouts.rows import Layout, Layouts, Measured, part_words, why_first, why_lost
+from batchlab.planner.layouts.rows import PART_WORDS, Layout, Layouts, Measured, part_words, why_first, why_lost
 from batchlab.planner.layouts.shape import ModelShape
 from batchlab.planner.layouts.step_time import TIME_PARTS, Efficiency, StepTime, mfu, step_time
 
@@ -40,12 +41,12 @@ def layout(
     block: Block | None = None,
     efficiency: Efficiency | None = None,
     measured: Sequence[Measured] = (),
-    tensor_parallel: Collection[int] | None = None,
-    pipeline_parallel: Collection[int] | None = None,
-    micro_batch: Collection[int] | None = None,
-    checkpointing: Collection[bool] | None = None,
-    sequence_parallel: Collection[bool] | None = None,
-    sharding: Collection[Sharding] | None = None,
+    tensor_parallel: int | Collection[int] | None = None,
+    pipeline_parallel: int | Collection[int] | None = None,
+    micro_batch: int | Collection[int] | None = None,
+    checkpointing: bool | Collection[bool] | None = None,
+    sequence_parallel: bool | Collection[bool] | None = None,
+    sharding: Sharding | Collection[Sharding] | None = None,
     uneven_stages: bool = False,
     loss_parallel: bool = False,
     reserve_bytes: float = RESERVE_BYTES,
@@ -54,13 +55,14 @@ def layout(
     """The layouts of a model's training that fit a cluster, fastest first.
 
     model: its shape. global_batch: sequences of one update, over all devices. sequence_length: tokens of each.
-    precision: "bf16", "bf16-float32-gradients", "autocast", "float32", or a `Precision`: Adam's bytes by default.
+    precision: "bf16", "bf16-float32-gradients", "autocast", "float32", or a `Precision`; those named are Adam's. Time
+    is reckoned from the device's bfloat16 peak: for float32 give an `efficiency` whose `matmul` is a share of that.
     block: what a layer keeps and moves; `Block.of(model)` if None. efficiency: `Efficiency()` if None.
     measured: layouts that were run. Their seconds stand in place of predictions, those that ran out of memory are left
     out, and predictions of the others are multiplied by the median of measured over predicted.
-    tensor_parallel, pipeline_parallel, micro_batch, checkpointing, sequence_parallel, sharding: the values to try; all
-    that divide where None. uneven_stages: also p that do not divide the layers. loss_parallel: the loss is computed on
-    tensor-parallel ranks' own share of the vocabulary, so logits are never whole.
+    tensor_parallel, pipeline_parallel, micro_batch, checkpointing, sequence_parallel, sharding: the value or values to
+    try; all that divide where None. uneven_stages: also p that do not divide the layers. loss_parallel: each
+    tensor-parallel rank computes the loss of its own share of the vocabulary, so that logits are never whole.
     reserve_bytes: kept free on each device; 2 GiB for context, collectives' buffers and fragmentation, an assumption.
     keep: rows to hand back.
 
@@ -75,7 +77,8 @@ def layout(
     'dp 64 x tp 1 x pp 1, micro-batch 1, optimizer sharded'
     """
     check_count(global_batch=global_batch, sequence_length=sequence_length, keep=keep)
-    check_not_negative(reserve_bytes=reserve_bytes)
+    if not holds(lambda number: 0 <= number < math.inf, reserve_bytes):
+        raise InputError(f"reserve_bytes must be finite and >= 0, got {reserve_bytes!r}")
     if not isinstance(model, ModelShape) or not isinstance(cluster, Cluster):
         raise InputError(f"model must be a ModelShape and cluster a Cluster, got {model!r} and {cluster!r}")
     numbers = precision_named(precision)
@@ -86,14 +89,14 @@ def layout(
         Costing(sequence_length, block, numbers, loss_parallel),
         efficiency or Efficiency(),
         global_batch,
-        Limits(
-            tensor_parallel,
-            pipeline_parallel,
-            micro_batch,
-            checkpointing,
-            sequence_parallel,
-            _sharding_names(sharding),
-            uneven_stages,
+        Limits.of(
+            tp=tensor_parallel,
+            pp=pipeline_parallel,
+            micro_batch=micro_batch,
+            checkpointing=checkpointing,
+            sequence_parallel=sequence_parallel,
+            sharding=sharding,
+            uneven_stages=uneven_stages,
         ),
         reserve_bytes,
     )
@@ -224,7 +227,7 @@ def _ranked(
     rows: list[Layout], considered: int, fitting: int, budget: float, scale: float, notes: tuple[str, ...]
 ) -> Layouts:
     best = rows[0]
-    reasons = [why_first(best, considered, fitting), *(why_lost(row, best) for row in rows[1:])]
+    reasons = [why_first(best, considered, fitting), *(why_lost(row, best, scale) for row in rows[1:])]
     told = tuple(replace(row, reason=reason) for row, reason in zip(rows, reasons, strict=True))
     return Layouts(told, considered, fitting, budget, scale, notes)
 
@@ -233,13 +236,13 @@ def _notes(problem: _Problem, costs: _Costs, failed: NDArray[np.bool_], scale: f
     notes = [f"Memory counts {problem.reserve / 1e9:.2f} GB a device for what is not modelled."]
     if count := int(costs.measured.sum()):
         notes.append(
-            f"{count} layouts carry measured times; predictions of the others are multiplied by {scale:.3g}, the "
+            f"Layouts with measured times: {count}; predictions of the others are multiplied by {scale:.3g}, the "
             "median of measured over predicted."
         )
     else:
         notes.append("All times are predicted: measure the first few before you commit to one.")
     if failed.any():
-        notes.append(f"{int(failed.sum())} layouts are left out because they ran out of memory when measured.")
+        notes.append(f"Layouts left out because they ran out of memory when measured: {int(failed.sum())}.")
     return tuple(notes)
 
 
@@ -251,9 +254,9 @@ def _nothing_fits(problem: _Problem, every: Grid, parts: dict[str, Array], faile
         return "measured must leave a layout to rank: every one that was to be tried ran out of memory"
     smallest = _memory(problem, parts, least)
     return (
-        f"no layout fits {problem.cluster.devices} devices of {problem.budget / 1e9:.1f} GB: the least is "
+        f"no layout fits {problem.cluster.devices} x {problem.budget / 1e9:.1f} GB: the least is "
         f"{smallest.total / 1e9:.1f} GB a device, {_named(every, least, smallest).name} ({part_words(smallest)}, "
-        f"reserve {smallest.reserve / 1e9:.1f}), and {smallest.largest} take most; {_nearest(problem)}"
+        f"reserve {smallest.reserve / 1e9:.1f}), bound by {PART_WORDS[smallest.largest]}; {_nearest(problem)}"
     )
 
 
@@ -273,11 +276,3 @@ def _nearest(problem: _Problem) -> str:
         if fits.any():
             return f"{devices} devices would do, {devices - problem.cluster.devices} more"
     return f"nor does any fit {MULTIPLES[-1]} times as many devices: shorten sequences, or shrink the batch or model"
-
-
-def _sharding_names(sharding: Collection[Sharding] | None) -> Collection[Sharding] | None:
-    if sharding is None:
-        return None
-    if isinstance(sharding, str) or not sharding or not set(sharding) <= set(SHARDINGS):
-        raise InputError(f"sharding must hold some of {list(SHARDINGS)}, got {sharding!r}")
-    return sharding

@@ -51,6 +51,7 @@ class ModelShape(JsonNoun):
     def __post_init__(self) -> None:
         for name in ("layers", "hidden", "heads", "mlp", "vocabulary"):
             check_count(**{name: getattr(self, name)})
+            object.__setattr__(self, name, int(getattr(self, name)))
         check_count(0, positions=self.positions, norms=self.norms)
         if self.kv_heads is None:
             object.__setattr__(self, "kv_heads", self.heads)
