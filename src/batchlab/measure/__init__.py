@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from batchlab.measure.course.adam_stability import AdamStability as AdamStability
     from batchlab.measure.course.adam_update import expected_variance as expected_variance
     from batchlab.measure.course.contraction import max_stable_lr as max_stable_lr
+    from batchlab.measure.course.coordinate_check import CoordinateCheck as CoordinateCheck
+    from batchlab.measure.course.coordinate_check import coordinate_check as coordinate_check
     from batchlab.measure.course.diffusion import Diffusion as Diffusion
     from batchlab.measure.course.learning_rate import Cycle as Cycle
     from batchlab.measure.course.learning_rate import RangeTest as RangeTest
@@ -60,6 +62,10 @@ if TYPE_CHECKING:
     from batchlab.measure.runs.steps_to_result import fewest_steps as fewest_steps
     from batchlab.measure.runs.steps_to_result import measurements as measurements
     from batchlab.measure.runs.steps_to_result import steps_to_target as steps_to_target
+    from batchlab.measure.runs.token_ratio import TokenRatio as TokenRatio
+    from batchlab.measure.runs.token_ratio import pareto as pareto
+    from batchlab.measure.runs.token_ratio import token_ratio as token_ratio
+    from batchlab.measure.runs.token_ratio import tokens_to_loss as tokens_to_loss
     from batchlab.measure.runs.tradeoff import Tradeoff as Tradeoff
     from batchlab.measure.runs.tradeoff import fit_tradeoff as fit_tradeoff
     from batchlab.measure.runs.tuned import tuned_settings as tuned_settings
@@ -102,6 +108,10 @@ _HOME = {
     "perfect_scaling_limit": "runs.scaling_regimes",
     "ScalingRegimes": "runs.scaling_regimes",
     "tuned_settings": "runs.tuned",
+    "token_ratio": "runs.token_ratio",
+    "TokenRatio": "runs.token_ratio",
+    "tokens_to_loss": "runs.token_ratio",
+    "pareto": "runs.token_ratio",
     "sfo_complexity": "runs.sfo",
     "SfoComplexity": "runs.sfo",
     "joint_critical_batch": "runs.sfo",
@@ -112,6 +122,8 @@ _HOME = {
     "SpikeFit": "hessian.stability_limit",
     "rate_ceiling": "hessian.stability_limit",
     "max_stable_lr": "course.contraction",
+    "coordinate_check": "course.coordinate_check",
+    "CoordinateCheck": "course.coordinate_check",
     "lr_range": "course.learning_rate",
     "RangeTest": "course.learning_rate",
     "Cycle": "course.learning_rate",
