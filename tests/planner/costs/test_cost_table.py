@@ -1,5 +1,6 @@
 """The grid: every cell is there once, the front is the brute force one, and b* its definition."""
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -85,6 +86,14 @@ def test_the_table_is_text():
     assert lines[1].split()[:4] == ["fast", "1", "ddp", "16"] and len(lines) == 1 + 3 + 2 + 1
     assert lines[4:6] == ["price: fast 3 USD/h, given", "price: small 0.5 USD/h, a list, 2025-12-24"]
     assert lines[6].startswith("not: small x 1, ddp, batch 32: does not fit")
+
+
+def test_axes_may_be_any_iterable():
+    axes = {"batches": (b for b in (8, 16)), "counts": np.array([1, 2]), "strategies": iter(["ddp"])}
+    found = grid(**axes, devices={"fast": FAST}.values(), step_time=LINES["fast"])
+    plain = {"batches": [8, 16], "counts": [1, 2], "strategies": ["ddp"]}
+    assert found == grid(**plain, devices=[FAST], step_time=LINES["fast"])
+    assert CostTable.from_json(found.to_json()) == found
 
 
 def test_without_prices_there_is_no_front():

@@ -111,6 +111,7 @@ def test_a_curve_that_is_none_is_refused(arguments, message):
     ("changes", "message"),
     [
         ({"targets": [5.0]}, r"loss must be at most 2.04755, the curve's first sample, got 5.0"),
+        ({"targets": ["low"]}, r"loss must be at most 2.04755, the curve's first sample, got 'low'"),
         ({"targets": [math.nan]}, r"loss must be at most 2.04755, the curve's first sample, got nan"),
         ({"budgets": [1.0, -1.0]}, r"budgets\[1\] must be finite and > 0, got -1.0"),
         ({}, r"budgets or targets must hold one or more, got none of either"),

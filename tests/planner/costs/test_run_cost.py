@@ -206,6 +206,13 @@ def test_what_memory_counts_is_said():
     assert unknown.memory_bytes == 16e9
 
 
+def test_what_is_no_training_is_refused():
+    with pytest.raises(
+        InputError, match=r"training must be a Training\(parameters, tokens, sequence_length\), got 1000000000"
+    ):
+        cost(1_000_000_000, batch=8, device=CARD, step_time=LINE)
+
+
 def test_numpy_numbers_are_numbers():
     model = Training(np.int64(10**9), np.float64(1e9), np.int32(1000), activation_bytes=np.float32(1e9))
     found = cost(model, batch=np.int64(8), device=CARD, devices=np.int32(1), step_time=np.array(LINE), price_per_hour=2)

@@ -154,6 +154,11 @@ def test_whole_numbers_are_not_floored_away():
         assert law.max_batch(law.bytes(count)) == count
 
 
+def test_numpy_numbers_give_an_integer():
+    found = CODE.max_batch(np.float64(48e9), np.int64(512), np.float32(0.25))
+    assert found == 8 and type(found) is int
+
+
 def test_what_the_points_leave_open_is_refused():
     sparse = [p for p in peaks(0) if p.sparsity == 0.25]
     with pytest.raises(InputError, match=r"C1 is not identified: all points have the sparsity 0.25; measure a second"):

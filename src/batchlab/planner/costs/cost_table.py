@@ -90,7 +90,7 @@ class CostTable(JsonNoun):
         }
 
     def table(self) -> str:
-        """Plain text, one line a row, those on the front marked; then the cells that cannot be."""
+        """Plain text, one line a row, those on the front marked; then the cells that cannot be. GB are 1e9 bytes."""
         front = {id(row) for row in self.front}
         lines = [_line(row, "front" if id(row) in front else "") for row in self.rows]
         text = text_table(_HEAD, lines)
@@ -132,14 +132,12 @@ def cost_table(
     >>> [row.batch for row in grid.rows], [row.batch for row in grid.front], [cell.batch for cell in grid.pruned]
     ([8, 64], [64], [])
     """
-    for name, axis in {"batches": batches, "devices": devices, "counts": counts, "strategies": strategies}.items():
-        if isinstance(axis, str) or not isinstance(axis, Iterable) or not list(axis):
-            raise InputError(f"{name} must hold one or more, got {axis!r}")
-    kinds = [find_device(device) for device in devices]
+    kinds = [find_device(device) for device in _axis("devices", devices)]
+    sizes, ranks, names = _axis("batches", batches), _axis("counts", counts), _axis("strategies", strategies)
     _check_names({kind.name for kind in kinds}, step_time=step_time, mfu=mfu, prices=prices)
     rows: list[RunCost] = []
     pruned: list[Pruned] = []
-    for kind, count, strategy, batch in product(kinds, counts, strategies, batches):
+    for kind, count, strategy, batch in product(kinds, ranks, names, sizes):
         try:
             row = cost(
                 training,
@@ -174,6 +172,13 @@ def pareto(rows: Sequence[RunCost]) -> tuple[RunCost, ...]:
         if not front or slowness < front[-1][1] or (dollars, slowness) == front[-1][:2]:
             front.append((dollars, slowness, row))
     return tuple(row for _, _, row in front)
+
+
+def _axis(name: str, values: Iterable[T]) -> list[T]:
+    found = [] if isinstance(values, str) or not isinstance(values, Iterable) else list(values)
+    if not found:
+        raise InputError(f"{name} must hold one or more, got {values!r}")
+    return found
 
 
 def _of(value: T | Mapping[str, T], name: str) -> T:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from batchlab.core.checks import check_count, check_positive
+from batchlab.core.checks import check_count, check_positive, holds
 from batchlab.core.errors import InputError
 from batchlab.core.jsonio import JsonNoun
 from batchlab.planner.costs.run_cost import RunCost
@@ -91,7 +91,7 @@ class LossCurve(JsonNoun):
 
         A loss above the first sample's is refused: when that was met is not known.
         """
-        if not loss <= self._falling[0]:
+        if not holds(lambda value: value <= self._falling[0], loss):
             raise InputError(f"loss must be at most {self._falling[0]:g}, the curve's first sample, got {loss!r}")
         if loss < self._falling[-1]:
             return None

@@ -24,7 +24,7 @@ from batchlab.measure.energy.energy_use import ComponentEnergy, EnergyUse, check
 from batchlab.measure.speed.step_time_law import TOLERANCE, StepTimeLaw, bottleneck
 from batchlab.planner.costs.price import SECONDS_PER_HOUR, Price, find_device, price_of, tokens_per_dollar
 from batchlab.planner.costs.sharding import check_strategy
-from batchlab.planner.costs.training import Training
+from batchlab.planner.costs.training import Training, check_training
 from batchlab.planner.costs.update_time import Infeasible, check_spread, line_of, update_time
 from batchlab.planner.hardware import Cluster, Device
 
@@ -128,6 +128,7 @@ def cost(
     >>> round(run.tokens_per_second), round(run.dollars)
     (166092, 535)
     """
+    check_training(training)
     kind = find_device(device)
     check_spread(kind, batch, devices, micro_batch)
     check_share(overlap=overlap)

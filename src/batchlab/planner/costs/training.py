@@ -74,3 +74,9 @@ class Training(JsonNoun):
         if self.attention is not None:
             kept += self.attention.bytes(self.sequence_length, micro_batch)
         return state_bytes(self.parameters, strategy, ranks, each=self.state) + kept
+
+
+def check_training(training: Training) -> None:
+    """Refuses what is no `Training`."""
+    if not isinstance(training, Training):
+        raise InputError(f"training must be a Training(parameters, tokens, sequence_length), got {training!r:.80}")

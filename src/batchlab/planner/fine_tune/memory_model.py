@@ -119,10 +119,10 @@ class BatchMemoryModel(JsonNoun):
         """B_max, 0 where not one query fits. reserve: the share of memory to leave free for fragmentation."""
         room = self._room(gpu_bytes, reserve)
         each = self.query_bytes(sequence_length, sparsity)
-        batch = max(0, math.floor((room - self.model_bytes.value) / each))
-        return batch + (
-            self.bytes(batch + 1, sequence_length, sparsity) <= room
-        )  # a quotient just below a whole number
+        batch = int(max(0, math.floor((room - self.model_bytes.value) / each)))
+        if batch and self.bytes(batch, sequence_length, sparsity) > room:  # the quotient was rounded up,
+            return batch - 1
+        return batch + int(self.bytes(batch + 1, sequence_length, sparsity) <= room)  # or down
 
     def missing_bytes(
         self,
