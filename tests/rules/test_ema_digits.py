@@ -35,6 +35,19 @@ def test_the_average_ends_where_it_did(kappa, averaged_at_the_base):
     assert gap_by_rule.max() < 0.02 and gap_unscaled.min() > 0.5, figures
 
 
+@pytest.mark.parametrize("kappa", [4, 16])
+def test_it_ends_within_the_spread_of_seeds(kappa, averaged_at_the_base):
+    """The last test loss of each run's average, against the spread of the base run's over the five seeds."""
+    rule = ema.with_optimizer(BASE, kappa, optimizer="sgd")
+    base = np.array([curves[0][-1] for curves, _ in averaged_at_the_base])
+    runs = [supervised(seed, BATCH * kappa, Sgd(rule.learning_rate), 24_576, [rule.decay, DECAY])[0] for seed in SEEDS]
+    by_rule, unscaled = np.array([found[:, -1] for found in runs]).T
+    spread = base.max() - base.min()
+    figures = np.stack([base, by_rule, unscaled])
+    assert (np.abs(by_rule - base) < spread).all(), figures
+    assert (np.abs(unscaled - base) > spread).all(), figures
+
+
 def test_a_teacher_that_is_an_average_teaches_the_same():
     """κ = 8: the largest relative deviation from the base run's test losses, of student and teacher."""
     rule = ema.with_optimizer(BASE, 8, optimizer="sgd")
