@@ -285,7 +285,10 @@ LAST = RUNS[-1]
         ([*RUNS[:-3], *(r._replace(steps=9) for r in RUNS[-3:])], "all cells must have equal examples"),
         ([*RUNS[:-1], LAST._replace(steps=9)], "every cell must have the same seeds"),
         ([*RUNS[:-1], LAST._replace(scores={"y1": 1.0})], r"every run must score the tasks \['y1', 'y2'\]"),
-        ([*RUNS[:-1], LAST._replace(scores={"y1": math.nan, "y2": 1.0})], "scores must be finite, got .*nan.*'y1' at"),
+        ([*RUNS[:-1], LAST._replace(scores={"y1": math.nan, "y2": 1.0})], "scores must be finite, got nan for 'y1' at"),
+        ([*RUNS[:-1], LAST._replace(scores={"y1": 1.0, "y2": None})], "got None for 'y2' at learning rate 16"),
+        ([*RUNS[:-1], LAST._replace(scores=[1.0])], r"scores must map tasks to numbers, got \[1.0\]"),
+        ([{"learning_rate": 1}], "runs must hold RatioRun, got dict"),
         ([*RUNS[:-1], LAST._replace(learning_rate=0.0)], "learning_rate must be finite and > 0, got 0.0"),
         ([*RUNS[:-1], LAST._replace(batch_size=12.5)], "batch_size must be an integer of at least 1, got 12.5"),
         ([r._replace(scores={}) for r in RUNS], "scores must hold at least one task, got none"),
@@ -323,7 +326,15 @@ def test_bad_arguments_are_refused(call, said):
         call()
 
 
+def test_scores_that_do_not_vary_have_no_verdict():
+    for value in (0.3, 0.0, 1e9):
+        flat = [run._replace(scores={"a": value, "b": value + run.seed}) for run in RUNS]
+        for each in lr_to_batch(flat).tasks:
+            assert (each.verdict, each.p_any, each.sufficient) == ("none", 1.0, ())
+
+
 def test_numpy_numbers_are_numbers():
+    assert sweep(np.array([8, 16, 32]), ratios=np.array([1.0, 2.0, 4.0]), steps=np.int64(3))[0].steps == 3
     runs = [
         r._replace(learning_rate=np.float64(r.learning_rate), batch_size=np.int64(r.batch_size), seed=np.int64(r.seed))
         for r in RUNS

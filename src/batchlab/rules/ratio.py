@@ -25,7 +25,6 @@ import numpy as np
 
 from batchlab.core.checks import check_count, check_inside
 from batchlab.core.errors import InputError
-from batchlab.core.facts import Estimate
 from batchlab.rules.ratio_grid import Direction, RatioTable
 from batchlab.rules.ratio_grid import RatioRun as RatioRun
 from batchlab.rules.ratio_grid import ratio as ratio
@@ -106,6 +105,8 @@ def _task(table: RatioTable, name: str, designs: Mapping[str, Array], coverage: 
     slopes = [mean_of(values, coverage, method) for values in (b, c)]
     exponent = ratio_of(b - c, b + c, coverage, method)
     p = {key: p_value(scores, beyond(designs["both"], design)) for key, design in designs.items() if key != "both"}
+    along = np.linalg.pinv(designs["both"])[1]
+    p["slope"] = p_value(scores, along[:, None] / np.linalg.norm(along))
     misfit = p_value(scores, beyond(np.eye(scores.shape[1]), designs["both"]))
     shares = {key: _share(scores.mean(axis=0), design) for key, design in designs.items() if key != "constant"}
     means = tuple(mean_of(scores[:, i], coverage, f"{len(scores)} seeds") for i in range(scores.shape[1]))
@@ -113,12 +114,12 @@ def _task(table: RatioTable, name: str, designs: Mapping[str, Array], coverage: 
     return TaskRatio(
         name,
         table.direction(name),
-        _verdict(slopes[0], table.sign(name), p, 1 - coverage),
+        _verdict(slopes[0].value * table.sign(name), p, 1 - coverage),
         slopes[0],
         slopes[1],
         exponent,
-        p.pop("constant"),
-        p,
+        p["constant"],
+        {key: value for key, value in p.items() if key not in ("constant", "slope")},
         shares,
         misfit,
         best,
@@ -128,10 +129,10 @@ def _task(table: RatioTable, name: str, designs: Mapping[str, Array], coverage: 
     )
 
 
-def _verdict(slope: Estimate, sign: int, p: Mapping[str, float], level: float) -> Verdict:
-    """From the slope along ln ρ, and whether any regression, and any without the ratio, holds."""
-    if slope.low > 0 or slope.high < 0:
-        return "high" if (slope.value > 0) == (sign > 0) else "low"
+def _verdict(slope: float, p: Mapping[str, float], level: float) -> Verdict:
+    """From the slope of what is better along ln ρ, and whether any regression, and any without the ratio, holds."""
+    if p["slope"] < level:
+        return "high" if slope > 0 else "low"
     if p["constant"] >= level:
         return "none"
     return "curved" if p["product"] < level else "not the ratio"

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from batchlab.core.checks import check_count, check_positive
+from batchlab.core.checks import check_count, check_positive, holds
 from batchlab.core.errors import InputError
 from batchlab.rules.ratio_nouns import RatioCell
 from batchlab.rules.replicates import Array
@@ -68,7 +68,7 @@ def sweep(
         raise InputError("give either examples or steps, the same for every cell")
     name, lines = ("ratios", ratios) if learning_rates is None else ("learning_rates", learning_rates)
     sizes = _levels("batch_sizes", batch_sizes)
-    rows = itertools.product(_levels(name, lines or ()), sizes)
+    rows = itertools.product(_levels(name, () if lines is None else lines), sizes)
     for size in sizes:
         check_count(batch_sizes=size)
     cells = [(line * size if learning_rates is None else line, size) for line, size in rows]
@@ -116,9 +116,7 @@ class RatioTable(NamedTuple):
         """The runs of all cells, refused where they do not make a balanced grid."""
         found: dict[tuple[float, int, int], dict[int, Mapping[str, float]]] = {}
         for run in runs:
-            check_positive(learning_rate=run.learning_rate)
-            check_count(batch_size=run.batch_size, steps=run.steps)
-            check_count(0, seed=run.seed)
+            _check_run(run)
             of_cell = found.setdefault((float(run.learning_rate), int(run.batch_size), int(run.steps)), {})
             if run.seed in of_cell:
                 raise InputError(f"runs hold seed {run.seed} twice at {_at(run.learning_rate, run.batch_size)}")
@@ -130,7 +128,6 @@ class RatioTable(NamedTuple):
         scores = {
             task: np.array([[float(found[place][seed][task]) for place in places] for seed in seeds]) for task in tasks
         }
-        _check_scores(scores, cells)
         for task, direction in directions.items():
             if task not in scores or direction not in ("max", "min"):
                 raise InputError(
@@ -180,12 +177,18 @@ def _tasks(found: Found) -> list[str]:
     return tasks
 
 
-def _check_scores(scores: Mapping[str, Array], cells: Sequence[RatioCell]) -> None:
-    for task, values in scores.items():
-        for cell, column in zip(cells, values.T, strict=True):
-            if not np.isfinite(column).all():
-                place = _at(cell.learning_rate, cell.batch_size)
-                raise InputError(f"scores must be finite, got {column.tolist()} for {task!r} at {place}")
+def _check_run(run: Any) -> None:
+    if not isinstance(run, RatioRun):
+        raise InputError(f"runs must hold RatioRun, got {type(run).__name__}")
+    check_positive(learning_rate=run.learning_rate)
+    check_count(batch_size=run.batch_size, steps=run.steps)
+    check_count(0, seed=run.seed)
+    if not isinstance(run.scores, Mapping):
+        raise InputError(f"scores must map tasks to numbers, got {run.scores!r:.80}")
+    for task, score in run.scores.items():
+        if not holds(math.isfinite, score):
+            where = f"{_at(run.learning_rate, run.batch_size)}, seed {run.seed}"
+            raise InputError(f"scores must be finite, got {score!r} for {task!r} at {where}")
 
 
 def _budget(cells: Sequence[RatioCell]) -> Literal["examples", "steps"]:
