@@ -83,7 +83,7 @@ class Telescope:
         odd: bool = True,
         linear: Iterable[str] = (),
     ) -> None:
-        names = tuple(linear)
+        names, widths = tuple(linear), tuple(widths)
         _check(space, widths, points, names)
         ends = {name: (float(low), float(high)) for name, (low, high) in space.items()}
         losses: tuple[tuple[float | None, ...], ...] = ()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,7 +83,7 @@ def coordinate_check(
     make: Callable[[int], nn.Module],
     optimizer: Callable[[nn.Module, int], torch.optim.Optimizer],
     loss: Callable[[nn.Module, Any], Tensor],
-    batches: Sequence[Any],
+    batches: Iterable[Any],
     *,
     widths: Sequence[int],
     modules: Sequence[str] | None = None,
@@ -113,7 +113,10 @@ def coordinate_check(
     >>> found.coordinates[0].module, [round(change, 3) for change in found.coordinates[0].changes], found.flat()
     ('model', [3.0, 3.0, 3.0], True)
     """
-    _check(widths, batches)
+    batches = list(batches)
+    widths = _checked(widths)
+    if not batches:
+        raise InputError("batches must hold at least one, got none")
     check_count(seeds=seeds)
     check_inside(coverage=coverage)
     changes: dict[tuple[str, int], dict[int, list[float]]] = {}
@@ -127,13 +130,12 @@ def coordinate_check(
     return CoordinateCheck(tuple(widths), seeds, tuple(sorted(found, key=lambda each: each.step)))
 
 
-def _check(widths: Sequence[int], batches: Sequence[Any]) -> None:
+def _checked(widths: Sequence[int]) -> list[int]:
     for width in widths:
         check_count(widths=width)
     if len(set(widths)) < 3 or list(widths) != sorted(set(widths)):
         raise InputError(f"widths must be at least 3, ascending, got {list(widths)!r}")
-    if not len(batches):
-        raise InputError("batches must hold at least one, got none")
+    return [int(width) for width in widths]
 
 
 def _changes(
