@@ -29,11 +29,13 @@ if TYPE_CHECKING:
     from batchlab.rules.fit.data_laws import RateLaw as RateLaw
     from batchlab.rules.fit.data_laws import data_law as data_law
     from batchlab.rules.fit.data_laws import rate_law as rate_law
+    from batchlab.rules.fit.final_losses import extrapolated_final_losses as extrapolated_final_losses
     from batchlab.rules.fit.frontier import ComputeLaws as ComputeLaws
     from batchlab.rules.fit.frontier import compute_laws as compute_laws
     from batchlab.rules.fit.frontier import lower_envelope as lower_envelope
     from batchlab.rules.fit.joint_laws import JointLaw as JointLaw
     from batchlab.rules.fit.joint_laws import joint_law as joint_law
+    from batchlab.rules.fit.loss_runs import LossRun as LossRun
     from batchlab.rules.fit.parametric import ParametricLaw as ParametricLaw
     from batchlab.rules.fit.parametric import parametric_laws as parametric_laws
     from batchlab.rules.fit.power_laws import PowerLaw as PowerLaw
@@ -49,6 +51,10 @@ if TYPE_CHECKING:
     from batchlab.rules.fit.table import RunTable as RunTable
     from batchlab.rules.fit.timescales import TimescaleLaw as TimescaleLaw
     from batchlab.rules.fit.timescales import timescale as timescale
+    from batchlab.rules.fit.trajectory_law import CriticalLevel as CriticalLevel
+    from batchlab.rules.fit.trajectory_law import TrajectoryLaw as TrajectoryLaw
+    from batchlab.rules.fit.trajectory_law import trajectory as trajectory
+    from batchlab.rules.fit.trajectory_table import loss_runs_of as loss_runs_of
 
 _HOME = {
     "Optimum": "bowl",
@@ -72,11 +78,13 @@ _HOME = {
     "RateLaw": "data_laws",
     "data_law": "data_laws",
     "rate_law": "data_laws",
+    "extrapolated_final_losses": "final_losses",
     "ComputeLaws": "frontier",
     "compute_laws": "frontier",
     "lower_envelope": "frontier",
     "JointLaw": "joint_laws",
     "joint_law": "joint_laws",
+    "LossRun": "loss_runs",
     "ParametricLaw": "parametric",
     "parametric_laws": "parametric",
     "PowerLaw": "power_laws",
@@ -92,6 +100,10 @@ _HOME = {
     "RunTable": "table",
     "TimescaleLaw": "timescales",
     "timescale": "timescales",
+    "CriticalLevel": "trajectory_law",
+    "TrajectoryLaw": "trajectory_law",
+    "trajectory": "trajectory_law",
+    "loss_runs_of": "trajectory_table",
 }
 
 __all__ = [*_HOME]

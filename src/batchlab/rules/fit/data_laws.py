@@ -23,7 +23,7 @@ from batchlab.rules.fit.bootstrap import Rows, bootstrap
 from batchlab.rules.fit.bowl import WITHIN, Optimum, learning_rate_optimum, optimum, vertex
 from batchlab.rules.fit.power_laws import PowerLaw, power_law
 from batchlab.rules.fit.table import RunTable
-from batchlab.rules.fit.tuning import at_edge, ids, tuned, tuned_rows
+from batchlab.rules.fit.tuning import edge_note, ids, tuned, tuned_rows
 from batchlab.rules.token_batch import TokenBatch
 
 Array = NDArray[np.float64]
@@ -89,8 +89,8 @@ def data_law(
     drawn = bootstrap(slope, table.texts["run"], within=groups, draws=draws, seed=seed, coverage=coverage)
     method = f"least squares on ln batch_tokens over {len(good)} vertices, bootstrap over runs (approximate)"
     exponent = drawn.estimate(0, law.exponent.value, method, coverage)
-    notes += _edges(table, kept)
-    return DataLaw(law, exponent, tuple(optima), "; ".join(notes))
+    notes.append(edge_note(table, kept, "params", "tokens", "batch_tokens"))
+    return DataLaw(law, exponent, tuple(optima), "; ".join(filter(None, notes)))
 
 
 def _optima(table: RunTable, kept: Rows, within: float, coverage: float) -> tuple[list[BatchOptimum], list[str]]:
@@ -127,16 +127,6 @@ def _drawn_slope(table: RunTable, within: float) -> Callable[[Rows], Sequence[fl
         return [LogLine.through(lengths[known].tolist(), np.exp(vertices[known]).tolist()).slope]
 
     return slope
-
-
-def _edges(table: RunTable, kept: Rows) -> list[str]:
-    names = ("params", "tokens", "batch_tokens")
-    count = sum(at_edge(table, int(row), *names) for row in kept)
-    if not count:
-        return []
-    return [
-        f"the best learning rate of {count} of {len(kept)} rows kept is at the edge of those tried: widen its sweep"
-    ]
 
 
 @dataclass(frozen=True)

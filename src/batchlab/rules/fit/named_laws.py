@@ -25,7 +25,7 @@ from batchlab.rules.fit.surge_runs import Form
 from batchlab.rules.fit.surge_runs import surge as _surge
 from batchlab.rules.fit.table import RunTable
 from batchlab.rules.fit.timescales import timescale as _timescale
-from batchlab.rules.fit.tuning import at_edge, least_losses, tuned_rows
+from batchlab.rules.fit.tuning import edge_note, least_losses, tuned_rows
 
 _STUDY = "Shuai et al. 2024, arXiv 2412.01505"
 _LINES = "Bergsma et al. 2025, arXiv 2505.13738"
@@ -52,9 +52,7 @@ def batch_optimum(table: RunTable, *, within: float = WITHIN, coverage: float = 
     _one(table, "batch_optimum", "params", "tokens")
     kept = tuned_rows(table, name)
     found = optimum(batches[kept], table["loss"][kept], name=name, within=within, coverage=coverage)
-    edges = sum(at_edge(table, int(row), name) for row in kept)
-    why = f"the best learning rate of {edges} rows is at the edge of those tried: widen its sweep" if edges else ""
-    return _of_optimum("batch_optimum", found, table, _STUDY, why)
+    return _of_optimum("batch_optimum", found, table, _STUDY, edge_note(table, kept, name))
 
 
 def learning_rate_optimum(table: RunTable, *, within: float = WITHIN, coverage: float = 0.95) -> Fit:

@@ -40,13 +40,19 @@ def tuned_rows(table: RunTable, *names: str) -> Rows:
     return np.flatnonzero(tuned(table["loss"], ids(*columns), ids(*columns, table["learning_rate"])))
 
 
-def at_edge(table: RunTable, row: int, *names: str) -> bool:
-    """Whether the row's learning rate is the smallest or largest tried in its setting, of several."""
+def edge_note(table: RunTable, rows: Rows, *names: str) -> str:
+    """How many of the rows have the smallest or largest learning rate tried in their setting, of several; or ""."""
     if "learning_rate" not in table:
-        return False
-    setting = ids(*(table[name] for name in names))
-    rates = table["learning_rate"][setting == setting[row]]
-    return len(np.unique(rates)) > 1 and table["learning_rate"][row] in (rates.min(), rates.max())
+        return ""
+    rates, setting = table["learning_rate"], ids(*(table[name] for name in names))
+    low, high = np.full(int(setting.max()) + 1, np.inf), np.zeros(int(setting.max()) + 1)
+    np.minimum.at(low, setting, rates)
+    np.maximum.at(high, setting, rates)
+    low, high = low[setting], high[setting]
+    at_edge = (low < high) & ((rates == low) | (rates == high))
+    count = int(at_edge[rows].sum())
+    why = f"the best learning rate of {count} of {len(rows)} rows is at the edge of those tried: widen its sweep"
+    return why if count else ""
 
 
 def least_losses(table: RunTable) -> tuple[Array, Array, Array, list[str]]:
