@@ -138,6 +138,8 @@ def test_errors_name_what_is_wrong():
         rules.rescale(1e-3, 32, 64, rule="cubic")
     with pytest.raises(InputError, match=r"the rule 'power' needs exponent, got None"):
         rules.rescale(1e-3, 32, 64, rule="power")
+    with pytest.raises(InputError, match=r"exponent is too large for 64/32, got 1e\+300"):
+        rules.power(1e-3, 32, 64, exponent=1e300)
     with pytest.raises(InputError, match=r"exponent must be finite and >= 0, got nan"):
         rules.power(1e-3, 32, 64, exponent=math.nan)
     with pytest.raises(InputError, match=r"optimizer must be one of .*'yogi'\], got 'adamm': no learning-rate rule"):

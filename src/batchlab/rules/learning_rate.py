@@ -58,7 +58,10 @@ def power(learning_rate: float, base_batch_size: float, batch_size: float, *, ex
     check_positive(learning_rate=learning_rate, base_batch_size=base_batch_size, batch_size=batch_size)
     if not holds(lambda p: 0 <= p < math.inf, exponent):
         raise InputError(f"exponent must be finite and >= 0, got {exponent!r}")
-    return learning_rate * float((batch_size / base_batch_size) ** exponent)
+    try:
+        return learning_rate * float((batch_size / base_batch_size) ** exponent)
+    except OverflowError:
+        raise InputError(f"exponent is too large for {batch_size!r}/{base_batch_size!r}, got {exponent!r}") from None
 
 
 def saturating(
@@ -196,10 +199,11 @@ class Choice(NamedTuple):
 
 _FAR_BELOW = "for batches far below the noise scale, with all else that moves with the batch moved too"
 _WITHIN = "while the noise scale is about the one given; it is one number for a run along which it grows"
-_REASONS: dict[Rule, tuple[str, str, str]] = {
+_REASONS: dict[str, tuple[str, str, str]] = {
     "none": ("η = η₀", "derived from the update, batchlab", _FAR_BELOW),
     "linear": ("η = η₀·B/B₀", "Goyal et al. 2017, arXiv 1706.02677", _FAR_BELOW),
     "sqrt": ("η = η₀·√(B/B₀)", "Malladi et al. 2022, arXiv 2205.10287", _FAR_BELOW),
+    "power": ("η = η₀·(B/B₀)^p", "a fit, as of Shuai et al. 2024, arXiv 2412.01505", "for the batch sizes of the fit"),
     "saturating": ("η = η₀·(1 + Bn/B₀)/(1 + Bn/B)", "McCandlish et al. 2018, arXiv 1812.06162", _WITHIN),
     "surge": (
         "η = η₀·(√(Bn/B₀) + √(B₀/Bn))/(√(Bn/B) + √(B/Bn)), held at its peak for B >= Bn",
@@ -207,6 +211,17 @@ _REASONS: dict[Rule, tuple[str, str, str]] = {
         f"{_WITHIN}; past the peak it is held, as the law's fall is an expansion for small batches",
     ),
 }
+
+
+def reason(rule: str) -> tuple[str, str, str]:
+    """A rule's formula, its source, and where it holds.
+
+    >>> reason("sqrt")[0]
+    'η = η₀·√(B/B₀)'
+    """
+    if rule not in _REASONS:
+        raise InputError(f"rule must be one of {sorted(_REASONS)}, got {rule!r}")
+    return _REASONS[rule]
 
 
 def for_optimizer(
