@@ -73,6 +73,35 @@ def test_a_machine_faster_than_its_peak_is_held_at_it():
     assert found.error > 0.1
 
 
+def test_all_three_constants_are_found_again():
+    truth = Efficiency(matmul=0.8, half_width=300.0, half_tokens=400.0)
+    names = ("matmul", "half_width", "half_tokens")
+    found = fit_efficiency(SHAPE, CLUSTER, runs(truth), **SIZES, constants=names)
+    assert found.fitted == names
+    for name in names:
+        assert getattr(found.efficiency, name) == pytest.approx(getattr(truth, name), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("which", "constants", "text"),
+    [
+        (
+            RUNS,
+            ("link",),
+            r"constants must be some of \['matmul', 'half_width', 'half_tokens'\], each once, got \('link',\)",
+        ),
+        (RUNS, "matmul", "constants must be some of .* got 'matmul'"),
+        (RUNS, (), r"constants must be some of .* got \(\)"),
+        ([(1, 1, 1), (1, 2, 2)], ("half_width",), "measured must hold two sizes of tp to tell half_width, got one"),
+        ([(1, 1, 1), (2, 2, 1)], ("half_tokens",), "measured must hold two sizes of micro_batch to tell half_tokens"),
+        (RUNS[1:3], ("matmul", "half_width"), r"measured must hold 3 layouts that ran to tell \['matmul', .* got 2"),
+    ],
+)
+def test_constants_that_cannot_be_told_are_refused(which, constants, text):
+    with pytest.raises(InputError, match=text):
+        fit_efficiency(SHAPE, CLUSTER, runs(Efficiency(), which=which), **SIZES, constants=constants)
+
+
 @pytest.mark.parametrize(
     ("rows", "text"),
     [

@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchlab.core.errors import InputError
@@ -142,6 +142,7 @@ def test_autocast_holds_a_copy_of_the_weights():
     assert parts["optimizer"][0] == 8 * shape.parameters
 
 
+@settings(max_examples=25)
 @given(SHAPES, CLUSTERS, st.booleans())
 def test_a_larger_micro_batch_never_takes_less(shape, cluster, flash):
     """Sheet check 6, at a layout that is otherwise the same."""

@@ -1,7 +1,7 @@
 """Predictions against the published sweep of Hagemann et al. 2023 (sheet 40), as far as the sheet carries it.
 
-The efficiency constants were fitted to the 65B sweep's 13 runs, of which two are among these rows; nothing else was
-fitted to anything. So the other four settings, and the memory of all five, are predictions.
+Two efficiency constants were fitted to the 65B sweep's 13 runs, of which two are among these rows; that a third is 0
+was chosen with 13B in sight. Nothing else was fitted to anything, and the memory of all five is a prediction.
 """
 
 import math

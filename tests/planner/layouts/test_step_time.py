@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchlab.core.errors import InputError
@@ -105,6 +105,7 @@ EFFICIENCIES = st.builds(
 )
 
 
+@settings(max_examples=25)
 @given(SHAPES, CLUSTERS, EFFICIENCIES, st.sampled_from(list(PRECISIONS.values())), st.booleans(), st.booleans())
 def test_arrays_equal_the_plain_sum(shape, cluster, efficiency, precision, flash, parallel):
     make = Block.llama if shape.gated else Block.gpt
@@ -168,6 +169,7 @@ def test_checkpointing_does_four_thirds_of_a_layers_work():
             assert seconds == pytest.approx(4 / 3 * work[(*row[:5], False, *row[6:])], rel=1e-4)
 
 
+@settings(max_examples=25)
 @given(SHAPES, CLUSTERS)
 def test_a_larger_micro_batch_never_has_a_smaller_bubble(shape, cluster):
     """Sheet check 6."""

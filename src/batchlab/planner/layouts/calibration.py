@@ -18,6 +18,8 @@ from batchlab.planner.layouts.rows import Measured
 from batchlab.planner.layouts.shape import ModelShape
 from batchlab.planner.layouts.step_time import Efficiency, step_time
 
+FIRST = {"matmul": 1e-3, "half_width": 1.0, "half_tokens": 1.0}
+
 
 @dataclass(frozen=True)
 class FittedEfficiency(JsonNoun):
@@ -39,12 +41,14 @@ def fit_efficiency(
     block: Block | None = None,
     loss_parallel: bool = False,
     start: Efficiency | None = None,
+    constants: Sequence[str] | None = None,
 ) -> FittedEfficiency:
-    """`matmul` and `half_width` by least squares of ln(measured/predicted) over layouts that ran on one cluster.
+    """`matmul`, `half_width` and `half_tokens` by least squares of ln(measured/predicted) over layouts that ran.
 
-    Arguments as in `layout`; `start` gives all that is not fitted. Three layouts at least, at two tensor-parallel
-    sizes or more: with one size the two cannot be told apart, and only `matmul` is fitted, to one layout or more.
-    Raises `InputError` where none ran.
+    Arguments as in `layout`, all measured on its cluster; `start` gives all that is not fitted. constants: those to
+    fit; None for `matmul`, and `half_width` where the layouts tell it. `half_width` takes two tensor-parallel sizes,
+    `half_tokens` two micro-batch sizes, and all together a layout more than there are constants where there are two or
+    more. Raises `InputError` where they do not, or where no layout ran.
     """
     check_count(global_batch=global_batch, sequence_length=sequence_length)
     ran = [row for row in measured if row.seconds is not None]
@@ -54,7 +58,7 @@ def fit_efficiency(
     block = block or Block.of(model, bytes_each=numbers.activation)
     costing = Costing(sequence_length, block, numbers, loss_parallel)
     columns, seconds = as_grid(ran, cluster.devices, global_batch), np.array([row.seconds for row in ran], np.float64)
-    names = ("matmul", "half_width") if len(ran) >= 3 and len({row.tp for row in ran}) >= 2 else ("matmul",)
+    names = _constants(ran, constants)
 
     def with_values(logs: Array) -> Efficiency:
         values = dict(zip(names, np.exp(logs).tolist(), strict=True))
@@ -66,10 +70,25 @@ def fit_efficiency(
 
     from scipy.optimize import least_squares
 
-    upper = [0.0, np.inf][: len(names)]
-    first = np.log([start.matmul, max(start.half_width, 1.0)])[: len(names)]
-    found = least_squares(errors, np.minimum(first, np.array(upper) - 1e-9), bounds=(-20.0, upper), x_scale=1.0)
+    upper = np.array([0.0 if name == "matmul" else np.inf for name in names])
+    first = np.log([max(getattr(start, name), FIRST[name]) for name in names])
+    found = least_squares(errors, np.minimum(first, upper - 1e-9), bounds=(-20.0, upper))
     return FittedEfficiency(with_values(found.x), names, float(np.sqrt(np.mean(found.fun**2))))
+
+
+def _constants(ran: Sequence[Measured], wanted: Sequence[str] | None) -> tuple[str, ...]:
+    spread = {"half_width": len({row.tp for row in ran}), "half_tokens": len({row.micro_batch for row in ran})}
+    if wanted is None:
+        return ("matmul", "half_width") if len(ran) >= 3 and spread["half_width"] >= 2 else ("matmul",)
+    names = tuple(wanted)
+    if isinstance(wanted, str) or not names or not set(names) <= set(FIRST) or len(set(names)) < len(names):
+        raise InputError(f"constants must be some of {list(FIRST)}, each once, got {wanted!r}")
+    for name, varied in (("half_width", "tp"), ("half_tokens", "micro_batch")):
+        if name in names and spread[name] < 2:
+            raise InputError(f"measured must hold two sizes of {varied} to tell {name}, got one")
+    if 1 < len(names) >= len(ran):
+        raise InputError(f"measured must hold {len(names) + 1} layouts that ran to tell {list(names)}, got {len(ran)}")
+    return names
 
 
 def as_grid(rows: Sequence[Measured], devices: int, global_batch: int) -> Grid:
