@@ -6,7 +6,7 @@ each module's output on the first batch, y_t after update t,
   Δ_t = √(mean (y_t - y_{t-1})²) ∝ width^s,
 
 the mean over all its entries. Under μP (`rules.mup`) s is 0 for every module and update: then tuned learning rates
-carry over between widths. With one learning rate for all widths Adam has s from 0.5 to 1 in hidden and output layers.
+carry over between widths. With one rate for all widths Adam has s from 0.8 to 1.3 in hidden and output layers at first.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class CoordinateCheck(JsonNoun):
         """Whether no slope is farther from 0 than `tolerance`.
 
         0.25 is halfway between μP and the mildest mistake, a root of the width. At small widths μP itself is off by
-        terms of 1/√width: a transformer of widths 64 to 256 has slopes to -0.15. Take wide ones, and read intervals.
+        terms of 1/√width: a transformer of widths 64 to 256 has slopes to -0.18. Take wide ones, and read intervals.
         """
         check_not_negative(tolerance=tolerance)
         return abs(self.steepest.slope.value) <= tolerance
