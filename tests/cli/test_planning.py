@@ -2,7 +2,9 @@
 
 import inspect
 import json
+import math
 import shlex
+from textwrap import dedent
 
 import pytest
 
@@ -10,6 +12,8 @@ from batchlab import planner
 from batchlab.cli import main, planning
 from batchlab.planner import Advice, Recipe, Rescaled, advise, read_recipe
 from batchlab.planner import recipe as rescale
+from batchlab.planner.hardware import hardware
+from batchlab.rules.fit import Fit
 from tests.cli.command import batchlab
 
 RECIPE = (
@@ -17,17 +21,38 @@ RECIPE = (
 )
 
 
+CONFIG = {
+    "model_type": "llama",
+    "num_hidden_layers": 40,
+    "hidden_size": 5120,
+    "num_attention_heads": 40,
+    "intermediate_size": 13824,
+    "vocab_size": 128000,
+}
+RUNS = "tokens,batch_tokens\n1e9,2e5\n1e10,4e5\n1e11,8e5\n"
+
+
 @pytest.fixture
 def place(tmp_path):
     (tmp_path / "recipe.toml").write_text(RECIPE)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "runs.csv").write_text(RUNS)
     return tmp_path
 
 
-@pytest.mark.parametrize(("verb", "function"), [("rescale", planner.recipe), ("advise", planner.advise)])
-def test_defaults_are_those_of_python(verb, function):
+@pytest.mark.parametrize(
+    ("verb", "function", "least"),
+    [
+        ("rescale", planner.recipe, 5),
+        ("advise", planner.advise, 6),
+        ("layout", planner.layout, 1),
+        ("cost", planner.cost_table, 2),
+    ],
+)
+def test_defaults_are_those_of_python(verb, function, least):
     ours, theirs = inspect.signature(getattr(planning, verb)).parameters, inspect.signature(function).parameters
-    shared = set(ours) & set(theirs) - {"recipe"}
-    assert len(shared) >= 6
+    shared = set(ours) & set(theirs) - {"recipe", "devices", "mfu", "sequence_length", "keep"}
+    assert len(shared) >= least
     for name in shared:
         assert ours[name].default == theirs[name].default, name
 
@@ -50,6 +75,62 @@ def test_advise_is_the_python_advice(place):
     assert table.rstrip() == advise(params=7e9, tokens=300e9).table().rstrip() and "\x1b" not in table
 
 
+def test_layout_ranks_what_fits(place, monkeypatch, capfd):
+    monkeypatch.chdir(place)
+    words = "layout config.json --device A100-80 --devices 64 --batch 2048"
+    assert main([*shlex.split(words), "--json"]) == 0
+    found = planner.Layouts.from_json(capfd.readouterr().out)
+    cluster = planner.Cluster(64, hardware()["A100-80"])
+    shape = planner.ModelShape.from_config(CONFIG)
+    assert found == planner.layout(shape, cluster, global_batch=2048, sequence_length=2048, keep=10)
+    assert main(shlex.split(words)) == 0
+    assert found.best.name in capfd.readouterr().out
+
+
+def test_cost_prices_every_cell_and_says_whose_price(place, monkeypatch, capfd):
+    monkeypatch.chdir(place)
+    words = (
+        "cost --params 1e9 --tokens 2e10 --device A100-80,H100-80 --devices 8,64 --batch 256..512 --strategy ddp,full"
+    )
+    assert main([*shlex.split(words), "--json"]) == 0
+    rows = planner.CostTable.from_json(capfd.readouterr().out).rows
+    assert len(rows) == 16 and {row.price.as_of for row in rows} == {hardware()["A100-80"].price_as_of}
+    assert main([*shlex.split(words), "--price", "2.0", "--json"]) == 0
+    mine = planner.CostTable.from_json(capfd.readouterr().out).rows
+    assert all(row.dollars == pytest.approx(2.0 * row.device_hours) for row in mine)
+
+
+def test_hardware_of_ones_own(place, monkeypatch, capfd):
+    monkeypatch.chdir(place)
+    entry = dedent("""
+        [device.mine]
+        memory = "32 GiB"
+        peak = "100 TFLOP/s"
+        memory_bandwidth = "1 TB/s"
+        link_bandwidth = "50 GB/s"
+        power = "250 W"
+        devices_per_node = 4
+        source = "my own"
+        as_of = "2026-01-01"
+    """)
+    (place / "mine.toml").write_text(entry)
+    words = "cost --params 1e8 --tokens 1e9 --device mine --batch 64 --hardware mine.toml --json"
+    assert main(shlex.split(words)) == 0
+    assert planner.CostTable.from_json(capfd.readouterr().out).rows[0].dollars is None
+
+
+def test_fit_of_one_law_and_of_all_that_the_runs_tell(place, monkeypatch, capfd):
+    monkeypatch.chdir(place)
+    assert main(shlex.split("fit runs.csv --law power_law --set x=tokens --set y=batch_tokens --json")) == 0
+    found = Fit.from_json(capfd.readouterr().out)
+    assert found.constants["b"].value == pytest.approx(math.log10(2))
+    rows = ["batch_examples,steps_to_target", *(f"{b},{100 * (1 + 64 / b)}" for b in (8, 16, 32, 64, 128, 256))]
+    (place / "steps.csv").write_text("\n".join(rows))
+    assert main(shlex.split("fit steps.csv")) == 0
+    told = capfd.readouterr().out
+    assert "critical_batch: " in told and "not fitted: chinchilla: " in told
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -61,6 +142,18 @@ def test_advise_is_the_python_advice(place):
         ("advise --params 7 --tokens 300", "are these thousands, millions, billions or sequences?"),
         ("advise --params 7e9 --tokens 300e9 --batch-tokens 512", "is it in sequences?"),
         ("advise --params 7e9 --tokens 300e9 --optimizer adamx", "adamx"),
+        ("layout config.json --device A1000 --devices 64 --batch 2048", "device must be one of"),
+        ("layout recipe.toml --device A100-80 --devices 64 --batch 2048", "recipe.toml is not valid JSON"),
+        ("layout config.json --device T4 --devices 1 --batch 8", "least"),
+        ("cost --params 1e9 --tokens 2e10 --device A100-80 --batch many", "batch_sizes must be integers"),
+        ("cost --params 1e9 --tokens 2e10 --device A100-80 --batch 64 --strategy zero", "strategy"),
+        ("cost --params 1e12 --tokens 2e10 --device T4 --batch 64", "no cell of the grid can be"),
+        ("fit nothing.csv", "path must be a CSV file or a folder of runs"),
+        ("fit runs.csv", "these runs tell no law; --law NAME says why not: power_law"),
+        ("fit runs.csv --law power_law", "power_law needs the options x, y"),
+        ("fit runs.csv --law gravity", "law must be one of power_law"),
+        ("fit runs.csv --law power_law --set x", "--set must be NAME=VALUE, got 'x'"),
+        ("fit runs.csv --set x=tokens", "--set is for one law"),
         ("advise --params seven --tokens 300e9", "Invalid value for '--params'"),
     ],
 )
@@ -69,7 +162,7 @@ def test_wrong_usage_is_one_line_and_two(place, line, message, monkeypatch, caps
     assert main(shlex.split(line)) == 2
     said = capsys.readouterr()
     assert message in said.err and said.err.count("\n") == 1, said.err
-    assert said.out == "" and sorted(p.name for p in place.iterdir()) == ["recipe.toml"]
+    assert said.out == "" and sorted(p.name for p in place.iterdir()) == ["config.json", "recipe.toml", "runs.csv"]
 
 
 def test_a_recipe_with_a_slip_is_refused_by_name(place):

@@ -18,7 +18,21 @@ from batchlab.core.job import Target
 from tests.cli.command import environment
 from tests.spine.facts_fixture import hand_job
 
-VERBS = ("rescale", "advise", "tune", "probe", "plan", "train", "sweep", "report", "runs", "systems")
+VERBS = (
+    "rescale",
+    "advise",
+    "layout",
+    "cost",
+    "fit",
+    "tune",
+    "probe",
+    "plan",
+    "train",
+    "sweep",
+    "report",
+    "runs",
+    "systems",
+)
 COMMANDS = command().commands
 
 

@@ -6,7 +6,7 @@ import contextlib
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from batchlab.core.plan import Plan
     from batchlab.core.run import Run
     from batchlab.core.study import Study
+    from batchlab.planner.hardware import Device
 
 
 def learning_target(at_least: str | None, at_most: str | None) -> Target | None:
@@ -122,3 +123,40 @@ def opened(folder: Path) -> Run | Study:
     if not ((folder / RUN_FILE).exists() or (folder / STUDY_FILE).exists()):
         raise InputError(f"{folder} holds neither a run nor a study; for many runs at once: batchlab runs {folder}")
     return Run.open(folder) if (folder / RUN_FILE).exists() else Study.open(folder)
+
+
+def json_object(path: Path, what: str) -> dict[str, Any]:
+    """The object that a JSON file holds."""
+    from batchlab.core.jsonio import loads
+
+    found = loads(read(path, what), source=str(path))
+    if not isinstance(found, dict):
+        raise InputError(f"{path} must hold a JSON object, the {what}, got {type(found).__name__}")
+    return found
+
+
+def accelerator(name: str, hardware: Path | None) -> Device:
+    """The accelerator of that name, of the packaged table or the user's file."""
+    from batchlab.planner.hardware import hardware as table
+
+    known = table(hardware)
+    if name not in known:
+        raise InputError(f"device must be one of {', '.join(sorted(known))}, got {name!r}; --hardware FILE adds yours")
+    return known[name]
+
+
+def named_values(texts: Sequence[str]) -> dict[str, Any]:
+    """NAME=VALUE as numbers where they are, else as text.
+
+    >>> named_values(["x=tokens", "within=16"])
+    {'x': 'tokens', 'within': 16.0}
+    """
+    values: dict[str, Any] = {}
+    for text in texts:
+        name, sign, value = text.partition("=")
+        if not name.strip() or not sign or not value.strip():
+            raise InputError(f"--set must be NAME=VALUE, got {text!r}")
+        values[name.strip()] = value.strip()
+        with contextlib.suppress(ValueError):
+            values[name.strip()] = float(value)
+    return values

@@ -67,3 +67,11 @@ FileOut: TypeAlias = Annotated[
     Path | None, typer.Option("--out", help="Also write it to this file.", show_default=False, metavar="FILE")
 ]
 Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print one line of JSON in place of tables.")]
+Params: TypeAlias = Annotated[float, typer.Option(help="Of the model, a plain count: 7e9.", show_default=False)]
+Tokens: TypeAlias = Annotated[float, typer.Option(help="Trained on in all, a plain count: 300e9.", show_default=False)]
+SequenceLength: TypeAlias = Annotated[int, typer.Option(help="Tokens of a sequence.")]
+DeviceName: TypeAlias = Annotated[str, typer.Option(help="An accelerator, as H100-80.", show_default=False)]
+Hardware: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Accelerators and prices of your own, TOML.", show_default="the packaged table"),
+]

@@ -10,7 +10,8 @@ import typer
 from batchlab.cli import arguments
 from batchlab.cli.app import app
 from batchlab.cli.console import output
-from batchlab.cli.options import FileOut, Json
+from batchlab.cli.options import DeviceName, FileOut, Hardware, Json, Params, SequenceLength, Tokens
+from batchlab.core.errors import InputError
 
 
 @app.command(epilog="Example: batchlab rescale recipe.toml --to 8192 --devices 64")
@@ -63,10 +64,10 @@ def rescale(
 
 @app.command(epilog="Example: batchlab advise --params 7e9 --tokens 300e9 --optimizer adamw")
 def advise(
-    params: Annotated[float, typer.Option(help="Of the model, a plain count: 7e9.", show_default=False)],
-    tokens: Annotated[float, typer.Option(help="Trained on in all, a plain count: 300e9.", show_default=False)],
+    params: Params,
+    tokens: Tokens,
     optimizer: Annotated[str, typer.Option(help="By torch's name, in small letters.")] = "adamw",
-    sequence_length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 2048,
+    sequence_length: SequenceLength = 2048,
     batch_tokens: Annotated[
         float | None, typer.Option(help="The batch in mind, over all devices.", show_default="the one believed best")
     ] = None,
@@ -98,3 +99,119 @@ def advise(
             replicas=replicas,
         )
         out_.result(told, told.table())
+
+
+@app.command(epilog="Example: batchlab layout config.json --device H100-80 --devices 64 --batch 1024")
+def layout(
+    config: Annotated[
+        Path,
+        typer.Argument(help="A model's config.json, in Hugging Face's form.", metavar="CONFIG", show_default=False),
+    ],
+    device: DeviceName,
+    devices: Annotated[int, typer.Option(help="How many of them.", show_default=False)],
+    batch: Annotated[int, typer.Option(help="Sequences of an update, over all devices.", show_default=False)],
+    sequence_length: SequenceLength = 2048,
+    precision: Annotated[
+        str, typer.Option(help="bf16, bf16-float32-gradients, autocast or float32, each with Adam.")
+    ] = "bf16",
+    keep: Annotated[int, typer.Option(help="Layouts to show.")] = 10,
+    hardware: Hardware = None,
+    as_json: Json = False,
+) -> None:
+    """Rank every way of spreading a model's training over devices: memory, time, and why the others lost."""
+    with output(as_json) as out_:
+        from batchlab.planner import Cluster, ModelShape
+        from batchlab.planner import layout as verb
+
+        shape = ModelShape.from_config(arguments.json_object(config, "model config"))
+        found = verb(
+            shape,
+            Cluster(devices, arguments.accelerator(device, hardware)),
+            global_batch=batch,
+            sequence_length=sequence_length,
+            precision=precision,
+            keep=keep,
+        )
+        head = f"{shape.parameters / 1e9:.3g}B parameters; {found.fitting:,} of {found.considered:,} layouts fit"
+        out_.result(found, head, "", found.table(), *(f"! {note}" for note in found.notes))
+
+
+@app.command(
+    epilog="Example: batchlab cost --params 1e9 --tokens 20e9 --device A100-80 --devices 8,64 --batch 256..2048"
+)
+def cost(
+    params: Params,
+    tokens: Tokens,
+    device: Annotated[str, typer.Option(help="Accelerators, as A100-80,H100-80.", show_default=False)],
+    batch: Annotated[str, typer.Option(help="Sequences of an update, as 256,512 or 256..2048.", show_default=False)],
+    devices: Annotated[str, typer.Option(help="How many of them, as 8,64 or 8..64.")] = "1",
+    strategy: Annotated[str, typer.Option(help="Of ddp, grad_optimizer, full; several as ddp,full.")] = "ddp",
+    mfu: Annotated[float, typer.Option(help="The share of the peak that passes reach; measure yours.")] = 0.4,
+    sequence_length: SequenceLength = 2048,
+    overlap: Annotated[float, typer.Option(help="The share of communication hidden behind passes.")] = 0.0,
+    price: Annotated[
+        float | None, typer.Option(help="USD for one device an hour.", show_default="the table's, with its date")
+    ] = None,
+    g_per_kwh: Annotated[
+        float | None, typer.Option(help="Grams of CO2e of a kWh of your grid.", show_default=False)
+    ] = None,
+    hardware: Hardware = None,
+    as_json: Json = False,
+) -> None:
+    """Price a training run on each machine, number of devices and batch: time, dollars, joules."""
+    with output(as_json) as out_:
+        from batchlab.planner import Training, cost_table
+        from batchlab.spine.sweep import parse_batch_sizes
+
+        kinds = [arguments.accelerator(name.strip(), hardware) for name in device.split(",")]
+        table = cost_table(
+            Training(params, tokens, sequence_length),
+            batches=parse_batch_sizes(batch),
+            devices=kinds,
+            counts=parse_batch_sizes(devices),
+            strategies=[name.strip() for name in strategy.split(",")],
+            mfu=mfu,
+            overlap=overlap,
+            prices=None if price is None else {kind.name: price for kind in kinds},
+            g_per_kwh=g_per_kwh,
+        )
+        notes = dict.fromkeys(note for row in table.rows for note in row.notes)
+        out_.result(table, table.table(), *(f"! {note}" for note in notes))
+
+
+@app.command(epilog="Example: batchlab fit runs.csv --law power_law --set x=tokens --set y=batch_tokens")
+def fit(
+    runs: Annotated[
+        Path, typer.Argument(help="A CSV of runs, a study, or a folder of runs.", metavar="RUNS", show_default=False)
+    ],
+    law: Annotated[str | None, typer.Option(help="Its name.", show_default="all that the runs can tell")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="An option of the law; may be repeated.", show_default=False),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Fit laws to your own RUNS: constants with intervals, and how far off the law is where a run was left out."""
+    with output(as_json) as out_:
+        from batchlab.rules.fit import fit as verb
+        from batchlab.rules.fit import fit_laws, read_runs
+
+        table = read_runs(runs)
+        if law is not None:
+            found = verb(table, law, **arguments.named_values(set_ or []))
+            out_.result(found, found.table())
+            return
+        if set_:
+            raise InputError("--set is for one law: name it with --law")
+        fits, refused = {}, {}
+        for name in fit_laws():
+            try:
+                fits[name] = verb(table, name)
+            except InputError as error:
+                refused[name] = str(error)
+        if not fits:
+            raise InputError(f"these runs tell no law; --law NAME says why not: {', '.join(refused)}")
+        said = [text for each in fits.values() for text in (each.table(), "")]
+        out_.result(
+            {"fits": fits, "refused": refused}, *said, *(f"not fitted: {name}: {why}" for name, why in refused.items())
+        )

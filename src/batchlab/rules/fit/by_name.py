@@ -72,10 +72,14 @@ def fit(table: RunTable | Study | str | Path, law: str, **options: Any) -> Fit:
 
     if law not in LAWS:
         raise InputError(f"law must be one of {', '.join(LAWS)}, got {law!r}")
-    known = [name for name, each in inspect.signature(LAWS[law]).parameters.items() if each.kind == each.KEYWORD_ONLY]
+    takes = {n: each for n, each in inspect.signature(LAWS[law]).parameters.items() if each.kind == each.KEYWORD_ONLY}
+    known = list(takes)
     for option in options:
         if option not in known:
             raise InputError(f"{law} takes the options {', '.join(known) or 'none'}, got {option!r}")
+    needed = [name for name, each in takes.items() if each.default is each.empty and name not in options]
+    if needed:
+        raise InputError(f"{law} needs the options {', '.join(needed)}")
     return LAWS[law](_table(table), **options)
 
 
