@@ -20,7 +20,7 @@ from batchlab.core.checks import check_inside, check_positive, holds
 from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate
 from batchlab.core.jsonio import JsonNoun
-from batchlab.rules.fit.power_laws import Values
+from batchlab.rules.fit.power_laws import Values, plain
 
 Array = NDArray[np.float64]
 WITHIN = 16.0
@@ -211,9 +211,7 @@ def _why_not(at: float, values: Array, best: int, name: str) -> str:
 
 
 def _checked(x: Values, loss: Values, name: str) -> tuple[Array, Array]:
-    for each, values in ((name, x), ("loss", loss)):
-        if not hasattr(values, "__len__") or getattr(values, "ndim", 1) != 1:
-            raise InputError(f"{each} must be a sequence of numbers, got {values!r:.80}")
+    x, loss = plain(x, name), plain(loss, "loss")
     if len(x) != len(loss):
         raise InputError(f"{name} and loss must be of one length, got {len(x)} and {len(loss)}")
     for value in x:

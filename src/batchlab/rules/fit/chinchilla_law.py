@@ -25,7 +25,7 @@ from batchlab.core.facts import Estimate
 from batchlab.core.jsonio import JsonNoun
 from batchlab.rules.fit.bootstrap import Rows, bootstrap
 from batchlab.rules.fit.huber import least_huber, sum_of_powers
-from batchlab.rules.fit.power_laws import Values
+from batchlab.rules.fit.power_laws import Values, plain
 
 Array = NDArray[np.float64]
 DELTA = 1e-3
@@ -168,10 +168,9 @@ class _Table(NamedTuple):
 
     @classmethod
     def of(cls, params: Values, tokens: Values, loss: Values) -> _Table:
-        columns = {"params": params, "tokens": tokens, "loss": loss}
+        given = {"params": params, "tokens": tokens, "loss": loss}
+        columns = {name: plain(column, name) for name, column in given.items()}
         for name, column in columns.items():
-            if not hasattr(column, "__len__") or getattr(column, "ndim", 1) != 1:
-                raise InputError(f"{name} must be a sequence of numbers, got {column!r:.80}")
             for value in column:
                 check_positive(**{name: value})
         lengths = {len(column) for column in columns.values()}

@@ -25,6 +25,7 @@ from batchlab.rules.fit.surge_runs import Form
 from batchlab.rules.fit.surge_runs import surge as _surge
 from batchlab.rules.fit.table import RunTable
 from batchlab.rules.fit.timescales import timescale as _timescale
+from batchlab.rules.fit.trajectory_table import trajectory
 from batchlab.rules.fit.tuning import edge_note, least_losses, tuned_rows
 
 _STUDY = "Shuai et al. 2024, arXiv 2412.01505"
@@ -279,5 +280,6 @@ LAWS: Mapping[str, Callable[..., Fit]] = {
         critical_batch_growth,
         diloco,
         surge,
+        trajectory,
     )
 }

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -128,14 +129,20 @@ def power_law(
 
 def checked(x: Values, y: Values, x_name: str = "x", y_name: str = "y") -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Both as plain floats of one length, finite and > 0."""
-    for name, values in ((x_name, x), (y_name, y)):
-        if not hasattr(values, "__len__") or getattr(values, "ndim", 1) != 1:
-            raise InputError(f"{name} must be a sequence of numbers, got {values!r:.80}")
+    xs, ys = plain(x, x_name), plain(y, y_name)
+    for name, values in ((x_name, xs), (y_name, ys)):
         for value in values:
             check_positive(**{name: value})
-    if len(x) != len(y):
-        raise InputError(f"{x_name} and {y_name} must be of one length, got {len(x)} and {len(y)}")
-    return tuple(map(float, x)), tuple(map(float, y))
+    if len(xs) != len(ys):
+        raise InputError(f"{x_name} and {y_name} must be of one length, got {len(xs)} and {len(ys)}")
+    return tuple(map(float, xs)), tuple(map(float, ys))
+
+
+def plain(values: Any, name: str) -> list[Any]:
+    """The values as Python's own, so that a message shows them as they were meant."""
+    if not hasattr(values, "__len__") or getattr(values, "ndim", 1) != 1 or isinstance(values, str):
+        raise InputError(f"{name} must be a sequence of numbers, got {values!r:.80}")
+    return list(values.tolist() if hasattr(values, "tolist") else values)
 
 
 def leave_groups_out(log_x: Array, log_y: Array, group: Array | NDArray[np.intp]) -> tuple[float, ...]:

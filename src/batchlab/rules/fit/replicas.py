@@ -19,7 +19,7 @@ from batchlab.core.jsonio import JsonNoun
 from batchlab.rules.fit.bowl import WITHIN, optimum
 from batchlab.rules.fit.joint_laws import JointLaw, joint_law
 from batchlab.rules.fit.parametric import ParametricLaw, parametric_laws
-from batchlab.rules.fit.power_laws import PowerLaw, Values, checked, power_law
+from batchlab.rules.fit.power_laws import PowerLaw, Values, checked, plain, power_law
 from batchlab.rules.fit.table import Rows, RunTable
 from batchlab.rules.fit.tuning import tuned_rows
 
@@ -81,7 +81,7 @@ def replica_law(
     (0.5, 0.3, ['M=1', 'M=4'])
     """
     sizes, values = map(np.array, checked(params, y, "params", y_name))
-    counts = np.asarray(replicas, dtype=np.float64)
+    counts = np.asarray(plain(replicas, "replicas"), dtype=np.float64)
     if counts.shape != sizes.shape or not (counts >= 0).all():
         raise InputError(f"replicas must be >= 0, 0 for data-parallel training, one a value of {y_name}")
     independent, notes = {}, []

@@ -26,7 +26,7 @@ from batchlab.core.facts import Estimate
 from batchlab.core.jsonio import JsonNoun
 from batchlab.core.tradeoff_fit import fit_tradeoff
 from batchlab.rules import learning_rate as rates
-from batchlab.rules.fit.power_laws import Values, checked
+from batchlab.rules.fit.power_laws import Values, checked, plain
 
 Array = NDArray[np.float64]
 Form = Literal["log", "reciprocal", "weighted"]
@@ -118,12 +118,13 @@ def surge(
 
 
 def _checked_steps(steps: Values, rows: int, form: Form) -> Array:
-    if not hasattr(steps, "__len__") or len(steps) != rows:
-        raise InputError(f"steps and batch_size must be of one length, got {steps!r:.80} and {rows} batches")
-    for value in steps:
+    counts = plain(steps, "steps")
+    if len(counts) != rows:
+        raise InputError(f"steps and batch_size must be of one length, got {len(counts)} and {rows}")
+    for value in counts:
         if not (value == math.inf and form == "log"):  # not reached: the fit in logarithms knows what to do
             check_positive(steps=value)
-    return np.array([float(value) for value in steps])
+    return np.array([float(value) for value in counts])
 
 
 def _checked_edge(at_edge: Sequence[bool] | NDArray[np.bool_] | None, rows: int) -> NDArray[np.bool_]:
