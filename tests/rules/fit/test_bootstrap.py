@@ -35,6 +35,22 @@ def test_the_mean_of_normal_values_has_its_standard_error():
     assert found.low < found.value < found.high
 
 
+def test_ten_points_are_few():
+    """A power law's exponent, 200 tables of ten points at 90 %: near 82 %; four standard errors are 0.11."""
+    x, inside = np.log(np.geomspace(1, 100, 10)), 0
+    for seed in range(200):
+        y = 0.383 * x + 0.05 * np.random.default_rng(seed).standard_normal(10)
+
+        def slope(rows, y=y):
+            away = x[rows] - x[rows].mean()
+            return [float(away @ y[rows] / (away @ away))]
+
+        drawn = bootstrap(slope, list(range(10)), draws=100, seed=seed)
+        found = drawn.estimate(0, slope(np.arange(10))[0], "slope", 0.9)
+        inside += found.low <= 0.383 <= found.high
+    assert 0.71 < inside / 200 < 0.9, inside / 200
+
+
 def test_draws_that_fail_are_counted():
     def sometimes(share):
         generator = np.random.default_rng(0)

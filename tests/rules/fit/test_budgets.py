@@ -84,7 +84,7 @@ def test_the_frontier_has_the_exponents_of_its_surface():
     assert shape.batch.tokens == pytest.approx(best_batch(shape.tokens), rel=0.05)
     assert shape.batch.outside == "" and shape.batch.law == "your runs, fixed compute"
     far = found.plan(compute=1e26).batch.outside
-    assert far.startswith("compute of 1e+26 lies beyond") and "which the law was fitted over" in far
+    assert far.startswith("compute of 1e+26 lie beyond") and "which the law was fitted over" in far
 
 
 def test_only_cells_inside_the_table_count():
@@ -150,7 +150,7 @@ def test_the_data_law_of_bowls_is_theirs():
     assert found.law.a.value == pytest.approx(3.24e3, rel=1e-6)
     assert found.plan(tokens=1e11).tokens == pytest.approx(data_budget(tokens=1e11).tokens, rel=1e-6)
     assert len(found.optima) == 18 and found.note == ""
-    assert found.plan(tokens=1e13).outside.startswith("tokens of 1e+13 lies beyond")
+    assert found.plan(tokens=1e13).outside.startswith("tokens of 1e+13 lie beyond")
 
 
 def test_published_constants_of_the_data_law():

@@ -92,7 +92,7 @@ def test_the_published_critical_batches_and_their_growth():
 
 
 def test_the_link_between_the_published_laws():
-    """With N = D/20 the growth law is 22.94·D^0.468, D in millions: within 2 % of 22.91·D^0.47, whose 0.47 is rounded."""
+    """With N = D/20 the growth law is 22.94·D^0.468, D in millions: within 2 % of 22.91·D^0.47, which is rounded."""
     found = fit(data_overhead_table(), "critical_batch", by="params", base=256 * 512)
     d, beta = found.constants["d"].value / 512, found.constants["beta"].value
     for millions in (1e3, 5e3, 3e4):

@@ -126,18 +126,15 @@ def test_a_run_far_off_hardly_counts():
 
 @pytest.mark.slow
 def test_the_bootstrap_covers_nearly_at_its_rate():
-    """60 tables of 80 runs, 1 % noise, 100 draws, 90 %: the exponent's interval; four standard errors are 0.155.
-
-    Percentile intervals are somewhat narrow, so the truth must lie inside in 75 to 100 % of the tables.
-    """
-    n, d, losses = surface()
+    """40 tables of 30 runs, 1 % noise, 60 draws, 90 %: the exponent's interval in 71 to 100 %, four standard errors."""
+    n, d, _ = surface(5, 6)
     e, a, alpha, b, beta = TRUE
     losses, inside = e + a / n**alpha + b / d**beta, 0
-    for seed in range(60):
-        noisy = losses * np.exp(0.01 * np.random.default_rng(seed).standard_normal(80))
-        found = chinchilla(n, d, noisy, draws=100, seed=seed, coverage=0.9).params_exponent
+    for seed in range(40):
+        noisy = losses * np.exp(0.01 * np.random.default_rng(seed).standard_normal(30))
+        found = chinchilla(n, d, noisy, draws=60, seed=seed, coverage=0.9).params_exponent
         inside += found.low <= EXPONENT <= found.high
-    assert inside / 60 >= 0.75, inside / 60
+    assert inside / 40 >= 0.71, inside / 40
 
 
 def test_terms_that_cannot_be_told_are_noted():

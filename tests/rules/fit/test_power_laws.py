@@ -104,7 +104,7 @@ def test_units_change_nothing_but_the_prefactor(x_unit, y_unit):
 def test_it_says_where_it_extrapolates_and_reads_back():
     law = power_law([1, 10, 100], [5, 6, 7.5], x_name="tokens", y_name="batch_tokens")
     assert law.outside(10) == law.outside(100) == ""
-    assert law.outside(101) == "tokens of 101 lies beyond 1 to 100, which the law was fitted over"
+    assert law.outside(101) == "tokens of 101 lie beyond 1 to 100, which the law was fitted over"
     assert PowerLaw.from_json(law.to_json()) == law
     with pytest.raises(InputError, match="tokens must be finite and > 0, got 0"):
         law.value(0)

@@ -1,7 +1,7 @@
 """Intervals by drawing the runs again with replacement, for laws that have no closed one (Efron 1979).
 
 Whole runs are drawn, never their checkpoints, which are correlated. The percentile interval is approximate: with few
-runs it is too narrow. Over 200 tables of 20 points the plain one at 90 % held a power law's exponent in 82 to 90 %.
+runs it is too narrow. At 90 % it held a power law's exponent in 82, 86 and 87 % of 200 tables of 10, 20 and 40 points.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 loss = c₀ + c₁u + c₂u², u = ln x, over all x within a factor of 16 of the best tried (Shuai et al. 2024, arXiv
 2412.01505, fixed data; the parabola over the whole range is batchlab's). A parabola through the best three alone is as
-unbiased and far less sure: over eight budgets of ten batch sizes the slope of its vertices was 7 times less sure.
+unbiased and far less sure: over eight lengths of ten batch sizes the slope of its vertices was 7 to 10 times less sure.
 
 The interval of the vertex -c₁/2c₂ is Fieller's (1954), a ratio's: where the bowl is flat beside the scatter it is
 unbounded, and says so.

@@ -87,11 +87,13 @@ def budgets(
     data = _try("data budget", notes, lambda: data_law(table, within=within, **drawn))  # type: ignore[arg-type]
     if compute is None and data is None:
         raise InputError(f"these runs tell no budget: {'; '.join(notes)}")
-    rate = _try("learning rate", notes, lambda: rate_law(table, within=within, coverage=coverage))
+    if "learning_rate" in table:
+        rate = _try("learning rate", notes, lambda: rate_law(table, within=within, coverage=coverage))
+    else:
+        rate = None
+        notes.append("no law of the learning rate: without a learning_rate column the runs are taken as tuned")
     loss = _try("loss", notes, lambda: _loss_law(table, draws, seed, coverage))
     notes += [law.note for law in (data, rate, loss) if law is not None and law.note]
-    if "learning_rate" not in table:
-        notes.append("no learning_rate column: the runs are taken as tuned at each batch")
     return Budgets(compute, data, rate, loss, tuple(notes))
 
 

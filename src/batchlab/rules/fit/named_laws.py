@@ -104,6 +104,7 @@ def budgets(
     if (laws := found.compute) is not None:
         for law in (laws.params, laws.tokens, laws.steps, laws.batch):
             constants[f"compute: {law.y_name} exponent"] = law.exponent
+            constants[f"compute: {law.y_name} at {law.x_middle:.3g} FLOP"] = law.middle
             _add(law, f"compute: {law.y_name}", errors, residuals)
     if (data := found.data) is not None:
         constants |= {"data: a": data.law.a, "data: p": data.law.exponent, "data: p by bootstrap": data.by_bootstrap}

@@ -76,12 +76,12 @@ class PowerLaw(JsonNoun):
         return Estimate(value, _exp(centre - low), _exp(centre + high), method, self.exponent.coverage)
 
     def outside(self, x: float) -> str:
-        """How x lies beyond the points, in words; "" where it does not: beyond them the law extrapolates."""
+        """How x lie beyond the points, in words; "" where it does not: beyond them the law extrapolates."""
         check_positive(**{self.x_name: x})
         low, high = min(self.x), max(self.x)
         if low * (1 - _SAME) <= x <= high * (1 + _SAME):
             return ""
-        return f"{self.x_name} of {x:.3g} lies beyond {low:.3g} to {high:.3g}, which the law was fitted over"
+        return f"{self.x_name} of {x:.3g} lie beyond {low:.3g} to {high:.3g}, which the law was fitted over"
 
     def _student(self) -> float:
         from scipy.special import stdtrit
@@ -109,7 +109,7 @@ def power_law(
 
     >>> law = power_law([1e9, 1e10, 1e11], [2e5, 4e5, 8e5], x_name="tokens", y_name="batch_tokens")
     >>> round(law.exponent.value, 4), round(law.value(1e12)), law.outside(1e12)
-    (0.301, 1600000, 'tokens of 1e+12 lies beyond 1e+09 to 1e+11, which the law was fitted over')
+    (0.301, 1600000, 'tokens of 1e+12 lie beyond 1e+09 to 1e+11, which the law was fitted over')
     """
     check_inside(coverage=coverage)
     check_positive(widest=widest)

@@ -62,13 +62,16 @@ def from_study(study: Study) -> RunTable:
         if rate is None:
             notes.append(f"batch size {size:g} was left out: no run of it reached the target")
             continue
-        steps = found["steps"] or [found["search_steps"]]
+        steps = [math.inf if taken is None else taken for taken in found["steps"] or [found["search_steps"]]]
+        if 0 in steps:
+            notes.append(f"batch size {size:g} was left out: it met the target before any update")
+            continue
         if not found["steps"]:
             notes.append(f"batch size {size:g} has the steps of its search, which are too good on average")
         if found["at_edge"]:
             notes.append(f"the best learning rate at batch size {size:g} lies at the edge of those tried")
         for taken in steps:
-            row = {"batch_examples": size, "learning_rate": rate, "steps_to_target": taken or math.inf}
+            row = {"batch_examples": size, "learning_rate": rate, "steps_to_target": taken}
             rows.append(row | {"learning_rate_at_edge": int(found["at_edge"])})
     if not rows:
         raise InputError(f"{study.path} must hold a batch size that reached its target, got none")
@@ -101,8 +104,8 @@ def _row(run: Run) -> dict[str, Any]:
         row["weight_decay"] = decay
     if summary["steps"]:
         row["steps"] = summary["steps"]
-    if plan.target is not None:
-        row["steps_to_target"] = summary["target_step"] or math.inf
+    if plan.target is not None and summary["target_step"] != 0:
+        row["steps_to_target"] = math.inf if summary["target_step"] is None else summary["target_step"]
     if isinstance(loss := summary["final"].get("loss"), int | float | str):
         row["loss"] = loss
     return row
