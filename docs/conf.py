@@ -9,6 +9,8 @@ import prose
 
 import batchlab
 from batchlab.core.systems import systems
+from batchlab.rules import learning_rate
+from batchlab.rules.published import laws
 
 project = "batchlab"
 author = "the batchlab authors"
@@ -16,6 +18,7 @@ copyright = "the batchlab authors, Apache-2.0"
 release = version = batchlab.__version__
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+VERIFIED = sorted(RESULTS.glob("verify_*.json"))
 FIVE_JOBS = {
     "job": "job",
     "seed": "seed",
@@ -42,9 +45,12 @@ exclude_patterns = ["_build"]
 myst_enable_extensions = ["substitution"]
 myst_heading_anchors = 3
 myst_substitutions = {
+    "laws": prose.laws_table(laws().values()),
+    "rate_rules": prose.rate_rules_table({name: learning_rate.reason(name) for name in learning_rate.RULES}),
     "systems": prose.systems_table(systems()),
     "benchmarks": prose.benchmark_tables(RESULTS),
-    "five_jobs": prose.result_table(RESULTS.glob("verify_*.json"), FIVE_JOBS),
+    "five_jobs": prose.result_table((p for p in VERIFIED if not p.stem.endswith("_plain")), FIVE_JOBS),
+    "five_jobs_plain": prose.result_table((p for p in VERIFIED if p.stem.endswith("_plain")), FIVE_JOBS),
     "estimators": prose.result_table(RESULTS.glob("estimators.json"), ESTIMATORS),
 }
 

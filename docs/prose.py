@@ -52,6 +52,30 @@ def systems_table(rows) -> str:
     )
 
 
+def laws_table(laws) -> str:
+    """Published laws as a Markdown table: what each gives, its formula, constants, range, status and limits."""
+    head = ["| law | gives | formula | constants | fitted over | how known | wrong when |", "| --- " * 7 + "|"]
+    return "\n".join([*head, *("| " + " | ".join(_bars(cell) for cell in _law_cells(law)) + " |" for law in laws)])
+
+
+def _law_cells(law) -> tuple[str, ...]:
+    constants = ", ".join(f"{name} = {value:g}" for name, value in law.constants.items())
+    fitted = ", ".join(f"{name.replace('_', ' ')} {low:.2g} to {high:.2g}" for name, (low, high) in law.range.items())
+    return (f"`{law.name}`", law.gives, f"{law.formula}; {law.source}", constants, fitted, law.status, law.wrong_when)
+
+
+def rate_rules_table(rules) -> str:
+    """Rules of the learning rate, {name: (formula, source, where it holds)}, as a Markdown table."""
+    head = ["| rule | formula | source | holds |", "| --- " * 4 + "|"]
+    rows = ((f"`{name}`", *cells) for name, cells in rules.items())
+    return "\n".join([*head, *("| " + " | ".join(_bars(cell) for cell in row) + " |" for row in rows)])
+
+
+def _bars(text: str) -> str:
+    """Bars and stars that mean themselves."""
+    return text.replace("|", "\\|").replace("*", "\\*")
+
+
 def benchmark_tables(folder: Path) -> str:
     """Every committed benchmark result: its claim, the machine, and a row for each of its rows.
 

@@ -204,6 +204,11 @@ _REASONS: dict[str, tuple[str, str, str]] = {
     "linear": ("η = η₀·B/B₀", "Goyal et al. 2017, arXiv 1706.02677", _FAR_BELOW),
     "sqrt": ("η = η₀·√(B/B₀)", "Malladi et al. 2022, arXiv 2205.10287", _FAR_BELOW),
     "power": ("η = η₀·(B/B₀)^p", "a fit, as of Shuai et al. 2024, arXiv 2412.01505", "for the batch sizes of the fit"),
+    "power": (
+        "η = η₀·(B/B₀)^p",
+        "Shuai et al. 2024, arXiv 2412.01505, with p of 0.75 to 1",
+        "over the batch sizes that p was fitted on",
+    ),
     "saturating": ("η = η₀·(1 + Bn/B₀)/(1 + Bn/B)", "McCandlish et al. 2018, arXiv 1812.06162", _WITHIN),
     "surge": (
         "η = η₀·(√(Bn/B₀) + √(B₀/Bn))/(√(Bn/B) + √(B/Bn)), held at its peak for B >= Bn",
@@ -211,6 +216,9 @@ _REASONS: dict[str, tuple[str, str, str]] = {
         f"{_WITHIN}; past the peak it is held, as the law's fall is an expansion for small batches",
     ),
 }
+
+
+RULES = tuple(_REASONS)
 
 
 def reason(rule: str) -> tuple[str, str, str]:
