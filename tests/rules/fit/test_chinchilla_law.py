@@ -155,7 +155,11 @@ def test_terms_that_cannot_be_told_are_noted():
         ({"runs": ["a"]}, "runs and loss must be of one length, got 1 and 12"),
         ({"delta": 0.0}, "delta must be finite and > 0, got 0.0"),
         ({"draws": 1}, "draws must be an integer of at least 2, got 1"),
-        ({"loss": "rising"}, "loss must fall with both params and tokens"),
+        ({"loss": "rising"}, "loss must fall with "),
+        (
+            {"loss": [3.0] * 12},
+            "loss must fall with params: what falls is below 0.1 % of the least loss, so no exponen",
+        ),
     ],
 )
 def test_runs_that_do_not_tell_the_law_are_refused(change, message):

@@ -61,6 +61,8 @@ def test_blank_replicas_are_data_parallel_and_blank_steps_not_reached():
         ({"params": [1e8], "params_millions": [100]}, "params_millions and params are one column twice: keep one"),
         ({"params": [1e8], "loss": []}, "columns must be of one length, got"),
         ({}, "a table of runs must hold at least one row, got none"),
+        ([1, 2], "columns must be a mapping of names to values, got .1, 2."),
+        ({"params": 1e8}, "params must be a sequence of numbers, got 100000000.0"),
         ({"note": ["a"]}, "a table of runs must hold a column that a law uses: params, tokens"),
         ({"params": ["100M"]}, "params must be a number, got '100M' in row 1"),
         ({"params": [""]}, "params must be a number, got '' in row 1"),

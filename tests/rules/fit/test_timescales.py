@@ -144,3 +144,7 @@ def test_curves_that_cannot_be_drawn_are_refused():
         loss_curves(1e8, [1e5] * 4, [1e9, 2e9, 1e9, 2e9], [3.0, 2.9, 3.0, 2.9])
     with pytest.raises(InputError, match="loss must fall with tokens at every batch size"):
         loss_curves(1e8, [1e5] * 3, [1e9, 2e9, 4e9], [2.7, 2.8, 2.9])
+    with pytest.raises(InputError, match="loss must be finite and > 0, got nan"):
+        loss_curves(1e8, [1e5] * 3, [1e9, 2e9, 4e9], [2.9, math.nan, 2.7])
+    with pytest.raises(InputError, match="batch_tokens and tokens must be of one length, got 3 and 2"):
+        loss_curves(1e8, [1e5] * 3, [1e9, 2e9], [2.9, 2.8, 2.7])

@@ -113,7 +113,7 @@ def optimum(x: Values, loss: Values, *, name: str = "x", within: float = WITHIN,
     values = _different(xs)
     means = np.array([losses[_same(xs, value)].mean() for value in values])
     best = int(np.argmin(means))
-    kept = np.abs(np.log(xs / values[best])) <= math.log(within) + _SAME
+    kept = np.abs(np.log(xs) - math.log(values[best])) <= math.log(within) + _SAME
     fitted = _different(xs[kept])
     if len(fitted) < FEWEST:
         raise InputError(
@@ -230,7 +230,7 @@ def _different(xs: Array) -> Array:
 
 
 def _same(xs: Array, value: float) -> NDArray[np.bool_]:
-    return np.abs(np.log(xs / value)) <= _SAME
+    return np.abs(np.log(xs) - math.log(value)) <= _SAME
 
 
 def _exp(value: float) -> float:

@@ -77,14 +77,13 @@ def budgets(
     tell neither the law of a compute budget nor that of a data budget.
     """
     table.need("params", "tokens", "batch_tokens", "loss", law="budgets")
-    drawn = {"draws": draws, "seed": seed, "coverage": coverage}
     notes = list(table.notes)
     compute = _try(
         "compute budget",
         notes,
-        lambda: compute_laws(table, warmup_steps=warmup_steps, cells=cells, **drawn),  # type: ignore[arg-type]
+        lambda: compute_laws(table, warmup_steps=warmup_steps, cells=cells, draws=draws, seed=seed, coverage=coverage),
     )
-    data = _try("data budget", notes, lambda: data_law(table, within=within, **drawn))  # type: ignore[arg-type]
+    data = _try("data budget", notes, lambda: data_law(table, within=within, draws=draws, seed=seed, coverage=coverage))
     if compute is None and data is None:
         raise InputError(f"these runs tell no budget: {'; '.join(notes)}")
     if "learning_rate" in table:

@@ -208,28 +208,32 @@ def _solve(table: _Table, delta: float, start: LossConstants | None = None) -> L
     check_positive(delta=delta)
     n, d, log_loss = np.log(table.params), np.log(table.tokens), np.log(table.losses)
     n_middle, d_middle = float(n.mean()), float(d.mean())
-
     one, none = np.ones_like(n), np.zeros_like(n)
-    constants = (
+    terms = (
         [one, none, none, none, none],
         [none, one, n_middle - n, none, none],
         [none, none, none, one, d_middle - d],
     )
-    model = sum_of_powers(np.stack([np.stack(columns, 1) for columns in constants]), log_loss)
+    model = sum_of_powers(np.stack([np.stack(columns, 1) for columns in terms]), log_loss)
     if start is None:
         starts = _grid_starts(table, n - n_middle, d - d_middle)
     else:
         e, a, alpha, b, beta = start
         starts = [np.array([math.log(e), math.log(a) - alpha * n_middle, alpha, math.log(b) - beta * d_middle, beta])]
     _, (e, a, alpha, b, beta) = least_huber(model, starts, delta)[0]
-    if not (alpha > 0 and beta > 0):
-        falls = "params" if alpha <= 0 else "tokens"
-        raise InputError(
-            f"loss must fall with both params and tokens: fitted alpha {alpha:.3g}, beta {beta:.3g} ({falls})"
-        )
+    for name, at, slope, x in (("params", a, alpha, n - n_middle), ("tokens", b, beta, d - d_middle)):
+        _check_falls(name, at, slope, x, float(log_loss.min()))
     logs = [min(each, 700.0) for each in (e, a + alpha * n_middle, b + beta * d_middle)]
     e, a, b = (max(math.exp(each), 1e-300) for each in logs)
     return LossConstants(e, a, float(alpha), b, float(beta))
+
+
+def _check_falls(name: str, at: float, slope: float, x: Array, log_least: float) -> None:
+    """Of the power exp(at - slope·x)."""
+    if not slope > 0:
+        raise InputError(f"loss must fall with {name}, its exponent is fitted as {slope:.3g}")
+    if at - slope * float(x.min()) < math.log(_NEGLIGIBLE) + log_least:
+        raise InputError(f"loss must fall with {name}: what falls is below 0.1 % of the least loss, so no exponent")
 
 
 def _grid_starts(table: _Table, n: Array, d: Array) -> list[Array]:
@@ -279,11 +283,5 @@ def _loss(law: LossConstants, params: float, tokens: float) -> float:
 
 
 def _note(found: LossConstants, table: _Table) -> str:
-    least = float(table.losses.min())
-    terms = {
-        "E": found.E,
-        "A": found.A * float(table.params.min()) ** -found.alpha,
-        "B": found.B * float(table.tokens.min()) ** -found.beta,
-    }
-    small = [name for name, term in terms.items() if term < _NEGLIGIBLE * least]
-    return f"{' and '.join(small)} cannot be told from 0: below 0.1 % of the least loss" if small else ""
+    least, floor = float(table.losses.min()), found.E
+    return "E cannot be told from 0: below 0.1 % of the least loss" if floor < _NEGLIGIBLE * least else ""

@@ -19,7 +19,7 @@ from batchlab.core.checks import check_positive
 from batchlab.core.errors import InputError
 from batchlab.core.jsonio import JsonNoun
 from batchlab.core.tradeoff_fit import Tradeoff, fit_tradeoff
-from batchlab.rules.fit.power_laws import PowerLaw, Values, power_law
+from batchlab.rules.fit.power_laws import PowerLaw, Values, checked, power_law
 from batchlab.rules.fit.table import RunTable, groups
 from batchlab.rules.fit.tuning import tuned_rows
 
@@ -60,7 +60,9 @@ def loss_curves(params: float, batch_tokens: Values, tokens: Values, loss: Value
     For a given E, ln(L - E) is a straight line in ln D for each batch, so the error has one free number. Batches with
     fewer than two lengths are left out; at least one must have three.
     """
-    columns = tuple(np.asarray(each, dtype=np.float64) for each in (batch_tokens, tokens, loss))
+    check_positive(params=params)
+    batches, lengths = checked(batch_tokens, tokens, "batch_tokens", "tokens")
+    columns = tuple(map(np.array, (batches, lengths, checked(batch_tokens, loss, "batch_tokens", "loss")[1])))
     found = [rows for _, rows in groups(columns[0]) if len(np.unique(columns[1][rows])) > 1]
     if not any(len(np.unique(columns[1][rows])) >= FEWEST_LENGTHS for rows in found):
         raise InputError(
@@ -76,7 +78,7 @@ def loss_curves(params: float, batch_tokens: Values, tokens: Values, loss: Value
         float(params),
         floor,
         tuple(float(columns[0][rows[0]]) for rows in found),
-        tuple(math.exp(at) for at, _ in lines),
+        tuple(math.exp(min(at, 700.0)) for at, _ in lines),
         tuple(-slope for _, slope in lines),
         tuple(float(y.min()) for y in losses),
         tuple(float(y.max()) for y in losses),

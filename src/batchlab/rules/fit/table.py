@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from batchlab.core.checks import holds
 from batchlab.core.errors import InputError
 from batchlab.core.jsonio import JsonNoun
+from batchlab.rules.fit.power_laws import plain
 
 Array = NDArray[np.float64]
 Rows = NDArray[np.intp]
@@ -101,6 +102,9 @@ class RunTable(JsonNoun):
         """
         if diverged not in ("refuse", "drop"):
             raise InputError(f'diverged must be "refuse" or "drop", got {diverged!r}')
+        if not hasattr(columns, "items"):
+            raise InputError(f"columns must be a mapping of names to values, got {columns!r:.80}")
+        columns = {str(name): plain(values, str(name)) for name, values in columns.items()}
         named, ignored = _names(columns)
         lengths = {name: len(values) for name, values in columns.items()}
         if len(set(lengths.values())) > 1:
