@@ -34,6 +34,7 @@ TRAJECTORY_LAWS = {"kaplan_loss": "kaplan_cbs", "trajectory_loss": "trajectory_c
 TWICE_THE_LEAST = ("", "power_lines_crit", *TRAJECTORY_LAWS.values())
 CONTEXT = 1024  # tokens of a sequence in both sources: no batch of theirs was less
 _LARGEST = 709.0  # e^709 is the largest that a float holds
+_MOST_STEPS = 240  # a third of them halve, and 60 halvings are enough
 
 
 class BalancedRun(NamedTuple):
@@ -285,23 +286,32 @@ def _log_critical(c: TrajectoryConstants, loss: float) -> float:
 
 
 def _excess(c: TrajectoryConstants, params: float, steps: float, batch_tokens: float) -> float:
-    """x = L - L(N), solved for ln x: rhs(x) falls and lies above its limit at B = ∞, so it brackets the root."""
-    from scipy.optimize import brentq
+    """x = L - L(N), solved for ln x: rhs(x) falls and lies above its limit at B = ∞, so it brackets the root.
 
+    Newton's steps, with a halving at every third or where one leaves the bracket. SciPy's root finders take half a
+    second to import, far more than all of `advise`.
+    """
     least, log_batch = _least(c, params), math.log(batch_tokens)
 
-    def log_right(log_x: float) -> float:
-        loss = least + _exp(log_x, "a loss")
-        ratio = _log_critical(c, loss) - log_batch
+    def log_right(log_x: float) -> tuple[float, float]:
+        """ln of the right side's excess, and minus its slope."""
+        excess = _exp(log_x, "a loss")
+        ratio = _log_critical(c, least + excess) - log_batch
         slower = ratio + math.log1p(math.exp(-ratio)) if ratio > 0 else math.log1p(math.exp(ratio))
-        return c.alpha_S * (math.log(c.S_c) - math.log(steps) + slower)
+        share = 1 / (1 + math.exp(-ratio)) if ratio > -_LARGEST else 0.0
+        slope = c.alpha_S / c.alpha_B * share * excess / (least + excess)
+        return c.alpha_S * (math.log(c.S_c) - math.log(steps) + slower), slope
 
-    low = c.alpha_S * (math.log(c.S_c) - math.log(steps))
-    high = log_right(low)
-    if high - low <= 1e-15 * max(1.0, abs(low)):
-        return _exp(high, "a loss")
-    root: float = brentq(lambda log_x: log_x - log_right(log_x), low, high, xtol=1e-15, rtol=8.9e-16)
-    return _exp(root, "a loss")
+    low = log_x = c.alpha_S * (math.log(c.S_c) - math.log(steps))
+    high = log_right(low)[0]
+    for count in range(_MOST_STEPS):
+        right, slope = log_right(log_x)
+        low, high = max(low, min(log_x, right)), min(high, max(log_x, right))  # the root lies between x and rhs(x)
+        newton = log_x + (right - log_x) / (1 + slope)
+        if abs(newton - log_x) <= 4e-16 * max(1.0, abs(log_x)):
+            break
+        log_x = newton if low < newton < high and count % 3 else (low + high) / 2
+    return _exp(newton, "a loss")
 
 
 def _of_tokens(constants: OfTokens) -> tuple[ChinchillaConstants, str]:
