@@ -13,7 +13,8 @@ updates; `diloco` (Charles et al. 2025, arXiv 2503.09799) holds at 20 tokens a p
 
 Losses are nats a token, by the law's own tokenizer: every constant changes with tokenizer, data, context length and
 architecture. The six constants of (e) have no default; the published ones are examples, and `rules.fit.trajectory`
-finds yours. Trust (e) after the warm-up, at a rate that does not decay, on data that do not repeat.
+finds yours. Trust (e) after the warm-up, at a rate that does not decay, on data that do not repeat. Beyond the range of
+a published law `outside` says so; plain numbers of updates and tokens cannot: ask `least_loss` and `critical_batch`.
 """
 
 from __future__ import annotations
@@ -151,6 +152,8 @@ def steps_to_loss(*, loss: float, params: float, batch_tokens: float, constants:
 
 def balanced_run(*, loss: float, params: float, constants: Constants) -> BalancedRun:
     """B = B_crit(L), S = 2·S_min, E = 2·E_min: the run that weighs time and compute alike (equation 5.2).
+
+    For a given compute the best N ends such a run at L = (1 + α_N/α_S)·L(N), about 10 % above L(N) (equation B.5).
 
     >>> run = balanced_run(loss=3.2, params=6e7, constants="trajectory_loss")
     >>> round(run.batch.tokens), round(run.steps), round(run.tokens / run.steps / run.batch.tokens, 9)

@@ -278,7 +278,7 @@ def test_the_stage_that_fails_is_named(runs, message):
         (lambda: trajectory([{"params": 1e6}]), "runs must be a sequence of LossRun"),
         (lambda: trajectory(study(), degree=1), "degree must be an integer of at least 2, or None, got 1"),
         (lambda: trajectory(study(), degree=2.5), "degree must be an integer of at least 2, or None, got 2.5"),
-        (lambda: trajectory(study(), after_warmups=-1), "after_warmups must be finite and > 0, got -1"),
+        (lambda: trajectory(study(), after_warmups=-1), "after_warmups must be >= 0, got -1"),
         (lambda: trajectory(study(), levels=0), "levels must be an integer of at least 3, got 0"),
         (lambda: trajectory(study(), margin=2), "margin must lie in \\(0, 1\\), got 2"),
         (lambda: trajectory(study(), draws=1), "draws must be an integer of at least 2, got 1"),

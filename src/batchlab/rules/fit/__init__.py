@@ -51,9 +51,9 @@ if TYPE_CHECKING:
     from batchlab.rules.fit.table import RunTable as RunTable
     from batchlab.rules.fit.timescales import TimescaleLaw as TimescaleLaw
     from batchlab.rules.fit.timescales import timescale as timescale
+    from batchlab.rules.fit.trajectory_fit import trajectory as trajectory
     from batchlab.rules.fit.trajectory_law import CriticalLevel as CriticalLevel
     from batchlab.rules.fit.trajectory_law import TrajectoryLaw as TrajectoryLaw
-    from batchlab.rules.fit.trajectory_law import trajectory as trajectory
     from batchlab.rules.fit.trajectory_table import loss_runs_of as loss_runs_of
 
 _HOME = {
@@ -100,9 +100,9 @@ _HOME = {
     "RunTable": "table",
     "TimescaleLaw": "timescales",
     "timescale": "timescales",
+    "trajectory": "trajectory_fit",
     "CriticalLevel": "trajectory_law",
     "TrajectoryLaw": "trajectory_law",
-    "trajectory": "trajectory_law",
     "loss_runs_of": "trajectory_table",
 }
 

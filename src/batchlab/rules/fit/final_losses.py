@@ -1,4 +1,4 @@
-"""L(N) of models whose loss has not flattened, by the shape of their curves: where training on was too dear."""
+"""L(N) of models whose loss has not flattened, from the shape of all curves: where training on was too dear."""
 
 from __future__ import annotations
 
@@ -8,62 +8,59 @@ from itertools import product
 
 import numpy as np
 
-from batchlab.core.checks import check_positive
+from batchlab.core.checks import check_not_negative
 from batchlab.core.errors import InputError
-from batchlab.rules.fit.loss_runs import Array, Curve, LossRun, curves
-from batchlab.rules.fit.trajectory_joint import least_squares, log_losses, points_of
-from batchlab.rules.fit.trajectory_stages import FEWEST
+from batchlab.rules.fit.loss_runs import LossRun, curves
+from batchlab.rules.fit.trajectory_joint import Points, constants_of, least_squares, log_losses, points_of
+from batchlab.rules.fit.trajectory_stages import FEWEST, STAGES
+from batchlab.rules.law_loss import TrajectoryConstants
 
-_SHARES = (0.5, 0.8, 0.95)
-_EXPONENTS = (0.4, 0.8)
-_GROWTHS = (3.0, 6.0)
+_SHARES, _SIZE_EXPONENTS, _STEP_EXPONENTS, _GROWTHS = (0.5, 0.8, 0.95), (0.03, 0.1, 0.3), (0.4, 0.8), (3.0, 6.0)
 
 
 def extrapolated_final_losses(runs: Sequence[LossRun], *, after_warmups: float = 5.0) -> list[LossRun]:
     """The runs, and for each model size without a `final_loss` one more that has its extrapolated L(N).
 
-    All curves at once, by least squares of ln L, with one L(N) for each size and S_c, α_S, B_*, α_B alike for all:
+    L(N) is what the law itself makes of the curves, least squares of ln L over all points from a grid of starts:
 
-      L = L(N) + [(S_c/S)·(1 + B_*/(B·L^(1/α_B)))]^α_S
+      L = (N_c/N)^α_N + [(S_c/S)·(1 + B_*/(B·L^(1/α_B)))]^α_S
 
-    So L(N) is what the law itself would have it. Where a run ends far above it, it is badly known: a loss measured
-    where it had flattened is better, and the source has no other. Needs three batch sizes. Raises `InputError` where
-    the curves do not tell.
+    Final losses that were measured count as points. Where the runs end far above L(N), it is badly known, though the
+    curves in between may be well predicted: a loss measured where it had flattened is better, and the source has no
+    other. Not one L(N) for each size by itself: that takes the misfit of one model for its floor.
+
+    Needs three sizes and three batch sizes. Raises `InputError` where no law meets the curves.
     """
-    check_positive(after_warmups=after_warmups)
+    check_not_negative(after_warmups=after_warmups)
     kept = curves(runs, degree=None, after_warmups=after_warmups)
-    batches = len({curve.log_batch for curve in kept})
-    if batches < FEWEST:
-        raise InputError(f"stage 1 (model size): the curves tell final losses over {FEWEST} batch sizes, got {batches}")
-    sizes = sorted({curve.log_params for curve in kept})
-    found = _floors(kept, sizes)
+    for name, values in (("params", {run.params for run in runs}), ("batch sizes", {each.log_batch for each in kept})):
+        if len(values) < FEWEST:
+            raise InputError(f"{STAGES[0]}: final losses are extrapolated over {FEWEST} {name}, got {len(values)}")
+    points = points_of(runs, kept)
+    found = _law(points)
     if found is None:
-        raise InputError("stage 1 (model size): the curves tell no final losses, for no law meets them")
+        raise InputError(f"{STAGES[0]}: the curves tell no final losses, for no law with constants > 0 meets them")
+    known = {run.params for run in runs if run.final_loss}
     largest = max(run.batch_tokens for run in runs)
-    known = {math.log(run.params) for run in runs if run.final_loss}
-    added = [
-        LossRun(math.exp(size), largest, final_loss=math.exp(floor))
-        for size, floor in zip(sizes, found, strict=True)
-        if size not in known
+    return [*runs] + [
+        LossRun(params, largest, final_loss=(found.N_c / params) ** found.alpha_N)
+        for params in sorted({run.params for run in runs} - known)
     ]
-    return [*runs, *added]
 
 
-def _floors(kept: Sequence[Curve], sizes: Sequence[float]) -> Array | None:
-    """ln L(N) of each size: the best of the least squares from a grid of starts."""
-    points = points_of([], kept)
-    of_run = {curve.place: sizes.index(curve.log_params) for curve in kept}
-    points = points._replace(floor=np.eye(len(sizes))[[of_run[int(run)] for run in points.run]])
-    least = [min(float(curve.log_losses.min()) for curve in kept if curve.log_params == size) for size in sizes]
-    best, error = None, math.inf
-    for share, exponent, growth in product(_SHARES, _EXPONENTS, _GROWTHS):
-        floors = np.array(least) + math.log(share)
-        height = math.log(math.exp(points.centre[2]) - share * math.exp(min(least)))
-        start = np.array([*floors, height, exponent, float(points.log_batch.mean()), growth])
-        found = least_squares(start, points)
-        if found is None or not (found[[-3, -1]] > 0).all():
+def _law(points: Points) -> TrajectoryConstants | None:
+    """The best of the least squares from a grid of starts."""
+    best, least = None, math.inf
+    lowest, middle = float(points.log_losses.min()), points.centre[2]
+    batch = float(points.log_batch[np.isfinite(points.log_batch)].mean())
+    for share, size, step, growth in product(_SHARES, _SIZE_EXPONENTS, _STEP_EXPONENTS, _GROWTHS):
+        height = math.log(math.exp(middle) - share * math.exp(lowest))
+        start = np.array([lowest + math.log(share), size, height, step, batch, growth])
+        q = least_squares(start, points)
+        constants = None if q is None else constants_of(q, points.centre)
+        if q is None or constants is None:
             continue
-        missed = float(np.mean((points.log_losses - log_losses(found, points)[0]) ** 2))
-        if missed < error:
-            best, error = found[:-4], missed
+        error = float(np.mean((points.log_losses - log_losses(q, points)[0]) ** 2))
+        if error < least:
+            best, least = constants, error
     return best

@@ -30,7 +30,7 @@ _LARGEST = 700.0
 class Points(NamedTuple):
     """All measured points; a final loss is one with ln S and ln B infinite. run: which run each is of.
 
-    floor: ln F = floor @ q[:-4], one row a point. centre: ln N₀, ln S₀, ln L₀.
+    floor: ln F = floor @ (q₀, q₁), one row a point. centre: ln N₀, ln S₀, ln L₀.
     """
 
     floor: Array
@@ -63,8 +63,8 @@ def points_of(
 
 def log_losses(q: Array, points: Points) -> tuple[Array, Array]:
     """ln L of the law at each point and its slopes in q, one row a point."""
-    height, exponent, critical, growth = q[-4:]
-    floor = np.exp(points.floor @ q[:-4])
+    height, exponent, critical, growth = q[2:]
+    floor = np.exp(points.floor @ q[:2])
     finite = np.isfinite(points.log_steps)
     f, at = floor[finite], points.log_steps[finite] - points.centre[1]
 
@@ -79,11 +79,11 @@ def log_losses(q: Array, points: Points) -> tuple[Array, Array]:
     losses = floor.copy()
     losses[finite] += np.exp(u)
     part = np.exp(u) / losses[finite]
-    slopes = np.zeros((len(floor), len(q)))
-    slopes[:, :-4] = (floor / losses)[:, None] * points.floor
+    slopes = np.zeros((len(floor), FREE))
+    slopes[:, :2] = (floor / losses)[:, None] * points.floor
     bent = part * exponent * share
     own = [part, -part * (at - slower), bent, -bent * (np.log(losses[finite]) - points.centre[2])]
-    slopes[finite, -4:] = np.stack(own, axis=1)
+    slopes[finite, 2:] = np.stack(own, axis=1)
     slopes[finite] /= (1 + bent * growth)[:, None]
     return np.log(losses), slopes
 

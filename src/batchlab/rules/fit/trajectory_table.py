@@ -7,8 +7,8 @@ from batchlab.core.errors import InputError
 from batchlab.rules.fit.by_name import Fit, warnings_of
 from batchlab.rules.fit.loss_runs import LossRun
 from batchlab.rules.fit.table import RunTable
+from batchlab.rules.fit.trajectory_fit import trajectory as _trajectory
 from batchlab.rules.fit.trajectory_law import NAMES
-from batchlab.rules.fit.trajectory_law import trajectory as _trajectory
 
 
 def loss_runs_of(table: RunTable, *, warmup_steps: float = 0.0) -> list[LossRun]:
