@@ -259,6 +259,7 @@ def test_constants_have_no_default_and_numbers_have_names(call, message):
     [
         (lambda: loss.kaplan(**RUN, constants="kaplan"), 'constants must be "kaplan_loss", "trajectory_loss" or Traj'),
         (lambda: loss.kaplan(**RUN, constants=(1, 2, 3, 4, 5, 6)), "or TrajectoryConstants, got \\(1, 2"),
+        (lambda: loss.kaplan(**RUN, constants=["kaplan_loss"]), "or TrajectoryConstants, got \\['kaplan_loss'\\]"),
         (lambda: loss.kaplan(**{**RUN, "steps": 0}, constants=SU), "steps must be finite and > 0, got 0"),
         (lambda: loss.kaplan(**{**RUN, "steps": math.inf}, constants=SU), "steps must be finite and > 0, got inf"),
         (lambda: loss.kaplan(**{**RUN, "params": math.nan}, constants=SU), "params must be finite and > 0, got nan"),

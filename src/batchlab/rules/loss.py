@@ -257,7 +257,7 @@ def _resolved(constants: Constants, **given: float) -> tuple[TrajectoryConstants
     check_positive(**given)
     if isinstance(constants, TrajectoryConstants):
         return constants, "", ""
-    if constants not in TRAJECTORY_LAWS:
+    if not isinstance(constants, str) or constants not in TRAJECTORY_LAWS:
         names = ", ".join(f'"{name}"' for name in TRAJECTORY_LAWS)
         raise InputError(f"constants must be {names} or TrajectoryConstants, got {constants!r}")
     rule = law(constants)

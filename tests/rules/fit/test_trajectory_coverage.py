@@ -56,13 +56,13 @@ def test_the_sheets_study_with_noise_at_each_point():
 
 @pytest.mark.slow
 def test_the_sheets_study_with_whole_runs_off():
-    held, width = simulated(3, 300, noise=0.002, of_run=0.005)
-    check(held, width, 300, 1.6)
+    held, width = simulated(3, 200, noise=0.002, of_run=0.005)
+    check(held, width, 200, 1.6)
 
 
 @pytest.mark.slow
 def test_the_stages_alone():
     """Five final losses leave three degrees of freedom: wide, and held more often than said."""
-    held, width = simulated(4, 60, noise=0.005, steps=STEPS[::2], joint=False)
-    error = math.sqrt(COVERAGE * (1 - COVERAGE) / 60)
+    held, width = simulated(4, 40, noise=0.005, batches=BATCHES[::2], steps=STEPS[::2], joint=False)
+    error = math.sqrt(COVERAGE * (1 - COVERAGE) / 40)
     assert held.min() > COVERAGE - 4 * error and (width > 0.8).all()

@@ -24,7 +24,7 @@ from batchlab.rules.fit.loss_runs import Array, Curve, LossRun, crossings
 STAGES = ("stage 1 (model size)", "stage 2 (critical batch)", "stage 3 (updates)")
 FEWEST = 3
 _BEYOND = 7.0  # a B_crit of e^7 times beyond the batch sizes changes S by less than 0.1 %
-_GRID, _ZOOMS, _EDGE = 81, 7, 1e-6
+_GRID, _ZOOMS, _EDGE = 41, 7, 1e-6
 
 
 class Line(NamedTuple):
@@ -133,7 +133,8 @@ def step_line(
             raise InputError(
                 f"{STAGES[2]}: runs[{curve.place}], of {run.params:.4g} params and {run.batch_tokens:.4g} batch_tokens,"
                 f" has a loss of {losses[worst]:.4g} at step {math.exp(curve.log_steps[worst]):.4g}, below L(N) = "
-                f"{floor:.4g} of stage 1: were its final losses unfinished?"
+                f"{floor:.4g} of stage 1 by more than margin={margin:g}: were the final losses unfinished, or are "
+                "these noisier than that?"
             )
         kept = losses > floor * (1 + margin)
         excess = losses[kept] - floor
