@@ -1,13 +1,14 @@
 """Claim: of the rules that move a learning rate with the batch, the one that `rules.learning_rate.for_optimizer` picks
 has the lowest median regret. Regret: the updates to the target with the rate that a rule gives, tuned at B0 alone, over
-those with the rate tuned anew at the larger batch, less one.
+those with the best rate known at the larger batch, less one.
 
 For each job and optimizer: the noise scale of a probe, and its target where none is set; at B0 and at 4, 16 and 64
 times B0 the learning rate is searched by factors of two until the best lies inside, over seeds; the best rate, and each
-rule's, then run again with fresh seeds, the same for all. What is not there in four times the best's updates counts as
-four times. "loss" is how far the validation loss lies above the target when the tuned run meets it, as a share of the
-target. `+β₂` moves β₂ to β₂^κ as well, `+β` both betas and ε (Zhao et al. 2024). The weights are evaluated as they are;
-with --averages their average, as batchlab's own plans do.
+rule's, then run again with fresh seeds, the same for all, and the least median of them counts as the best. What is not
+there in four times the updates of the rate that was searched counts as four times. "loss" is how far the validation
+loss lies above the target when the best run meets it, as a share of the target. `saturating½` has the exponent 0.5.
+`+β₂` moves β₂ to β₂^κ as well, `+β` both betas and ε (Zhao et al. 2024). The weights are evaluated as they are; with
+--averages their average, as batchlab's own plans do.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from batchlab.core.facts import Facts
 from batchlab.core.plan import Plan
 from batchlab.core.study import REACHED
 from batchlab.rules.adam import scale_beta, scale_eps
-from batchlab.rules.learning_rate import family, for_optimizer, rescale
+from batchlab.rules.learning_rate import family, for_optimizer, rescale, saturating
 from batchlab.spine.sweep_search import trial_plan
 from batchlab.spine.trial import run_trial
 from batchlab.workloads import autoencoder, diabetes, digits
@@ -45,8 +46,8 @@ def main() -> None:
     """Prints a row for each cell, then the medians."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("jobs", nargs="*", default=list(JOBS), help=f"of {', '.join(JOBS)}")
-    parser.add_argument("--search", type=int, default=5, help="seeds of each rate in the search")
-    parser.add_argument("--fresh", type=int, default=7, help="seeds with which the tuned rate and the rules' run again")
+    parser.add_argument("--search", type=int, default=7, help="seeds of each rate in the search")
+    parser.add_argument("--fresh", type=int, default=9, help="seeds with which the tuned rate and the rules' run again")
     parser.add_argument("--budget", type=float, default=20.0, help="seconds of a probe")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--averages", action="store_true", help="evaluate the average of the weights")
@@ -91,19 +92,22 @@ def cells(job: bl.Job, base: int, given: argparse.Namespace) -> list[dict[str, A
         reference = runs.trained(best, fresh)
         median = statistics.median(reference.steps)
         moved = {rule: rescale(tuned, base, base * factor, rule=rule, noise_scale=noise) for rule in RULES}
+        moved["saturating½"] = saturating(tuned, base, base * factor, noise_scale=noise, exponent=0.5)
         plans = {rule: (rate, {}) for rule, rate in moved.items()}
         if family(job.optimizer) == "adam":
             plans |= {rule: (moved["sqrt"], _betas(runs.plan, factor, rule)) for rule in BETAS}
-        cell = {}
-        for rule, (rate, changes) in plans.items():
-            got = runs.trained(rate, fresh, most=CAP * median, **changes)
-            cell[rule] = {
-                "learning_rate": rate,
+        found = {r: runs.trained(rate, fresh, most=CAP * median, **changes) for r, (rate, changes) in plans.items()}
+        least = min(median, *(statistics.median(got.steps) for got in found.values()))
+        cell = {
+            rule: {
+                "learning_rate": plans[rule][0],
                 "steps": got.steps,
-                "regret": statistics.median(got.steps) / median - 1,
-                "loss": statistics.median(got.value_at(median)) / facts.target.value - 1,
+                "regret": statistics.median(got.steps) / least - 1,
+                "loss": statistics.median(got.value_at(least)) / facts.target.value - 1,
                 "reached": got.reached,
             }
+            for rule, got in found.items()
+        }
         rows.append(
             {
                 "job": job.name,
@@ -115,6 +119,7 @@ def cells(job: bl.Job, base: int, given: argparse.Namespace) -> list[dict[str, A
                 "target": facts.target.value,
                 "tuned_learning_rate": best,
                 "tuned_steps": reference.steps,
+                "tuned_regret": median / least - 1,
                 "searched": tried,
                 "rules": cell,
             }

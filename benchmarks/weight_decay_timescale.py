@@ -24,7 +24,7 @@ from batchlab.workloads.examples import collate
 from batchlab.workloads.pystdlib import pystdlib
 
 CONTEXT, RATE, WARMUP = 64, 3e-3, 0.1
-TIMESCALES = (0.15, 0.3, 0.6, 1.2, 2.4)
+TIMESCALES = (0.3, 0.6, 1.2, 2.4, 4.8)
 
 
 def final_loss(job: Any, order: list[int], batch: int, weight_decay: float, seed: int) -> float:

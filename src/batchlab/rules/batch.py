@@ -86,7 +86,7 @@ def kaplan_cbs(*, loss: float, constants: Literal["kaplan", "trajectory"] = "kap
     """B_crit = B_*/L^(1/α_B) tokens at a loss L, whatever the model (Kaplan et al. 2020).
 
     loss: nats a token, with the law's own tokenizer. constants: Kaplan et al.'s (0.21, 2.0e8 tokens) or those of Su
-    et al. 2024 ("trajectory": 0.205, 1.7e8); both unverified.
+    et al. 2024 ("trajectory": 0.205, 1.7e8, unverified).
 
     >>> round(kaplan_cbs(loss=3.0).tokens)
     1069114

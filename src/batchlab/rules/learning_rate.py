@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple, get_args
 
 from batchlab.core.checks import check_positive, holds
 from batchlab.core.errors import InputError
-from batchlab.core.spike_law import effective_batch, mean_square_edge, spike_edge, stable_rate
+from batchlab.curves.spike_law import effective_batch, mean_square_edge, spike_edge, stable_rate
 from batchlab.rules.optimizer_family import FAMILY as FAMILY
 from batchlab.rules.optimizer_family import Family as Family
 from batchlab.rules.optimizer_family import family as family
@@ -203,7 +203,6 @@ _REASONS: dict[str, tuple[str, str, str]] = {
     "none": ("η = η₀", "derived from the update, batchlab", _FAR_BELOW),
     "linear": ("η = η₀·B/B₀", "Goyal et al. 2017, arXiv 1706.02677", _FAR_BELOW),
     "sqrt": ("η = η₀·√(B/B₀)", "Malladi et al. 2022, arXiv 2205.10287", _FAR_BELOW),
-    "power": ("η = η₀·(B/B₀)^p", "a fit, as of Shuai et al. 2024, arXiv 2412.01505", "for the batch sizes of the fit"),
     "power": (
         "η = η₀·(B/B₀)^p",
         "Shuai et al. 2024, arXiv 2412.01505, with p of 0.75 to 1",

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchlab.core.facts import Estimate
+from batchlab.curves.fieller import fieller
 
 Array = NDArray[np.float64]
 
@@ -83,16 +84,13 @@ def mean_of(values: Array, coverage: float, method: str) -> Estimate:
 def ratio_of(x: Array, y: Array, coverage: float, method: str) -> Estimate:
     """E[x]/E[y] from one pair a seed, with Fieller's interval; unbounded where y may be 0, NaN where it is."""
     n = len(x)
-    quantile, covariance = student(n, coverage) ** 2 / n, np.cov(x, y)
+    scale, covariance = student(n, coverage) ** 2 / n, np.cov(x, y)
     mean_x, mean_y = float(x.mean()), float(y.mean())
-    a = mean_y**2 - quantile * float(covariance[1, 1])
-    b = mean_x * mean_y - quantile * float(covariance[0, 1])
-    c = mean_x**2 - quantile * float(covariance[0, 0])
+    low, high = fieller(mean_x, mean_y, *(scale * float(covariance[at]) for at in ((0, 0), (0, 1), (1, 1))))
     value = mean_x / mean_y if mean_y else math.nan
-    if not a > 0:
-        return Estimate(value, -math.inf, math.inf, f"{method}: not bounded, the denominator may be 0", coverage)
-    root = math.sqrt(max(b * b - a * c, 0.0))
-    return Estimate(value, min((b - root) / a, value), max((b + root) / a, value), method, coverage)
+    if math.isinf(high):
+        return Estimate(value, low, high, f"{method}: not bounded, the denominator may be 0", coverage)
+    return Estimate(value, min(low, value), max(high, value), method, coverage)
 
 
 def student(n: int, coverage: float) -> float:

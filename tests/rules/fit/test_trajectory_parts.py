@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from batchlab.core.errors import InputError
-from batchlab.core.tradeoff_fit import fit_tradeoff
+from batchlab.curves.tradeoff_fit import fit_tradeoff
 from batchlab.rules import loss
 from batchlab.rules.fit import LossRun, RunTable, loss_runs_of, trajectory
 from batchlab.rules.fit import trajectory_table as by_table
@@ -54,7 +54,7 @@ def test_a_curve_that_rises_again_is_passed_once():
 
 
 def test_the_critical_batch_at_a_loss_is_that_of_the_tradeoff_fit():
-    """Stage 2's grid against `core.tradeoff_fit`, on crossings with 2 % noise of 40 losses."""
+    """Stage 2's grid against `curves.tradeoff_fit`, on crossings with 2 % noise of 40 losses."""
     runs = [run for run in study(0.02, 4, sizes=(1e7,)) if run.steps]
     kept, ones = curves(runs, **WARM), np.ones(len(runs))
     levels = levels_of(kept, Line(TRUE.alpha_N, math.log(TRUE.N_c)), ones, 40, 0.02)

@@ -24,8 +24,8 @@ from batchlab.core.checks import check_count, check_inside, check_not_negative
 from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate
 from batchlab.core.jsonio import JsonNoun
-from batchlab.core.log_line import LogLine
 from batchlab.core.random import derive_seed, preserved_generators, reseed
+from batchlab.curves.log_line import LogLine
 
 Outputs = dict[str, list[Tensor]]
 

@@ -28,10 +28,10 @@ from batchlab.core.checks import check_inside
 from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate
 from batchlab.core.jsonio import JsonNoun
-from batchlab.core.spike_law import effective_batch as effective_batch
-from batchlab.core.spike_law import mean_square_edge
-from batchlab.core.spike_law import spike_edge as spike_edge
-from batchlab.core.spike_law import stable_rate as stable_rate
+from batchlab.curves.spike_law import effective_batch as effective_batch
+from batchlab.curves.spike_law import mean_square_edge
+from batchlab.curves.spike_law import spike_edge as spike_edge
+from batchlab.curves.spike_law import stable_rate as stable_rate
 
 FEWEST_POINTS = 3
 _FINEST = 1e-4  # of a mean: no edge is taken as known better than this

@@ -1,6 +1,6 @@
 """The growth of the critical batch size with model size or tokens, B* = d·x^β (Zhang et al. 2024, arXiv 2410.21676).
 
-Each B*, the batch that costs 20 % more data, is one of `critical_batch`: `core.data_overhead`, which rules share.
+Each B*, the batch that costs 20 % more data, is one of `critical_batch`: `curves.data_overhead`, which rules share.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from batchlab.core.checks import check_inside, check_positive
-from batchlab.core.data_overhead import CriticalBatch, critical_batch
 from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate
 from batchlab.core.jsonio import JsonNoun
-from batchlab.core.log_line import LogLine
+from batchlab.curves.data_overhead import CriticalBatch, critical_batch
+from batchlab.curves.log_line import LogLine
 
 __all__ = ["CriticalBatch", "Growth", "critical_batch", "fit_growth"]
 FEWEST_SIZES = 3

@@ -17,8 +17,8 @@ from batchlab.core.checks import check_inside, check_positive, holds
 from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate
 from batchlab.core.jsonio import JsonNoun
-from batchlab.core.run_sets import Array, RunSets, by_size
 from batchlab.core.study import Study
+from batchlab.curves.run_sets import Array, RunSets, by_size
 from batchlab.measure.runs.steps_to_result import StepsToTarget
 
 Run = float | StepsToTarget | None

@@ -23,7 +23,7 @@ from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate
 from batchlab.core.jsonio import JsonNoun
 from batchlab.core.random import derive_seed
-from batchlab.core.run_sets import Array, RunSets, by_size
+from batchlab.curves.run_sets import Array, RunSets, by_size
 
 FEWEST_SIZES = 3
 _DRAWS = 1000

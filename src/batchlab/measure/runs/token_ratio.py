@@ -19,7 +19,7 @@ from batchlab.core.checks import check_count, check_inside, holds
 from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate
 from batchlab.core.jsonio import JsonNoun
-from batchlab.core.run_sets import RunSets, by_size
+from batchlab.curves.run_sets import RunSets, by_size
 
 Curve = Sequence[tuple[float, float]]
 T = TypeVar("T")

@@ -13,7 +13,7 @@ from batchlab.core.checks import check_inside
 from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate, MicroBatchTime
 from batchlab.core.jsonio import JsonNoun
-from batchlab.measure.fieller import fieller
+from batchlab.curves.fieller import fieller
 
 TOLERANCE = 0.05
 OVERHEAD, COMMUNICATION, DATA = 0.5, 0.3, 0.3

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from batchlab.core.checks import check_inside
 from batchlab.core.facts import Estimate
 from batchlab.core.jsonio import JsonNoun
-from batchlab.measure.fieller import fieller
+from batchlab.curves.fieller import fieller
 
 Array = NDArray[np.float64]
 _RANK = 1e-9

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from batchlab.core.checks import check_positive
 from batchlab.core.errors import InputError
 from batchlab.core.jsonio import JsonNoun
-from batchlab.core.tradeoff_fit import Tradeoff, fit_tradeoff
+from batchlab.curves.tradeoff_fit import Tradeoff, fit_tradeoff
 from batchlab.rules.fit.power_laws import PowerLaw, Values, checked, power_law
 from batchlab.rules.fit.table import RunTable, groups
 from batchlab.rules.fit.tuning import tuned_rows

@@ -18,7 +18,7 @@ from batchlab.core.checks import check_positive
 from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate
 from batchlab.core.jsonio import JsonNoun
-from batchlab.core.log_line import LogLine
+from batchlab.curves.log_line import LogLine
 from batchlab.rules.fit.bootstrap import Rows, bootstrap
 from batchlab.rules.fit.bowl import WITHIN, Optimum, learning_rate_optimum, optimum, vertex
 from batchlab.rules.fit.power_laws import PowerLaw, power_law

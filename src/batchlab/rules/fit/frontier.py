@@ -23,7 +23,7 @@ from batchlab.core.checks import check_count, check_not_negative, check_positive
 from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate
 from batchlab.core.jsonio import JsonNoun
-from batchlab.core.log_line import LogLine
+from batchlab.curves.log_line import LogLine
 from batchlab.rules.batch import ComputeBudget
 from batchlab.rules.fit.bootstrap import Draws, Rows, bootstrap
 from batchlab.rules.fit.power_laws import PowerLaw, leave_groups_out

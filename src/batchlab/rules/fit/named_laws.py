@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from batchlab.core.data_overhead import critical_batch as _critical_batch
 from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate
+from batchlab.curves.data_overhead import critical_batch as _critical_batch
 from batchlab.rules.fit.bowl import WITHIN, Optimum, optimum
 from batchlab.rules.fit.budgets_law import budgets as _budgets
 from batchlab.rules.fit.by_name import Fit, warnings_of

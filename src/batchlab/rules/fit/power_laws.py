@@ -19,7 +19,7 @@ from batchlab.core.checks import check_inside, check_positive
 from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate
 from batchlab.core.jsonio import JsonNoun
-from batchlab.core.log_line import LogLine
+from batchlab.curves.log_line import LogLine
 
 Array = NDArray[np.float64]
 Values = Sequence[float] | Array

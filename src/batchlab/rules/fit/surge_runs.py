@@ -24,7 +24,7 @@ from batchlab.core.checks import check_inside, check_positive
 from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate
 from batchlab.core.jsonio import JsonNoun
-from batchlab.core.tradeoff_fit import fit_tradeoff
+from batchlab.curves.tradeoff_fit import fit_tradeoff
 from batchlab.rules import learning_rate as rates
 from batchlab.rules.fit.power_laws import Values, checked, plain
 

@@ -18,7 +18,7 @@ from batchlab.core.checks import check_positive
 from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate
 from batchlab.core.jsonio import JsonNoun
-from batchlab.core.tradeoff_fit import Tradeoff, fit_tradeoff
+from batchlab.curves.tradeoff_fit import Tradeoff, fit_tradeoff
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from batchlab.core.checks import check_inside
 from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate
 from batchlab.core.jsonio import JsonNoun
-from batchlab.core.run_sets import Array, by_size
+from batchlab.curves.run_sets import Array, by_size
 
 FEWEST_SIZES = 3
 _BEYOND = 16.0  # e^16 times beyond the grid, the law differs from its limit by 1e-7

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from batchlab.core.errors import InputError
-from batchlab.core.log_line import LogLine
+from batchlab.curves.log_line import LogLine
 
 XS = [1.0, 2.0, 5.0, 10.0, 30.0, 100.0]
 

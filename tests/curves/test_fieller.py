@@ -8,7 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy.special import stdtrit
 
-from batchlab.measure.fieller import fieller
+from batchlab.curves.fieller import fieller
 
 spread = st.floats(0.01, 0.5)
 
