@@ -20,6 +20,7 @@ from batchlab.core.checks import check_inside, check_positive, holds
 from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate
 from batchlab.core.jsonio import JsonNoun
+from batchlab.curves.fieller import fieller
 from batchlab.rules.fit.power_laws import Values, plain
 
 Array = NDArray[np.float64]
@@ -177,12 +178,8 @@ class _Bowl:
         if self.free == 0:
             return -math.inf, math.inf
         scale = float(stdtrit(self.free, 0.5 + coverage / 2)) ** 2 * float(self.residuals @ self.residuals) / self.free
-        (_, c1, c2), var = self.c, scale * self.covariance
-        a, b, c = 4 * (c2**2 - var[2, 2]), 2 * (c1 * c2 - var[1, 2]), c1**2 - var[1, 1]
-        if a <= 0:
-            return -math.inf, math.inf
-        half = math.sqrt(max(0.0, b**2 - a * c))  # the vertex itself is inside, so below 0 is rounding
-        return (-b - half) / a, (-b + half) / a
+        (_, c1, c2), v = self.c, scale * self.covariance
+        return fieller(-c1, 2 * c2, float(v[1, 1]), -2 * float(v[1, 2]), 4 * float(v[2, 2]))
 
 
 def _vertex(bowl: _Bowl, middle: float, values: Array, best: int, name: str, coverage: float) -> tuple[Estimate, str]:
