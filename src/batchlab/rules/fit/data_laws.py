@@ -43,7 +43,8 @@ class BatchOptimum(JsonNoun):
 class DataLaw(JsonNoun):
     """B_opt = a·D^p, both in tokens. law: through the vertices that are bracketed, with Student's interval.
 
-    by_bootstrap: p again, its interval from drawing the runs of each (N, D) anew: the source's kind, approximate.
+    by_bootstrap: p again, its interval from drawing the runs of each (N, D) anew: approximate. At 90 % both held the
+    truth in 200 tables of 8 D, 10 batches and 2 runs each: Student's in 88 %, the bootstrap's in 94 %.
     optima: every vertex. note: those left out, and best rates at the edge of their sweep.
     """
 

@@ -7,6 +7,10 @@ frontier was not to be read: a grid of equal steps in ln C, and curves straight 
 
 A point counts only where a smaller and a larger N, and at its N a smaller and a larger B, were tried at that compute:
 elsewhere the frontier shows the edge of the table and not an optimum.
+
+N and B step from one size tried to the next. On 40 simulated tables (12 N over two decades, batches by √2, 0.1 % noise
+in the loss) the exponents of N and B were 0.448 and 0.146 on average, for 0.452 and 0.145, and their intervals at 90 %
+held the truth in 88 and 98 %.
 """
 
 from __future__ import annotations
