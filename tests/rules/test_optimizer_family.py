@@ -9,7 +9,7 @@ import torch
 from batchlab.core.errors import InputError
 from batchlab.optim.create import names
 from batchlab.rules.learning_rate import for_optimizer
-from batchlab.rules.optimizer_family import FAMILY, family, kind
+from batchlab.rules.optimizer_family import FAMILY, decay_kind, family, kind
 
 MEAN, EXAMPLES, BATCH, KAPPA = 0.01, 2048, 4, 4
 COUNT = 20_000
@@ -143,3 +143,41 @@ def test_spelling_does_not_count(name):
 def test_what_has_no_rule_is_refused(name, said):
     with pytest.raises(InputError, match=said):
         kind(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("SGD", "l2"),
+        ("Adam", "adaptive_l2"),
+        ("AdamW", "decoupled"),
+        ("Adamax", "adaptive_l2"),
+        ("NAdam", "adaptive_l2"),
+        ("RAdam", "adaptive_l2"),
+        ("RMSprop", "adaptive_l2"),
+        ("Adagrad", "adaptive_l2"),
+        ("Adadelta", "adaptive_l2"),
+        ("Adafactor", "decoupled"),
+        ("Muon", "decoupled"),
+    ],
+)
+def test_kinds_of_decay_are_torchs(name, form):
+    """With no gradient, decoupled decay and that of plain steps shrink the weights by 1 - ηλ, others by else."""
+    assert decay_kind(name) == form
+    rate, decay = 0.01, 0.1
+    weight = torch.nn.Parameter(torch.eye(4) * 3)
+    optimizer = getattr(torch.optim, name)([weight], lr=rate, weight_decay=decay)
+    for _ in range(10):  # RAdam's first five are SGD's
+        weight.grad = torch.zeros_like(weight)
+        optimizer.step()
+    shrunk = float(weight.detach()[0, 0]) / 3
+    assert (shrunk == pytest.approx((1 - rate * decay) ** 10, rel=1e-5)) == (form in ("decoupled", "l2"))
+
+
+def test_names_of_decay_are_read_plainly_and_none_is_guessed():
+    assert decay_kind("Adam-W") == decay_kind("ADAM_W") == "decoupled"
+    assert decay_kind("lamb") == decay_kind("lars") == "normalised" and decay_kind("nag") == "l2"
+    assert {decay_kind(name) for name in FAMILY} == {"decoupled", "l2", "adaptive_l2", "normalised", "unknown"}
+    for bad in ("garbage", "", None, 3):
+        with pytest.raises(InputError, match="optimizer must be"):
+            decay_kind(bad)

@@ -9,6 +9,9 @@ with the factor 1/√B is all that counts there, for equal progress along μ an 
 
 Momentum changes none of it. Tests measure this of every optimizer that torch has. Which family an optimizer belongs to
 follows from its formula; `why` says what was also published about its learning rate against batch size, if anything.
+
+How weight decay enters a step is another matter, and `decay_kind` is the one place that says it: as torch 2.13 has it
+for its own optimizers, and the reference code for the others.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from typing import Literal, NamedTuple
 from batchlab.core.errors import InputError
 
 Family = Literal["sgd", "adam", "adagrad"]
+Decay = Literal["decoupled", "l2", "adaptive_l2", "normalised", "unknown"]
 
 
 class Kind(NamedTuple):
@@ -103,6 +107,14 @@ _WITHOUT: dict[str, str] = {
 
 FAMILY: dict[str, Family] = {name: kind.family for name, kind in _KINDS.items()}
 
+_DECAYS: dict[Decay, tuple[str, ...]] = {
+    "decoupled": ("adamw", "sgdw", "lion", "muon", "adafactor", "came", "sophia", "ademamix"),
+    "l2": ("sgd", "nag"),
+    "adaptive_l2": ("adam", "adamax", "nadam", "radam", "rmsprop", "adagrad", "adadelta"),
+    "normalised": ("lamb", "lars"),
+}
+_DECAY: dict[str, Decay] = {name: decay for decay, names in _DECAYS.items() for name in names}
+
 
 def kind(optimizer: str) -> Kind:
     """The family of an optimizer and why. Case, hyphens and underscores in its name do not count.
@@ -112,10 +124,10 @@ def kind(optimizer: str) -> Kind:
     >>> kind("AdamW").family, kind("adagrad").family
     ('adam', 'adagrad')
     """
-    name = optimizer.lower().replace("-", "").replace("_", "") if isinstance(optimizer, str) else optimizer
-    if isinstance(name, str) and name in _WITHOUT:
+    name = plain_name(optimizer) if isinstance(optimizer, str) else ""
+    if name in _WITHOUT:
         raise InputError(f"optimizer {optimizer!r} has no learning-rate rule: {_WITHOUT[name]}")
-    if not isinstance(name, str) or name not in _KINDS:
+    if name not in _KINDS:
         raise InputError(f"optimizer must be one of {sorted(_KINDS)}, got {optimizer!r}: no learning-rate rule for it")
     return _KINDS[name]
 
@@ -127,3 +139,32 @@ def family(optimizer: str) -> Family:
     'adam'
     """
     return kind(optimizer).family
+
+
+def plain_name(optimizer: str) -> str:
+    """An optimizer's name in small letters, without hyphens and underscores, whether or not it is known.
+
+    >>> plain_name("Adam-W")
+    'adamw'
+    """
+    if not isinstance(optimizer, str):
+        raise InputError(f"optimizer must be a name, got {optimizer!r}")
+    return optimizer.lower().replace("-", "").replace("_", "")
+
+
+def decay_kind(optimizer: str) -> Decay:
+    """How an optimizer's weight decay enters its step. Case, hyphens and underscores in its name do not count.
+
+    "decoupled": w <- w - ηλw beside the step, the one kind that has a timescale 1/(ηλ) by itself. "l2": λw joins the
+    gradient of a plain step. "adaptive_l2": it joins a gradient that is then divided by √v. "normalised": it joins
+    before the step is rescaled to the weights' norm. "unknown": it has none, or implementations differ, or it was not
+    looked up; no rule may lean on it. Raises `InputError` for a name that is not known at all.
+
+    >>> decay_kind("AdamW"), decay_kind("adam"), decay_kind("lamb"), decay_kind("signum")
+    ('decoupled', 'adaptive_l2', 'normalised', 'unknown')
+    """
+    name = plain_name(optimizer)
+    if name not in _KINDS and name not in _WITHOUT:
+        known = sorted({*_KINDS, *_WITHOUT})
+        raise InputError(f"optimizer must be one of {known}, got {optimizer!r}: how its weight decay enters is unknown")
+    return _DECAY.get(name, "unknown")
