@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from textwrap import wrap
+
+import numpy as np
+from numpy.typing import NDArray
 
 from batchlab.core.checks import check_count, check_positive
 from batchlab.core.errors import InputError
 from batchlab.core.jsonio import JsonNoun
 from batchlab.planner.layouts.grid import SHARDINGS, Sharding
-from batchlab.planner.layouts.memory import PARTS, Memory
+from batchlab.planner.layouts.memory import PARTS, Array, Memory
 from batchlab.planner.layouts.step_time import TIME_PARTS, StepTime
 from batchlab.planner.text_table import text_table
 
 SMALL_SHARE = 0.1
+AS_LONG = 1e-9
+WIDTH = 100
 PART_WORDS = {part: part for part in PARTS} | {"optimizer": "optimizer state"}
 TIME_WORDS = {
     "compute": "computing",
@@ -103,21 +109,34 @@ class Layouts(JsonNoun):
         return self.rows[0]
 
     def table(self) -> str:
-        """The rows as text: layout, seconds, MFU, memory, tokens a second, and why each lost."""
-        head = ("layout", "s/update", "MFU", "GB/device", "tokens/s")
+        """The rows as text: layout, seconds, MFU, memory, tokens a second; below them why each lost, by its number."""
+        wide = len(str(len(self.rows)))
+        head = (f"{'#':>{wide}}  layout", "s/update", "MFU", "GB/device", "tokens/s")
         body = [
             (
-                row.name,
+                f"{place:>{wide}}  {row.name}",
                 f"{row.seconds:.4g}{' measured' * row.measured}",
                 f"{row.mfu:.1%}",
                 f"{row.memory.total / 1e9:.1f}",
                 f"{row.tokens_per_second:,.0f}",
             )
-            for row in self.rows
+            for place, row in enumerate(self.rows, 1)
         ]
-        lines = text_table(head, body).splitlines()
-        reasons = ["reason", *(row.reason for row in self.rows)]
-        return "\n".join(f"{line}  {reason}" for line, reason in zip(lines, reasons, strict=True))
+        reasons = [
+            line
+            for place, row in enumerate(self.rows, 1)
+            for line in wrap(row.reason, WIDTH, initial_indent=f"{place:>{wide}}  ", subsequent_indent=" " * (wide + 2))
+        ]
+        return "\n".join([text_table(head, body), "", *reasons])
+
+
+def as_long(seconds: Array) -> NDArray[np.int64]:
+    """Ranks of times from the shortest, equal where they take as long: within 1e-9, for sums round differently."""
+    order = np.argsort(seconds, kind="stable")
+    steps = np.diff(seconds[order]) > AS_LONG * seconds[order][:-1]
+    ranks = np.empty(len(seconds), np.int64)
+    ranks[order] = np.concatenate([[0], np.cumsum(steps)])
+    return ranks
 
 
 def why_first(best: Layout, considered: int, fitting: int) -> str:
@@ -126,7 +145,7 @@ def why_first(best: Layout, considered: int, fitting: int) -> str:
     part = best.memory.largest
     share = getattr(best.memory, part) / best.memory.total
     return (
-        f"least {how} time of {fitting} layouts that fit, of {considered} that divide: {_seconds(best.seconds)} an "
+        f"least {how} time of {fitting:,} layouts that fit, of {considered:,} that divide: {_seconds(best.seconds)} an "
         f"update, {best.memory.total / 1e9:.1f} GB a device, of which {PART_WORDS[part]} {share:.0%}"
     )
 
@@ -134,9 +153,12 @@ def why_first(best: Layout, considered: int, fitting: int) -> str:
 def why_lost(row: Layout, best: Layout, scale: float = 1.0) -> str:
     """Why a row comes after the best, in one sentence with the numbers that differ most, predictions times `scale`."""
     gap = row.seconds - best.seconds
-    if gap <= 1e-9 * best.seconds:
-        more = (row.memory.total - best.memory.total) / 1e9
-        return f"takes as long and needs {more:.2f} GB more a device" if more > 0 else "takes as long and holds as much"
+    if gap <= AS_LONG * best.seconds:
+        more = row.memory.total - best.memory.total
+        if abs(more) < 1:
+            return "takes as long and holds as much"
+        size = f"{abs(more) / 1e9:.2f} GB" if abs(more) >= 1e7 else f"{abs(more) / 1e6:.2g} MB"
+        return f"takes as long and needs {size} {'more' if more > 0 else 'less'} a device"
     slower = f"{gap / best.seconds:.1%} slower, {_seconds(row.seconds)} against {_seconds(best.seconds)}"
     if row.measured or best.measured:
         kinds = ["measured" if each.measured else "predicted" for each in (row, best)]

@@ -23,7 +23,16 @@ from batchlab.planner.hardware import Cluster
 from batchlab.planner.layouts.activations import Block
 from batchlab.planner.layouts.grid import SHARDINGS, Grid, Limits, Sharding, grid
 from batchlab.planner.layouts.memory import PARTS, Array, Costing, Memory, Precision, memory, precision_named
-from batchlab.planner.layouts.rows import PART_WORDS, Layout, Layouts, Measured, part_words, why_first, why_lost
+from batchlab.planner.layouts.rows import (
+    PART_WORDS,
+    Layout,
+    Layouts,
+    Measured,
+    as_long,
+    part_words,
+    why_first,
+    why_lost,
+)
 from batchlab.planner.layouts.shape import ModelShape
 from batchlab.planner.layouts.step_time import TIME_PARTS, Efficiency, StepTime, mfu, step_time
 
@@ -52,7 +61,7 @@ def layout(
     reserve_bytes: float = RESERVE_BYTES,
     keep: int = 20,
 ) -> Layouts:
-    """The layouts of a model's training that fit a cluster, fastest first.
+    """The layouts of a model's training that fit a cluster, fastest first, of equally fast ones the smallest.
 
     model: its shape. global_batch: sequences of one update, over all devices. sequence_length: tokens of each.
     precision: "bf16", "bf16-float32-gradients", "autocast", "float32", or a `Precision`; those named are Adam's. Time
@@ -152,7 +161,7 @@ def _search(problem: _Problem, measured: Sequence[Measured], keep: int) -> Layou
     scale = float(np.exp(np.median(np.log(actual[known] / predicted[known])))) if known.any() else 1.0
     seconds = np.where(known, actual, predicted * scale)
     costs = _Costs({name: part[fits] for name, part in parts.items()}, times, seconds, known)
-    best_first = np.lexsort((*(-column for column in reversed(chosen[:3])), total[fits], seconds))
+    best_first = np.lexsort((*(-column for column in reversed(chosen[:3])), np.round(total[fits]), as_long(seconds)))
     rows = [_row(problem, chosen, costs, int(index)) for index in best_first[:keep]]
     return _ranked(rows, len(total), len(seconds), problem.budget, scale, _notes(problem, costs, failed, scale))
 
