@@ -147,7 +147,22 @@ def test_beyond_the_fitted_range_it_says_so():
     assert "beyond 3.5e+07 to 2.4e+09" in batch.diloco_opt(params=1e10).outside
     assert batch.data_cbs(tokens=1e12).outside.startswith("tokens of 1e+12 lie beyond")
     assert batch.power_lines_opt(tokens=1e10).outside == ""
-    assert batch.power_lines_opt(tokens=1e6, base=Base(1e3, 1e5)).outside == ""  # one's own prefactor
+    assert batch.power_lines_opt(tokens=1e10, base=BASE).outside == ""  # one's own prefactor
+
+
+def test_from_a_base_it_says_where_either_run_is_beyond():
+    far = batch.data_budget(tokens=1e15, base=Base(5e5, 1e10))
+    assert far.outside == "tokens of 1e+15 lie beyond 1e+09 to 3e+11, which data_budget was fitted over"
+    small = batch.power_lines_opt(tokens=1e6, base=Base(1e3, 1e5))  # told, not refused
+    assert small.outside.startswith("tokens of 1e+06 lie beyond") and "; base_tokens of 1e+05 lie" in small.outside
+    crit = batch.power_lines_crit(least_tokens=1e10, base=Base(5e5, 1e9))
+    assert crit.outside.startswith("base_least_tokens of 1e+09 lie beyond 2.2e+09")
+
+
+def test_diloco_was_fitted_to_eight_replicas():
+    assert batch.diloco_opt(params=1e9, replicas=8, algorithm="diloco").outside == ""
+    far = batch.diloco_opt(params=1e9, replicas=1000, algorithm="diloco").outside
+    assert far == "replicas of 1e+03 lie beyond 1 to 8, which diloco_batch was fitted over"
 
 
 @pytest.mark.parametrize(
@@ -174,6 +189,17 @@ def test_beyond_the_fitted_range_it_says_so():
             "one of \\(1, 2, 4, 8\\)",
         ),
         (lambda: batch.diloco_opt(params=1e9, algorithm="ddp"), 'must be "data_parallel" or "diloco"'),
+        (
+            lambda: batch.data_budget(tokens=1e10, base=(5e5, 1e10)),
+            r"base must be a rules.batch.Base, got \(500000.0, 1",
+        ),
+        (
+            lambda: batch.compute_budget(
+                compute=1e21, base_compute=1e10, base_params=3e8, base_tokens=6e9, base_batch_tokens=5e5
+            ),
+            r"base_compute must be about 6\*base_params\*base_tokens = 1.08e\+19 FLOP, got 1e\+10",
+        ),
+        (lambda: law(["data_cbs"]), r"law must be one of .*got \['data_cbs'\]"),
         (lambda: TokenBatch(0.0), "tokens must be finite and > 0"),
         (lambda: law("chinchilla"), "law must be one of power_lines_opt"),
     ],

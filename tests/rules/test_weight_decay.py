@@ -203,6 +203,14 @@ def test_power_lines_gives_the_timescale_of_the_trainer_that_uses_it(batch, toke
         ({"base": None}, "base must be a run whose weight decay was tuned, or absolute=True takes the paper's own"),
         ({"absolute": True}, "give one of them, got base=DecayBase"),
         ({"base": None, "absolute": True, "params": 6.1e2}, "tokens_per_parameter must be within a thousandfold"),
+        ({"params": 6.1e2}, "tokens_per_parameter must be within a thousandfold for power_lines_timescale"),
+        ({"base": BASE._replace(params=6.1e2)}, "base_tokens_per_parameter must be within a thousandfold"),
+        ({"base": tuple(BASE)}, r"base must be a rules.weight_decay.DecayBase, got \(0.1, "),
+        ({"optimizer": "lars"}, "got 'lars': its weight_decay joins before the step is rescaled"),
+        ({"optimizer": "LAMB"}, "got 'LAMB': its weight_decay joins before the step is rescaled"),
+        ({"optimizer": "nag"}, "got 'nag': its weight_decay is an L2 penalty in the gradient"),
+        ({"optimizer": "signum"}, "got 'signum': how its weight_decay enters is not known here"),
+        ({"optimizer": "garbage"}, "optimizer must be one of .*got 'garbage'"),
     ],
 )
 def test_power_lines_refuses(change, message):
@@ -215,3 +223,30 @@ def test_power_lines_says_where_it_extrapolates_and_reads_back():
     far = weight_decay.power_lines(params=1e8, tokens=3e11, batch_tokens=1e6, learning_rate=1e-3, absolute=True)
     assert "tokens_per_parameter of 3e+03 lie beyond 10 to 1.3e+03" in far.outside and far.form == "absolute"
     assert weight_decay.DecayChoice.from_json(far.to_json()) == far
+
+
+@pytest.mark.parametrize("name", ["AdamW", "sgdw", "came", "adafactor", "lion", "muon"])
+def test_power_lines_takes_every_decoupled_decay(name):
+    run = _run(1, 1, 2, 1)
+    assert weight_decay.power_lines(**run, base=BASE, optimizer=name) == weight_decay.power_lines(**run, base=BASE)
+
+
+def test_power_lines_from_a_base_says_where_either_run_extrapolates():
+    assert weight_decay.power_lines(**_run(1, 1, 1, 1), base=BASE).outside == ""
+    far = weight_decay.power_lines(**_run(1, 100, 1, 1), base=BASE)
+    assert (
+        far.outside == "tokens_per_parameter of 2e+03 lie beyond 10 to 1.3e+03, which power_lines_timescale was "
+        "fitted over"
+    )
+    short = BASE._replace(params=BASE.params * 10)
+    assert "base_tokens_per_parameter of 2 lie" in weight_decay.power_lines(**_run(1, 1, 1, 1), base=short).outside
+
+
+def test_products_beyond_floats_are_refused():
+    run = {"batch_size": 256, "learning_rate": 1e-200, "total_examples": 1e6}
+    with pytest.raises(InputError, match=r"learning_rate\*weight_decay\*total_examples must be within the range"):
+        weight_decay.timescale(weight_decay=1e-200, **run)
+    with pytest.raises(InputError, match=r"learning_rate\*total_examples\*tau must be within the range of floats"):
+        weight_decay.from_timescale(1e-200, **run)
+    with pytest.raises(InputError, match=r"learning_rate\*weight_decay\*total_examples must be within the range"):
+        weight_decay.timescale(batch_size=1e300, learning_rate=1e-160, weight_decay=1e-160, total_examples=1e302)

@@ -5,7 +5,8 @@ Optimal: of least loss for given tokens or compute. Critical: where more batch b
 and give a `TokenBatch`, whose unit cannot be mistaken. Constants and ranges stand in `laws.toml`.
 
 The absolute laws belong to the data, tokenizer and optimizer that they were fitted with. From a batch that you have
-tuned, move by `data_budget(..., base=...)` and the like, or fit the law to your own runs (`rules.fit`).
+tuned, move by `data_budget(..., base=...)` and the like, or fit the law to your own runs (`rules.fit`). A `TokenBatch`
+says in `outside` where a law extrapolates, from a base too: there the exponent does, of either run.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from batchlab.rules.token_batch import TokenBatch
 
 Algorithm = Literal["data_parallel", "diloco"]
 DILOCO_REPLICAS = (1, 2, 4, 8)
+COMPUTE_SLACK = 2.0
 
 
 class Base(NamedTuple):
@@ -127,7 +129,8 @@ def compute_budget(
     """N ∝ C^0.464, D ∝ C^0.536, S ∝ C^0.434, B ∝ C^0.102, from a run that was optimal (Shuai et al. 2024).
 
     compute: C = 6ND, in FLOP; base_compute: of the optimal run, with its N, D and B. The paper's prefactors are not
-    published, so the law moves a run of yours and gives none by itself.
+    published, so the law moves a run of yours and gives none by itself. base_compute is refused where it is more than
+    twice or less than half of 6ND, which leaves room for another count of attention and embeddings.
 
     >>> moved = compute_budget(compute=1e21, base_compute=1e19, base_params=3e8, base_tokens=6e9, base_batch_tokens=5e5)
     >>> round(moved.batch.tokens), round(moved.tokens / moved.steps / moved.batch.tokens, 9)
@@ -141,6 +144,11 @@ def compute_budget(
         base_batch_tokens=base_batch_tokens,
     )
     _check_run(base_batch_tokens, base_tokens)
+    accounted = 6 * base_params * base_tokens
+    if not 1 / COMPUTE_SLACK <= base_compute / accounted <= COMPUTE_SLACK:
+        raise InputError(
+            f"base_compute must be about 6*base_params*base_tokens = {accounted:.4g} FLOP, got {base_compute:.4g}"
+        )
     rule, growth = law("compute_budget"), compute / base_compute
     batch = TokenBatch(base_batch_tokens * growth ** rule["b"], rule.name)
     steps = base_tokens / base_batch_tokens * growth ** rule["s"]
@@ -165,7 +173,7 @@ def diloco_opt(
     """
     rule = law("diloco_batch")
     value = diloco_law(rule, params=params, replicas=replicas, algorithm=algorithm, fit=fit)
-    outside = rule.outside(params=params)
+    outside = rule.outside(params=params, **({} if replicas is None else {"replicas": replicas}))
     return TokenBatch.of_sequences(value, rule["sequence_length"], law=rule.name, outside=outside)
 
 
@@ -199,9 +207,12 @@ def _power(
     if base is None:
         outside = rule.outside(**{name: tokens})
     else:
+        if not isinstance(base, Base):
+            raise InputError(f"base must be a rules.batch.Base, got {base!r}")
         check_positive(base_batch_tokens=base.batch_tokens, base_tokens=base.tokens)
         _check_run(base.batch_tokens, base.tokens)
-        batch, outside = base.batch_tokens * (tokens / base.tokens) ** exponent, ""
+        batch = base.batch_tokens * (tokens / base.tokens) ** exponent
+        outside = rule.extrapolates(**{name: tokens, f"base_{name}": base.tokens})
     _check_run(batch, tokens, name=name, given="the law gives")
     return TokenBatch(batch, rule.name, outside)
 

@@ -113,7 +113,7 @@ _DECAYS: dict[Decay, tuple[str, ...]] = {
     "adaptive_l2": ("adam", "adamax", "nadam", "radam", "rmsprop", "adagrad", "adadelta"),
     "normalised": ("lamb", "lars"),
 }
-_DECAY: dict[str, Decay] = {name: decay for decay, names in _DECAYS.items() for name in names}
+DECAY: dict[str, Decay] = {name: decay for decay, names in _DECAYS.items() for name in names}
 
 
 def kind(optimizer: str) -> Kind:
@@ -167,4 +167,4 @@ def decay_kind(optimizer: str) -> Decay:
     if name not in _KINDS and name not in _WITHOUT:
         known = sorted({*_KINDS, *_WITHOUT})
         raise InputError(f"optimizer must be one of {known}, got {optimizer!r}: how its weight decay enters is unknown")
-    return _DECAY.get(name, "unknown")
+    return DECAY.get(name, "unknown")

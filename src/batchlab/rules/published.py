@@ -40,6 +40,19 @@ class Law(JsonNoun):
     def __getitem__(self, constant: str) -> float:
         return self.constants[constant]
 
+    def factor_outside(self, **inputs: float) -> float:
+        """By which factor the furthest of the inputs lies outside the law's range; 1 where none does.
+
+        >>> round(law("data_cbs").factor_outside(tokens=2.5e11), 6), law("data_cbs").factor_outside(tokens=2e9)
+        (10.0, 1.0)
+        """
+        check_positive(**inputs)
+        factors = [1.0]
+        for name, value in inputs.items():
+            low, high = self._fitted(name, value)
+            factors += [low / value, value / high]
+        return max(factors)
+
     def outside(self, **inputs: float) -> str:
         """Which inputs lie beyond the law's range, in words; "" where none does. Refuses what is 1000 times beyond.
 
@@ -51,19 +64,30 @@ class Law(JsonNoun):
 got 1.7: are these thousands, millions, billions or sequences?
         """
         check_positive(**inputs)
-        beyond = []
         for name, value in inputs.items():
-            low, high = self.range.get(name.removeprefix("least_"), (value, value))
+            low, high = self._fitted(name, value)
             if value * TOO_FAR < low or value > high * TOO_FAR:
                 unit, ask = _COUNT if name.endswith(("tokens", "params")) else _OTHER
                 raise InputError(
                     f"{name} must be {unit} for {self.name}, fitted over {low:.3g} to {high:.3g}, got {value:.6g}{ask}"
                 )
+        return self.extrapolates(**inputs)
+
+    def extrapolates(self, **inputs: float) -> str:
+        """As `outside`, refusing none: for a law that is moved from a run of one's own, where units cancel."""
+        check_positive(**inputs)
+        said = []
+        for name, value in inputs.items():
+            low, high = self._fitted(name, value)
             if not low <= value <= high:
-                beyond.append(
+                said.append(
                     f"{name} of {value:.3g} lie beyond {low:.3g} to {high:.3g}, which {self.name} was fitted over"
                 )
-        return "; ".join(beyond)
+        return "; ".join(said)
+
+    def _fitted(self, name: str, value: float) -> tuple[float, float]:
+        """The range of an input, "least_tokens" and "base_tokens" being tokens too; the value's own where none is."""
+        return self.range.get(name.removeprefix("base_").removeprefix("least_"), (value, value))
 
 
 _COUNT = ("a plain count", ": are these thousands, millions, billions or sequences?")
@@ -84,6 +108,6 @@ def law(name: str) -> Law:
     >>> law("data_budget")["p"]
     0.264
     """
-    if name not in laws():
+    if not isinstance(name, str) or name not in laws():
         raise InputError(f"law must be one of {', '.join(laws())}, got {name!r}")
     return laws()[name]

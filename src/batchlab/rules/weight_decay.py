@@ -13,15 +13,17 @@ what carries over to SGD's. Fitted on runs of one epoch.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from batchlab.core.checks import check_not_negative, check_positive
 from batchlab.core.errors import InputError
 from batchlab.core.jsonio import JsonNoun
+from batchlab.rules.optimizer_family import DECAY, Decay, decay_kind
 from batchlab.rules.published import law
 
-COUPLED = ("adam", "sgd", "rmsprop", "adagrad", "adadelta", "nadam", "radam", "adamax")
+COUPLED = tuple(name for name, decay in DECAY.items() if decay in ("l2", "adaptive_l2"))
 
 
 def timescale(*, batch_size: float, learning_rate: float, weight_decay: float, total_examples: float) -> float:
@@ -34,14 +36,14 @@ def timescale(*, batch_size: float, learning_rate: float, weight_decay: float, t
         batch_size=batch_size, learning_rate=learning_rate, weight_decay=weight_decay, total_examples=total_examples
     )
     _check_run(batch_size, total_examples)
-    return batch_size / (learning_rate * weight_decay * total_examples)
+    return _over(batch_size, learning_rate * weight_decay * total_examples, "learning_rate*weight_decay*total_examples")
 
 
 def from_timescale(tau: float, *, batch_size: float, learning_rate: float, total_examples: float) -> float:
     """λ = B/(ηDτ): the weight decay that has the timescale τ; the inverse of `timescale`."""
     check_positive(tau=tau, batch_size=batch_size, learning_rate=learning_rate, total_examples=total_examples)
     _check_run(batch_size, total_examples)
-    return batch_size / (learning_rate * total_examples * tau)
+    return _over(batch_size, learning_rate * total_examples * tau, "learning_rate*total_examples*tau")
 
 
 def scale_weight_decay(weight_decay: float, kappa: float, *, learning_rate: float, new_learning_rate: float) -> float:
@@ -57,6 +59,13 @@ def scale_weight_decay(weight_decay: float, kappa: float, *, learning_rate: floa
     check_not_negative(weight_decay=weight_decay)
     check_positive(kappa=kappa, learning_rate=learning_rate, new_learning_rate=new_learning_rate)
     return weight_decay * (kappa * (learning_rate / new_learning_rate))
+
+
+def _over(batch_size: float, product: float, factors: str) -> float:
+    """Their ratio, where floats hold it."""
+    if not 0 < product < math.inf or math.isinf(batch_size / product):
+        raise InputError(f"{factors} must be within the range of floats, and batch_size over it too, got {product!r}")
+    return batch_size / product
 
 
 def _check_run(batch_size: float, total_examples: float) -> None:
@@ -83,7 +92,7 @@ class DecayChoice(JsonNoun):
 
     weight_decay: λ. timescale: τ = B/(ηλD), which it gives the run. tokens_per_parameter: D/N. form: "relative", from a
     run that was tuned, or "absolute", by the paper's own prefactor. outside: which inputs lie beyond the range that the
-    law was fitted over; "" if none does.
+    law was fitted over, of the base too; "" if none does.
     """
 
     weight_decay: float
@@ -110,7 +119,7 @@ def power_lines(
     base: a tuned run of yours; then λ = λ₀·(B/B₀)(η₀/η)(D₀/D)·((D₀/N₀)/(D/N))^m, which needs neither the paper's c nor
     its tokenizer. absolute: True takes c = 1.084 in its place; c is unverified, from memory, consistent with the
     τ = 0.21 that the paper reports at 20 tokens a parameter. One of the two must be given.
-    optimizer: torch's name; refused where its decay is not decoupled.
+    optimizer: its name; refused where its decay is not decoupled, or not known to be (`optimizer_family.decay_kind`).
 
     Scale η or λ by the batch, never both: with η ∝ √B, λ ∝ √B keeps τ. The λ is for the parameter groups that decay;
     leaving norms and embeddings out changes what a λ does, so keep the groups of the base. Below the critical batch
@@ -132,6 +141,8 @@ def power_lines(
     if base is None:
         tau, outside = rule["c"] * per_parameter ** rule["m"], rule.outside(tokens_per_parameter=per_parameter)
         return DecayChoice(from_timescale(tau, **run), tau, per_parameter, "absolute", outside)
+    if not isinstance(base, DecayBase):
+        raise InputError(f"base must be a rules.weight_decay.DecayBase, got {base!r}")
     check_positive(base_params=base.params)
     own = timescale(
         batch_size=base.batch_tokens,
@@ -139,13 +150,26 @@ def power_lines(
         weight_decay=base.weight_decay,
         total_examples=base.tokens,
     )
-    tau = own * (per_parameter / (base.tokens / base.params)) ** rule["m"]
-    return DecayChoice(from_timescale(tau, **run), tau, per_parameter, "relative")
+    of_base = base.tokens / base.params
+    tau = own * (per_parameter / of_base) ** rule["m"]
+    decay = from_timescale(tau, **run)
+    outside = rule.outside(tokens_per_parameter=per_parameter, base_tokens_per_parameter=of_base)
+    return DecayChoice(decay, tau, per_parameter, "relative", outside)
+
+
+_L2 = "its weight_decay is an L2 penalty in the gradient, for which the timescale means nothing"
+_NO_TIMESCALE: dict[Decay, str] = {
+    "l2": _L2,
+    "adaptive_l2": _L2,
+    "normalised": "its weight_decay joins before the step is rescaled to the weights' norm",
+    "unknown": "how its weight_decay enters is not known here",
+}
 
 
 def _check_decoupled(optimizer: str) -> None:
-    if str(optimizer).lower() in COUPLED:
+    kind = decay_kind(optimizer)
+    if kind != "decoupled":
         raise InputError(
-            f"optimizer must decay its weights apart from the gradient, as adamw does, got {optimizer!r}: its "
-            "weight_decay is an L2 penalty in the gradient, for which the timescale means nothing"
+            f"optimizer must decay its weights apart from the gradient, as adamw does, got {optimizer!r}: "
+            f"{_NO_TIMESCALE[kind]}"
         )
