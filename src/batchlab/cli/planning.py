@@ -71,15 +71,24 @@ def advise(
     batch_tokens: Annotated[
         float | None, typer.Option(help="The batch in mind, over all devices.", show_default="the one believed best")
     ] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="One that was tuned.", show_default=False)] = None,
-    base_batch_tokens: Annotated[float | None, typer.Option(help="At this batch.", show_default=False)] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="One that was tuned; needs --base-batch-tokens.", show_default=False)
+    ] = None,
+    base_batch_tokens: Annotated[
+        float | None, typer.Option(help="The batch that --learning-rate was tuned at, in tokens.", show_default=False)
+    ] = None,
     noise_scale_tokens: Annotated[
         float | None, typer.Option(help="As measured on the job.", show_default=False)
     ] = None,
     loss: Annotated[
         float | None, typer.Option(help="Nats a token that it is to reach.", show_default="what a law predicts")
     ] = None,
-    replicas: Annotated[int | None, typer.Option(help="Of DiLoCo.", show_default=False)] = None,
+    replicas: Annotated[
+        int | None, typer.Option(help="Train by DiLoCo with so many replicas.", show_default="data-parallel")
+    ] = None,
+    non_embedding_params: Annotated[
+        float | None, typer.Option(help="Parameters without embeddings, for two laws of the loss.", show_default=False)
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Ask every published rule of a language model's run, side by side: batch, loss, learning rate, weight decay."""
@@ -97,6 +106,7 @@ def advise(
             noise_scale_tokens=noise_scale_tokens,
             loss=loss,
             replicas=replicas,
+            non_embedding_params=non_embedding_params,
         )
         out_.result(told, told.table())
 
@@ -148,6 +158,13 @@ def cost(
     strategy: Annotated[str, typer.Option(help="Of ddp, grad_optimizer, full; several as ddp,full.")] = "ddp",
     mfu: Annotated[float, typer.Option(help="The share of the peak that passes reach; measure yours.")] = 0.4,
     sequence_length: SequenceLength = 2048,
+    micro_batch: Annotated[
+        int | None, typer.Option(help="The most sequences of a pass.", show_default="a device's whole share")
+    ] = None,
+    activation_bytes: Annotated[
+        float | None,
+        typer.Option(help="What a sequence keeps for the backward pass in all layers.", show_default="not counted"),
+    ] = None,
     overlap: Annotated[float, typer.Option(help="The share of communication hidden behind passes.")] = 0.0,
     price: Annotated[
         float | None, typer.Option(help="USD for one device an hour.", show_default="the table's, with its date")
@@ -158,19 +175,20 @@ def cost(
     hardware: Hardware = None,
     as_json: Json = False,
 ) -> None:
-    """Price a training run on each machine, number of devices and batch: time, dollars, joules."""
+    """Price a training run on each machine, number of devices and batch: time, dollars, kWh."""
     with output(as_json) as out_:
         from batchlab.planner import Training, cost_table
         from batchlab.spine.sweep import parse_batch_sizes
 
         kinds = [arguments.accelerator(name.strip(), hardware) for name in device.split(",")]
         table = cost_table(
-            Training(params, tokens, sequence_length),
+            Training(params, tokens, sequence_length, activation_bytes=activation_bytes),
             batches=parse_batch_sizes(batch),
             devices=kinds,
             counts=parse_batch_sizes(devices),
             strategies=[name.strip() for name in strategy.split(",")],
             mfu=mfu,
+            micro_batch=micro_batch,
             overlap=overlap,
             prices=None if price is None else {kind.name: price for kind in kinds},
             g_per_kwh=g_per_kwh,

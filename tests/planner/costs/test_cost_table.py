@@ -41,7 +41,9 @@ def test_every_cell_is_a_row_or_has_a_reason():
 
 
 def beats(one, other):
+    """Only at one batch: loss for a token is another at another."""
     faster = one.tokens_per_second >= other.tokens_per_second and one.dollars <= other.dollars
+    faster = faster and one.batch == other.batch
     return faster and (one.tokens_per_second, one.dollars) != (other.tokens_per_second, other.dollars)
 
 
@@ -49,7 +51,10 @@ def test_the_front_is_what_nothing_beats():
     found = grid()
     brute = [row for row in found.rows if not any(beats(other, row) for other in found.rows)]
     assert {id(row) for row in found.front} == {id(row) for row in brute} and len(brute) > 2
-    assert [row.dollars for row in found.front] == sorted(row.dollars for row in brute)
+    assert [row.dollars for row in found.front] == [
+        row.dollars for row in sorted(brute, key=lambda row: (row.batch, row.dollars))
+    ]
+    assert {row.batch for row in found.front} == set(BATCHES)
     assert found.cheapest.dollars == min(row.dollars for row in found.rows)
     assert found.fastest.tokens_per_second == max(row.tokens_per_second for row in found.rows)
 
@@ -82,10 +87,41 @@ def test_the_cheapest_batch_need_not_be_the_largest_that_fits():
 def test_the_table_is_text():
     found = grid(counts=[1], strategies=["ddp"], batches=[16, 32])
     lines = found.table().splitlines()
-    assert " ".join(lines[0].split()) == "device count strategy batch step s tokens/s hours USD tokens/USD GB bound by"
-    assert lines[1].split()[:4] == ["fast", "1", "ddp", "16"] and len(lines) == 1 + 3 + 2 + 1
-    assert lines[4:6] == ["price: fast 3 USD/h, given", "price: small 0.5 USD/h, a list, 2025-12-24"]
-    assert lines[6].startswith("not: small x 1, ddp, batch 32: does not fit")
+    assert " ".join(lines[0].split()) == (
+        "device count strategy batch micro passes step s tokens/s hours USD tokens/USD kWh GB bound by"
+    )
+    assert lines[1].split()[:6] == ["fast", "1", "ddp", "16", "16", "1"] and len(lines) == 1 + 3 + 3 + 2 + 1
+    assert lines[4].startswith("front: at its batch no other row") and lines[5].startswith("tokens/s and USD are of")
+    assert lines[6].startswith("kWh: estimated: the devices' maximum board power")
+    assert lines[7:9] == ["price: fast 3 USD/h, given", "price: small 0.5 USD/h, a list, 2025-12-24"]
+    assert lines[9].startswith("not: small x 1, ddp, batch 32: does not fit")
+
+
+def test_passes_and_carbon_are_in_the_table():
+    """A share of 16 in passes of 4; 400 g/kWh change the carbon of every row, and only where they are given."""
+    shared = {"devices": [FAST], "step_time": LINES["fast"], "counts": [1], "strategies": ["full"], "batches": [16]}
+    found = grid(**shared, micro_batch=4, g_per_kwh=400.0)
+    head, line = (
+        text.split() for text in found.table().replace("kg CO2e", "kg").replace("step s", "step").split("\n")[:2]
+    )
+    cells = dict(zip(head[:-2], line, strict=False))
+    assert (cells["micro"], cells["passes"]) == ("4", "4")
+    kwh = 700 * found.rows[0].seconds / 3.6e6
+    assert float(cells["kWh"]) == pytest.approx(kwh, rel=1e-3) and float(cells["kg"]) == pytest.approx(
+        0.4 * kwh, rel=1e-3
+    )
+    assert "CO2e" not in grid(**shared).table()
+
+
+def test_batches_are_not_set_against_each_other():
+    """t0 makes the larger batch faster and cheaper for the same tokens; each still has its front."""
+    found = grid(devices=[FAST], step_time=LINES["fast"], counts=[1], strategies=["ddp"], batches=[8, 16])
+    small, large = found.rows
+    assert large.dollars < small.dollars and large.tokens_per_second > small.tokens_per_second
+    assert found.front == (small, large) and found.cheapest == found.fastest == large
+    assert found.table().count("tokens/s and USD are of the same tokens at every batch") == 1
+    one = grid(devices=[FAST], step_time=LINES["fast"], counts=[1], strategies=["ddp"], batches=[8])
+    assert "at every batch" not in one.table()
 
 
 def test_axes_may_be_any_iterable():

@@ -99,6 +99,10 @@ def test_a_curve_is_of_one_batch():
         (((1e4, 1e3), (2.0, 1.0)), r"token_counts must ascend, got \[10000.0, 1000.0\]"),
         (((0.0, 1e3), (2.0, 1.0)), r"token_counts must be finite and > 0, got 0.0"),
         (((1e3, 1e4), (2.0, math.nan)), r"losses must be finite, got nan"),
+        (("ab", (5.0, 4.0)), r"token_counts must be numbers in a sequence, got 'ab'"),
+        (((1e3, 1e4), 5.0), r"losses must be numbers in a sequence, got 5.0"),
+        ((("a", 1e4), (5.0, 4.0)), r"token_counts must be finite and > 0, got 'a'"),
+        (((1e3, 1e4), ("b", 4.0)), r"losses must be finite, got 'b'"),
         (((1e3, 1e4), (2.0, 1.0), 0), r"batch must be an integer of at least 1, got 0"),
     ],
 )

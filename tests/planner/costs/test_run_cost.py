@@ -202,8 +202,23 @@ def test_the_price_says_where_it_is_from():
 def test_what_memory_counts_is_said():
     assert run().notes == ()
     unknown = run(training=replace(MODEL, activation_bytes=None))
-    assert unknown.notes == ("activation_bytes is not known: memory is that of the states alone",)
+    alone, one_pass = unknown.notes
+    assert alone == "activation_bytes is not known: memory is that of the states alone"
+    assert one_pass.startswith("micro_batch is not given: each device's share is taken in one pass")
     assert unknown.memory_bytes == 16e9
+    assert run(training=replace(MODEL, activation_bytes=None), micro_batch=8).notes == (alone,)
+    assert run(training=replace(MODEL, activation_bytes=None), batch=1).notes == (alone,)
+
+
+def test_counts_in_other_units_are_said():
+    """A batch of more tokens than the run is refused; one in tokens and a model in billions are noted."""
+    assert run(training=replace(MODEL, tokens=8000)).steps == 1
+    with pytest.raises(Infeasible, match=r"batch x sequence_length must be at most tokens 7999, got 8 x 1000; batch"):
+        run(training=replace(MODEL, tokens=7999))
+    big = {"batch": 100_001, "micro_batch": 8, "training": replace(MODEL, tokens=1e12)}
+    assert run(**big).notes == ("batch counts sequences: 100001 of 1000 are 1e+08 tokens an update",)
+    assert run(**big | {"batch": 100_000}).notes == ()
+    assert run(training=replace(MODEL, parameters=7)).notes == ("7 parameters: the count is plain, 7e9 for 7 billion",)
 
 
 def test_what_is_no_training_is_refused():

@@ -12,7 +12,7 @@ from batchlab.core.errors import InputError
 from batchlab.core.jsonio import JsonNoun
 from batchlab.measure.speed.step_time_law import TOLERANCE, StepTimeLaw
 from batchlab.planner.costs.price import find_device
-from batchlab.planner.costs.run_cost import RunCost, cost
+from batchlab.planner.costs.run_cost import ENERGY_NOTE, RunCost, cost
 from batchlab.planner.costs.training import Training
 from batchlab.planner.costs.update_time import Infeasible
 from batchlab.planner.hardware import Cluster, Device
@@ -25,15 +25,22 @@ _HEAD = (
     "count",
     "strategy",
     "batch",
+    "micro",
+    "passes",
     "step s",
     "tokens/s",
     "hours",
     "USD",
     "tokens/USD",
+    "kWh",
+    "kg CO2e",
     "GB",
     "bound by",
     "",
 )
+_CARBON = _HEAD.index("kg CO2e")
+_FRONT = "front: at its batch no other row is as fast for less or as cheap and faster"
+_BATCHES = "tokens/s and USD are of the same tokens at every batch; how many a loss takes moves with the batch"
 
 
 @dataclass(frozen=True)
@@ -56,15 +63,20 @@ class CostTable(JsonNoun):
 
     @property
     def front(self) -> tuple[RunCost, ...]:
-        """The rows that no other one beats in tokens/s and in dollars, cheapest first; of those with a price."""
-        return pareto(self.rows)
+        """The rows that no other one of the same batch beats in tokens/s and in dollars; of those with a price.
+
+        By batch, then cheapest first. Rows of several batches are not set against each other: the tokens that a loss
+        takes move with the batch, so the largest one would win for no reason of its own.
+        """
+        batches = sorted({row.batch for row in self.rows})
+        return tuple(row for batch in batches for row in pareto([row for row in self.rows if row.batch == batch]))
 
     @property
     def cheapest(self) -> RunCost:
-        """Least dollars; of equals the fastest. `InputError` where no row has a price."""
-        if not self.front:
+        """Least dollars, over all batches; of equals the fastest. `InputError` where no row has a price."""
+        if not (best := pareto(self.rows)):
             raise InputError("dollars need a price: give prices, for no device of the table has one")
-        return self.front[0]
+        return best[0]
 
     @property
     def fastest(self) -> RunCost:
@@ -90,10 +102,17 @@ class CostTable(JsonNoun):
         }
 
     def table(self) -> str:
-        """Plain text, one line a row, those on the front marked; then the cells that cannot be. GB are 1e9 bytes."""
+        """Plain text, one line a row, those on the front marked; then the cells that cannot be. GB are 1e9 bytes.
+
+        micro: sequences of a pass. kWh: of the devices alone; kg CO2e, only where the grid's is given: with `pue`.
+        """
         front = {id(row) for row in self.front}
         lines = [_line(row, "front" if id(row) in front else "") for row in self.rows]
-        text = text_table(_HEAD, lines)
+        kept = [place for place in range(len(_HEAD)) if place != _CARBON or any(line[_CARBON] != "-" for line in lines)]
+        text = text_table([_HEAD[place] for place in kept], [[line[place] for place in kept] for line in lines])
+        text += f"\n{_FRONT}" if front else ""
+        text += f"\n{_BATCHES}" if len({row.batch for row in self.rows}) > 1 else ""
+        text += f"\nkWh: {ENERGY_NOTE}"
         prices = {f"{row.device} {row.price}" for row in self.rows if row.price is not None}
         text += "".join(f"\nprice: {each}" for each in sorted(prices))
         return text + "".join(
@@ -130,7 +149,7 @@ def cost_table(
     >>> model = Training(1e9, 2e10, 2048, activation_bytes=6e9)
     >>> grid = cost_table(model, batches=[8, 64], devices=["A100-80"], counts=[8], mfu=0.4, prices={"A100-80": 2.0})
     >>> [row.batch for row in grid.rows], [row.batch for row in grid.front], [cell.batch for cell in grid.pruned]
-    ([8, 64], [64], [])
+    ([8, 64], [8, 64], [])
     """
     kinds = [find_device(device) for device in _axis("devices", devices)]
     sizes, ranks, names = _axis("batches", batches), _axis("counts", counts), _axis("strategies", strategies)
@@ -201,11 +220,15 @@ def _line(row: RunCost, mark: str) -> tuple[str, ...]:
         str(row.devices),
         row.strategy,
         str(row.batch),
+        str(row.micro_batch),
+        str(row.passes),
         f"{row.step_seconds:.4g}",
         f"{row.tokens_per_second:.4g}",
         f"{row.seconds / 3600:.4g}",
         "-" if row.dollars is None else f"{row.dollars:.4g}",
         "-" if row.tokens_per_dollar is None else f"{row.tokens_per_dollar:.3g}",
+        f"{row.energy.kwh:.4g}",
+        "-" if row.energy.kg_co2e is None else f"{row.energy.kg_co2e:.4g}",
         f"{row.memory_bytes / 1e9:.3g}",
         row.bottleneck,
         mark,

@@ -7,7 +7,7 @@ learning and hardware are measured apart; its exact construction is not known).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -46,15 +46,20 @@ class LossCurve(JsonNoun):
     batch: int | None = None
 
     def __post_init__(self) -> None:
-        counts, losses = (tuple(float(value) for value in values) for values in (self.token_counts, self.losses))
+        columns: dict[str, object] = {"token_counts": self.token_counts, "losses": self.losses}
+        for name, given in columns.items():
+            if not isinstance(given, Iterable) or isinstance(given, str):
+                raise InputError(f"{name} must be numbers in a sequence, got {given!r:.80}")
+        counts, losses = (tuple(values) for values in (self.token_counts, self.losses))
         if len(counts) != len(losses) or len(counts) < _FEWEST:
             raise InputError(
                 f"a curve needs as many losses as token counts, two at least, got {len(counts)}, {len(losses)}"
             )
         for count, loss in zip(counts, losses, strict=True):
             check_positive(token_counts=count)
-            if not math.isfinite(loss):
+            if not holds(math.isfinite, loss):
                 raise InputError(f"losses must be finite, got {loss!r}")
+        counts, losses = tuple(map(float, counts)), tuple(map(float, losses))
         if any(later <= earlier for earlier, later in pairwise(counts)):
             raise InputError(f"token_counts must ascend, got {list(counts)!r:.80}")
         if self.batch is not None:

@@ -30,6 +30,11 @@ from batchlab.planner.hardware import Cluster, Device
 
 SOURCE = "arXiv 2410.19456"
 ENERGY_NOTE = "estimated: the devices' maximum board power times the utilisation; hosts and network are not in it"
+ONE_PASS = (
+    "micro_batch is not given: each device's share is taken in one pass, which is not known to fit; the sharded "
+    "strategies send at each pass, so that more passes take longer"
+)
+FEW_PARAMETERS, MANY_TOKENS = 1e3, 1e8
 
 
 @dataclass(frozen=True)
@@ -113,14 +118,16 @@ def cost(
     a `StepTimeLaw` measured on this device at this sequence length. Accumulation pays t₀, the update's share with it,
     at each pass: an upper bound. mfu: in its place, the share of the device's peak that its passes reach, communication
     not counted in; it knows no t₀, so it must be of a like micro-batch.
-    micro_batch: the most sequences of a pass; None for a device's whole share. strategy: see `costs.sharding`.
+    micro_batch: the most sequences of a pass; None for a device's whole share, which a note says where it is not known
+    to fit. Sharded strategies send at each pass, so what they take hangs on it. strategy: see `costs.sharding`.
     overlap: the share of communication that is hidden behind the passes, 0 to 1; 0 unless you measured it.
     price_per_hour: USD for one device; None takes the dated price of the device's table.
     utilisation: of the maximum power; 1 is an upper bound. g_per_kwh: grams of CO2e of a kWh of the grid, None leaves
     carbon unknown. pue: the building's power for one watt of a device.
     inter_node_bandwidth: bytes/s a device where there are several nodes. reserve: the share of memory to leave free.
 
-    Raises `Infeasible` where the memory that is known of does not fit, or `batch` is smaller than `devices`.
+    Raises `Infeasible` where the memory that is known of does not fit, `batch` is smaller than `devices`, or one batch
+    holds more tokens than the run.
 
     It compares machines at one batch: time to a loss moves with the batch too (`loss_per_dollar`, `planner.frontier`).
 
@@ -134,6 +141,7 @@ def cost(
     check_share(overlap=overlap)
     line = line_of(step_time, mfu, training, kind)
     batch, devices = operator.index(batch), operator.index(devices)
+    _check_run(training, batch)
     timed = partial(
         update_time,
         training,
@@ -177,8 +185,17 @@ def cost(
         bottleneck=bottleneck(
             overhead=update.overhead, communication=update.waiting, memory=tight and gain > TOLERANCE
         ),
-        notes=_notes(training),
+        notes=_notes(training, batch, micro_batch, update.most),
     )
+
+
+def _check_run(training: Training, batch: int) -> None:
+    """Refuses an update of more tokens than there are."""
+    if batch * training.sequence_length > training.tokens:
+        raise Infeasible(
+            f"batch x sequence_length must be at most tokens {training.tokens:g}, got {batch} x "
+            f"{training.sequence_length}; batch counts sequences, tokens is a plain count"
+        )
 
 
 def _fitting_memory(
@@ -210,8 +227,16 @@ def _energy(full_joules: float, seconds: float, utilisation: float, g_per_kwh: f
     return EnergyUse(seconds, (used,), samples=0, g_per_kwh=g_per_kwh, pue=pue, note=ENERGY_NOTE)
 
 
-def _notes(training: Training) -> tuple[str, ...]:
-    if training.activation_bytes is not None:
-        return ()
-    counted = "the states" if training.attention is None else "the states and attention"
-    return (f"activation_bytes is not known: memory is that of {counted} alone",)
+def _notes(training: Training, batch: int, micro_batch: int | None, most: int) -> tuple[str, ...]:
+    """What of the answer rests on something that was not given, or on a count that may be in another unit."""
+    notes = []
+    if training.activation_bytes is None:
+        counted = "the states" if training.attention is None else "the states and attention"
+        notes.append(f"activation_bytes is not known: memory is that of {counted} alone")
+        if micro_batch is None and most > 1:
+            notes.append(ONE_PASS)
+    if training.parameters < FEW_PARAMETERS:
+        notes.append(f"{training.parameters:g} parameters: the count is plain, 7e9 for 7 billion")
+    if (size := batch * training.sequence_length) > MANY_TOKENS:
+        notes.append(f"batch counts sequences: {batch} of {training.sequence_length} are {size:.3g} tokens an update")
+    return tuple(notes)
