@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from batchlab.core.errors import InputError
@@ -10,6 +11,7 @@ from batchlab.planner.advice.nouns import (
     CHEAP,
     CRITICAL,
     LEAST_LOSS,
+    LOSS,
     RATE,
     Advice,
     Answer,
@@ -22,7 +24,7 @@ from batchlab.rules.learning_rate import for_optimizer
 from batchlab.rules.optimizer_family import family
 from batchlab.rules.token_batch import TokenBatch
 
-FAR_APART = 2.0
+FAR_APART, FAR_NATS = 2.0, 0.1
 _KNOWN = {ask.MEASURED: 0, ask.CLOSED_FORM: 1, "read": 1, "second-hand": 2, "unverified": 3}
 
 
@@ -38,6 +40,7 @@ def advise(
     noise_scale_tokens: float | None = None,
     loss: float | None = None,
     replicas: int | None = None,
+    non_embedding_params: float | None = None,
 ) -> Advice:
     """What the published rules say of a run of `params` parameters over `tokens` tokens; arguments as in `Setting`.
 
@@ -50,12 +53,12 @@ def advise(
 
     >>> told = advise(params=7e9, tokens=300e9)
     >>> [(v.question, v.rule) for v in told.verdicts][:2]
-    [('batch of least loss', 'data_budget'), ('critical batch: twice the least tokens', 'power_lines_crit')]
+    [('batch of least loss', 'data_budget'), ('critical batch (twice the least tokens)', 'power_lines_crit')]
     """
     setting = Setting(
         params,
         tokens,
-        optimizer,
+        optimizer.lower() if isinstance(optimizer, str) else optimizer,
         sequence_length,
         batch_tokens,
         learning_rate,
@@ -63,8 +66,9 @@ def advise(
         noise_scale_tokens,
         loss,
         replicas,
+        non_embedding_params,
     )
-    family(optimizer)
+    family(setting.optimizer)
     expected = setting.loss or _expected_loss(setting)
     batches = [*ask.least_loss(setting), *ask.critical(setting, expected)]
     batch = batch_tokens or _believed_batch(batches)
@@ -78,7 +82,7 @@ def advise(
             *ask.steps(setting, batch),
             *ask.losses(setting, batch, critical),
             *ask.rates(setting, batch),
-            *ask.decays(setting, batch, rate),
+            *ask.decays(setting, batch, rate, None if believed is None else believed.value),
         ]
     answered = tuple(each for each in said if isinstance(each, Answer))
     if not answered:
@@ -96,20 +100,23 @@ def verdict(answers: Sequence[Answer], setting: Setting) -> Verdict:
     chosen = _for_optimizer(answers, setting) if question == RATE else min(answers, key=_doubt)
     low, high = min(a.value for a in answers), max(a.value for a in answers)
     told = []
-    if len(answers) > 1 and high > FAR_APART * low:
+    if question == LOSS and high - low > FAR_NATS:
+        told.append(f"the rules differ by {high - low:.2g} nats: fit one of them to runs of your own")
+    elif question != LOSS and high > FAR_APART * low:
         told.append(
             f"the rules differ by a factor of {high / low:.3g}: measure, or fit one of them to runs of your own"
         )
     if chosen.outside:
-        told.append(f"it extrapolates: {chosen.outside}")
+        told.append(f"it does not quite hold: {chosen.outside}")
     return Verdict(question, chosen.rule, chosen.value, chosen.unit, low, high, _why(chosen, answers), "; ".join(told))
 
 
-def _doubt(answer: Answer) -> tuple[bool, bool, int, float]:
-    """Less is better: measured before all; inside the law's range; constants well known; then the smaller batch."""
+def _doubt(answer: Answer) -> tuple[bool, float, int, float]:
+    """Less is better: measured before all; then by factors of two outside its range; constants known; smaller batch."""
     known = max(rank for word, rank in _KNOWN.items() if word in answer.status)
     smaller = answer.value if answer.unit == "tokens" else 0.0
-    return answer.status != ask.MEASURED, bool(answer.outside), known, smaller
+    beyond = math.inf if math.isinf(answer.beyond) else float(math.ceil(math.log2(answer.beyond)))
+    return answer.status != ask.MEASURED, beyond, known, smaller
 
 
 def _for_optimizer(answers: Sequence[Answer], setting: Setting) -> Answer:
@@ -131,17 +138,15 @@ def _why(chosen: Answer, answers: Sequence[Answer]) -> str:
         return "it was measured on the job itself"
     if chosen.question == RATE and chosen.status == ask.CLOSED_FORM:
         return chosen.note
-    inside = [a for a in answers if bool(a.outside) == bool(chosen.outside)]
-    better = [a for a in inside if _doubt(a)[:3] == _doubt(chosen)[:3]]
-    if len(better) > 1 and chosen.unit == "tokens":
+    doubts = {id(a): _doubt(a) for a in answers}
+    equals = [a for a in answers if doubts[id(a)][:3] == doubts[id(chosen)][:3]]
+    if len(equals) > 1 and chosen.unit == "tokens":
         return "none is known better than another; of them the least: a batch too small costs time, too large tokens"
-    if len(better) < len(inside):
+    if len(equals) > 1:
+        return "of those known as well it is the one that counts the batch"
+    if any(doubts[id(a)][1] == doubts[id(chosen)][1] for a in answers if a is not chosen):
         return f"its constants are known best: {chosen.status}"
-    return (
-        "it was fitted over such a setting, the others extrapolate"
-        if len(inside) < len(answers)
-        else "the first of equals"
-    )
+    return "it holds here best: the others extrapolate" + (" further" if chosen.outside else "")
 
 
 def _expected_loss(setting: Setting) -> float | None:

@@ -9,8 +9,12 @@ from batchlab.core.errors import InputError
 from batchlab.core.jsonio import JsonNoun
 
 LEAST_LOSS, LOSS = "batch of least loss", "loss"
-CRITICAL, CHEAP = "critical batch: twice the least tokens", "batch that costs 20 % more tokens"
+CRITICAL, CHEAP = "critical batch (twice the least tokens)", "batch that costs 20 % more tokens"
 RATE, DECAY, MEMORY, STEPS = "learning rate", "weight decay", "memory of the weights", "updates"
+
+
+CHINCHILLA_RATIO, TOO_FAR = 20.0, 1e4
+_BATCHES = ("batch_tokens", "base_batch_tokens", "noise_scale_tokens")
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,7 @@ class Setting(JsonNoun):
     batch_tokens: the batch in mind, over all devices; None for the one that is believed best.
     learning_rate, base_batch_tokens: a rate and the batch it was tuned at, together. noise_scale_tokens: as measured.
     loss: nats a token that the run is to reach; None for what `chinchilla` predicts. replicas: of DiLoCo.
+    non_embedding_params: N without embeddings, which two laws of the loss count; None leaves them out.
     """
 
     params: float
@@ -33,9 +38,10 @@ class Setting(JsonNoun):
     noise_scale_tokens: float | None = None
     loss: float | None = None
     replicas: int | None = None
+    non_embedding_params: float | None = None
 
     def __post_init__(self) -> None:
-        optional = ("batch_tokens", "learning_rate", "base_batch_tokens", "noise_scale_tokens", "loss")
+        optional = (*_BATCHES, "learning_rate", "loss", "non_embedding_params")
         given = {name: getattr(self, name) for name in optional}
         check_positive(params=self.params, tokens=self.tokens, **{k: v for k, v in given.items() if v is not None})
         check_count(sequence_length=self.sequence_length)
@@ -46,13 +52,22 @@ class Setting(JsonNoun):
                 "learning_rate and base_batch_tokens, the batch that it was tuned at, go together, got "
                 f"{self.learning_rate!r} and {self.base_batch_tokens!r}"
             )
-        for name in ("batch_tokens", "base_batch_tokens"):
+        for name in _BATCHES:
             batch = given[name]
             if batch is not None and not self.sequence_length <= batch <= self.tokens:
                 raise InputError(
                     f"{name} must lie between a sequence of {self.sequence_length} tokens and the run's "
                     f"{self.tokens:.6g}, got {batch!r}: is it in sequences?"
                 )
+        if not 1 / TOO_FAR <= self.tokens_per_parameter / CHINCHILLA_RATIO <= TOO_FAR:
+            raise InputError(
+                f"params and tokens must be plain counts, got {self.params:.6g} and {self.tokens:.6g}: "
+                f"{self.tokens_per_parameter:.3g} tokens a parameter are beyond all that was ever trained"
+            )
+        if (self.non_embedding_params or 0) > self.params:
+            raise InputError(
+                f"non_embedding_params must be at most params, {self.params:.6g}, got {self.non_embedding_params!r}"
+            )
 
     @property
     def tokens_per_parameter(self) -> float:
@@ -65,7 +80,8 @@ class Answer(JsonNoun):
     """What one rule says. value: in `unit`, "" for a plain number.
 
     rule: its name, of `rules.published` where it stands there. formula, source: for the reader. status: how its
-    constants are known. outside: what lies beyond the range it was fitted over; "" if nothing. note: what it means.
+    constants are known. outside: why it does not hold here, such as an input beyond the range it was fitted over, and
+    beyond: by which factor, infinite where another law stands in between. note: what it means.
     """
 
     question: str
@@ -77,6 +93,7 @@ class Answer(JsonNoun):
     status: str
     outside: str = ""
     note: str = ""
+    beyond: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -92,8 +109,9 @@ class NotAsked(JsonNoun):
 class Verdict(JsonNoun):
     """Of all answers to a question: which to believe and why, and from least to most what all of them say.
 
-    agreement: most/least. warning: where they differ by more than a factor of 2, or the believed one extrapolates; or
-    "". low, high: of the answers, in `unit`.
+    low, high: of the answers, in `unit`; of a learning rate those by rules for the optimizer. agreement: high/low.
+    warning: where they differ by more than a factor of 2, a loss by more than 0.1 nats, or the believed one does not
+    quite hold; or "".
     """
 
     question: str

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 from batchlab.planner.advice.nouns import Advice, Answer, Setting
+from batchlab.rules.published import laws
 
 
 def table(advice: Advice) -> str:
@@ -16,6 +19,7 @@ def table(advice: Advice) -> str:
             believed = answer.rule == verdict.rule and answer.value == verdict.value
             lines.append(f"  {'*' if believed else ' '} {answer.rule:<{width}}  {_line(answer, advice.setting)}")
         lines.append(f"    believed: {verdict.why}")
+        lines += [f"    wrong when {laws()[verdict.rule].wrong_when}"] if verdict.rule in laws() else []
         lines += [f"    warning: {verdict.warning}"] if verdict.warning else []
         blocks.append("\n".join(lines))
     if advice.not_asked:
@@ -33,17 +37,14 @@ def figure(value: float, unit: str, setting: Setting) -> str:
     if unit == "tokens":
         return f"{_short(value)} tokens ({value / setting.sequence_length:,.0f} sequences of {setting.sequence_length})"
     if unit == "updates":
-        return f"{value:,.0f} updates"
+        return f"{value:,.0f}"
     return f"{value:.3g} {unit}".rstrip()
 
 
 def _line(answer: Answer, setting: Setting) -> str:
-    said = [
-        figure(answer.value, answer.unit, setting),
-        answer.note,
-        "extrapolates" if answer.outside else "",
-        answer.source,
-    ]
+    known = next((word for word in ("unverified", "second-hand") if word in answer.status), "")
+    outside = "" if not answer.outside else "does not quite hold" if math.isinf(answer.beyond) else "extrapolates"
+    said = [figure(answer.value, answer.unit, setting), answer.note, outside, known, answer.source]
     return "; ".join(each for each in said if each)
 
 
