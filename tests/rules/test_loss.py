@@ -310,6 +310,12 @@ def test_constants_have_no_default_and_numbers_have_names(call, message):
             "twice the least tokens .* got that of data_cbs: the batch that costs 20 % more",
         ),
         (
+            lambda: loss.batch_adjusted(
+                params=1e9, tokens=2e10, batch_tokens=1e6, critical_batch=TokenBatch(1e6, "your runs, fixed data")
+            ),
+            "twice the least tokens .* got that of your runs, fixed data$",
+        ),
+        (
             lambda: loss.batch_adjusted(params=1e9, tokens=1e6, batch_tokens=2e6, critical_batch=TokenBatch(1e6)),
             "tokens must be at least one batch of 2e\\+06, got 1e\\+06",
         ),

@@ -28,7 +28,7 @@ from batchlab.core.checks import check_count, check_positive, holds
 from batchlab.core.errors import InputError
 from batchlab.rules.batch import Algorithm, diloco_law
 from batchlab.rules.law_loss import ChinchillaConstants, LawLoss, LossCurve, TrajectoryConstants
-from batchlab.rules.published import law
+from batchlab.rules.published import law, laws
 from batchlab.rules.token_batch import TokenBatch
 
 TRAJECTORY_LAWS = {"kaplan_loss": "kaplan_cbs", "trajectory_loss": "trajectory_cbs"}
@@ -199,9 +199,11 @@ def batch_adjusted(
     if not isinstance(critical_batch, TokenBatch):
         raise InputError(f"critical_batch must be a TokenBatch, as in TokenBatch(1e6), got {critical_batch!r}")
     if critical_batch.law not in TWICE_THE_LEAST:
+        known = laws().get(critical_batch.law)
+        what = f" of {known.name}: {known.gives}" if known else f" of {critical_batch.law}"
         raise InputError(
-            f"critical_batch must be one at which a loss takes twice the least tokens (power_lines_crit, kaplan_cbs or "
-            f"your own), got that of {critical_batch.law}: {law(critical_batch.law).gives}"
+            f"critical_batch must be one at which a loss takes twice the least tokens (power_lines_crit, kaplan_cbs, "
+            f"rules.fit.critical_batch_law or your own), got that{what}"
         )
     check_positive(tokens=tokens, batch_tokens=batch_tokens)
     if batch_tokens > tokens:
