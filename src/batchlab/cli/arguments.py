@@ -146,17 +146,25 @@ def accelerator(name: str, hardware: Path | None) -> Device:
 
 
 def named_values(texts: Sequence[str]) -> dict[str, Any]:
-    """NAME=VALUE as numbers where they are, else as text.
+    """NAME=VALUE as integers, numbers or lists of numbers where they are, else as text.
 
-    >>> named_values(["x=tokens", "within=16"])
-    {'x': 'tokens', 'within': 16.0}
+    >>> named_values(["x=tokens", "draws=20", "within=1e1", "target_losses=3.2,3.4"])
+    {'x': 'tokens', 'draws': 20, 'within': 10.0, 'target_losses': (3.2, 3.4)}
     """
     values: dict[str, Any] = {}
     for text in texts:
         name, sign, value = text.partition("=")
         if not name.strip() or not sign or not value.strip():
             raise InputError(f"--set must be NAME=VALUE, got {text!r}")
-        values[name.strip()] = value.strip()
-        with contextlib.suppress(ValueError):
-            values[name.strip()] = float(value)
+        values[name.strip()] = _value(value.strip())
     return values
+
+
+def _value(text: str) -> int | float | str | tuple[float, ...]:
+    with contextlib.suppress(ValueError):
+        return int(text)
+    with contextlib.suppress(ValueError):
+        return float(text)
+    with contextlib.suppress(ValueError):
+        return tuple(map(float, text.split(",")))
+    return text

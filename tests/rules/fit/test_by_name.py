@@ -133,13 +133,55 @@ def test_notes_of_the_table_and_of_the_law_are_warnings():
         ("chinchila", {}, "law must be one of power_law, batch_optimum, .*surge, trajectory, got 'chinchila'"),
         ("surge", {"draw": 3}, "surge takes the options form, coverage, got 'draw'"),
         ("timescale", {}, "timescale needs the column params, got batch_examples, steps_to_target, learning_rate"),
-        ("power_law", {"x": "tokens", "y": "loss"}, "this needs the column tokens, got batch_examples"),
+        ("power_law", {"x": "tokens", "y": "loss"}, "power_law needs the column tokens, got batch_examples"),
+        ("critical_batch", {"by": "foo"}, "critical_batch needs the column foo, got batch_examples"),
+        (["surge"], {}, r"law must be one of .* got \['surge'\]"),
         ("power_law", {"x": "learning_rate"}, "power_law needs the options y"),
     ],
 )
 def test_what_cannot_be_fitted_is_named(law, options, message):
     with pytest.raises(InputError, match=message):
         fit(surge_table(), law, **options)
+
+
+WRONG_OPTIONS = [
+    ({"cells": 50.0}, "cells must be an integer of at least 2, got 50.0"),
+    ({"draws": "abc"}, "draws must be an integer of at least 2, got 'abc'"),
+    ({"seed": 1.0}, "seed must be an integer of at least 0, got 1.0"),
+    ({"seed": -1}, "seed must be an integer of at least 0, got -1"),
+    ({"coverage": 95}, r"coverage must lie in \(0, 1\), got 95"),
+    ({"within": 0.5}, "within must be finite and > 1, a factor, got 0.5"),
+    ({"warmup_steps": -1}, "warmup_steps must be >= 0, got -1"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), WRONG_OPTIONS)
+def test_a_wrong_option_is_no_property_of_the_runs(options, message):
+    with pytest.raises(InputError, match=f"^{message}"):
+        fit(bowls(4, 5), "budgets", **options)
+
+
+@pytest.mark.parametrize("law", ["batch_optimum", "timescale", "diloco", "budgets"])
+def test_a_reach_is_a_factor_in_every_law(law):
+    with pytest.raises(InputError, match="^within must be finite and > 1, a factor, got 0.5"):
+        fit(CASES[law][0](), law, within=0.5)
+
+
+@pytest.mark.parametrize("law", ["chinchilla", "trajectory", "diloco"])
+def test_a_seed_is_a_count(law):
+    with pytest.raises(InputError, match="^seed must be an integer of at least 0, got 1.5"):
+        fit(CASES[law][0](), law, seed=1.5, **CASES[law][1])
+
+
+def test_target_losses_are_one_or_several():
+    table = runs_over_batches()
+    first = fit(table, "critical_batch_growth").constants
+    target = float(next(iter(first)).split("loss ")[1].split(",")[0])
+    one, several = (fit(table, "critical_batch_growth", target_losses=given) for given in (target, (target,)))
+    assert one.constants == several.constants and f"B_crit at loss {target:.4g}" in next(iter(one.constants))
+    for wrong, message in [("low", "be a sequence of numbers"), ((), "at least one loss"), (-3, "> 0, got -3")]:
+        with pytest.raises(InputError, match=f"^target_losses must .*{message}"):
+            fit(table, "critical_batch_growth", target_losses=wrong)
 
 
 def test_a_law_of_one_setting_refuses_several():

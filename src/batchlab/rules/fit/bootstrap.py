@@ -56,6 +56,7 @@ def bootstrap(
     drawn for one of its kind, so that no group is ever empty; None for one group of all. Deterministic in `seed`.
     """
     check_count(2, draws=draws)
+    check_count(0, seed=seed)
     check_inside(coverage=coverage)
     generator = np.random.default_rng(seed)
     groups = _groups(runs, within)

@@ -105,11 +105,16 @@ def timescale_optimum(tau: Values, loss: Values, *, within: float = WITHIN, cove
     return optimum(tau, loss, name="tau", within=within, coverage=coverage)
 
 
-def optimum(x: Values, loss: Values, *, name: str = "x", within: float = WITHIN, coverage: float = 0.95) -> Optimum:
-    """The x of least loss, whatever x is: what the three above do. name: what x is, with its unit."""
+def check_bowl(within: float, coverage: float) -> None:
+    """Refuses a reach of the parabola that is no factor > 1, and a coverage that is no share."""
     check_inside(coverage=coverage)
     if not holds(lambda within: 1 < within < math.inf, within):
         raise InputError(f"within must be finite and > 1, a factor, got {within!r}")
+
+
+def optimum(x: Values, loss: Values, *, name: str = "x", within: float = WITHIN, coverage: float = 0.95) -> Optimum:
+    """The x of least loss, whatever x is: what the three above do. name: what x is, with its unit."""
+    check_bowl(within, coverage)
     xs, losses = _checked(x, loss, name)
     values = _different(xs)
     means = np.array([losses[_same(xs, value)].mean() for value in values])

@@ -13,11 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from batchlab.core.checks import check_positive
+from batchlab.core.checks import check_count, check_not_negative, check_positive
 from batchlab.core.errors import InputError
 from batchlab.core.jsonio import JsonNoun
 from batchlab.rules.batch import ComputeBudget
-from batchlab.rules.fit.bowl import WITHIN
+from batchlab.rules.fit.bowl import WITHIN, check_bowl
 from batchlab.rules.fit.chinchilla_law import ChinchillaLaw, chinchilla
 from batchlab.rules.fit.data_laws import DataLaw, RateLaw, data_law, rate_law
 from batchlab.rules.fit.frontier import CELLS, ComputeLaws, compute_laws
@@ -74,8 +74,12 @@ def budgets(
     """All four laws from runs with params, tokens, batch_tokens and loss, and learning_rate where it was swept.
 
     The options are those of `compute_laws`, `data_law`, `rate_law` and `chinchilla`. Raises `InputError` where the runs
-    tell neither the law of a compute budget nor that of a data budget.
+    tell neither the law of a compute budget nor that of a data budget, and for an option that no law takes.
     """
+    check_bowl(within, coverage)
+    check_not_negative(warmup_steps=warmup_steps)
+    check_count(2, cells=cells, draws=draws)
+    check_count(0, seed=seed)
     table.need("params", "tokens", "batch_tokens", "loss", law="budgets")
     notes = list(table.notes)
     compute = _try(

@@ -70,7 +70,7 @@ def fit(table: RunTable | Study | str | Path, law: str, **options: Any) -> Fit:
     """
     from batchlab.rules.fit.named_laws import LAWS
 
-    if law not in LAWS:
+    if not isinstance(law, str) or law not in LAWS:
         raise InputError(f"law must be one of {', '.join(LAWS)}, got {law!r}")
     takes = {n: each for n, each in inspect.signature(LAWS[law]).parameters.items() if each.kind == each.KEYWORD_ONLY}
     known = list(takes)

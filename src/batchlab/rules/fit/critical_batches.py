@@ -11,15 +11,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import numpy as np
 from numpy.typing import NDArray
 
-from batchlab.core.checks import check_positive
+from batchlab.core.checks import check_inside, check_positive
 from batchlab.core.errors import InputError
 from batchlab.core.jsonio import JsonNoun
 from batchlab.curves.tradeoff_fit import Tradeoff, fit_tradeoff
-from batchlab.rules.fit.power_laws import PowerLaw, Values, checked, power_law
+from batchlab.rules.fit.power_laws import PowerLaw, Values, checked, plain, power_law
 from batchlab.rules.fit.table import RunTable, groups
 from batchlab.rules.fit.tuning import tuned_rows
 
@@ -130,19 +131,21 @@ class CriticalBatchLaw(JsonNoun):
 
 
 def critical_batch_law(
-    table: RunTable, *, target_losses: Sequence[float] | None = None, coverage: float = 0.95
+    table: RunTable, *, target_losses: float | Sequence[float] | None = None, coverage: float = 0.95
 ) -> CriticalBatchLaw:
     """B_crit against D_min from finished runs with params, tokens, batch_tokens and loss.
 
     With a learning_rate column each setting counts at its best rate; without one they must have been tuned before.
 
-    target_losses: where the curves are read; None for three a model, spread over the losses that all its batches have
-    on both sides. Nothing is extrapolated: a batch whose runs do not enclose a target takes no part in it. Each
-    trade-off has its profile interval; the law's is Student's and takes its points as independent, which targets of one
-    model are not: with several of them it is too narrow.
+    target_losses: one or several, where the curves are read; None for three a model, spread over the losses that all
+    its batches have on both sides. Nothing is extrapolated: a batch whose runs do not enclose a target takes no part in
+    it. Each trade-off has its profile interval; the law's is Student's and takes its points as independent, which
+    targets of one model are not: with several of them it is too narrow.
 
     Raises `InputError` for a model with fewer than three batches, and where no target is enclosed by three.
     """
+    check_inside(coverage=coverage)
+    targets = _targets(target_losses)
     table.need("params", "tokens", "batch_tokens", "loss", law="critical_batch_growth")
     curves, left_out = [], []
     chosen = table.take(tuned_rows(table, "params", "tokens", "batch_tokens"))
@@ -153,16 +156,14 @@ def critical_batch_law(
         except InputError as error:
             left_out.append(str(error))
     found = []
-    for target in target_losses or ():
-        check_positive(target_losses=target)
     for curve in curves:
-        for target in _levels(curve) if target_losses is None else target_losses:
-            pairs = curve.tokens(float(target))
+        for target in _levels(curve) if targets is None else targets:
+            pairs = curve.tokens(target)
             if len(pairs) < FEWEST_BATCHES:
                 left_out.append(f"loss {target:.4g} at params {curve.params:.4g} has {len(pairs)} batches around it")
                 continue
             fit = fit_tradeoff([b for b, _ in pairs], [d / b for b, d in pairs], coverage=coverage)
-            found.append((curve.params, float(target), fit))
+            found.append((curve.params, target, fit))
     if not found:
         raise InputError(
             f"no target loss has runs on both sides at {FEWEST_BATCHES} batch sizes: {'; '.join(left_out) or 'no runs'}"
@@ -176,6 +177,17 @@ def critical_batch_law(
         tuple(curves),
         "; ".join([*left_out, *why]),
     )
+
+
+def _targets(given: float | Sequence[float] | None) -> tuple[float, ...] | None:
+    if given is None:
+        return None
+    targets = plain([given] if isinstance(given, Real) else given, "target_losses")
+    if not targets:
+        raise InputError("target_losses must hold at least one loss, got none")
+    for target in targets:
+        check_positive(target_losses=target)
+    return tuple(map(float, targets))
 
 
 def _levels(curve: LossCurves) -> list[float]:

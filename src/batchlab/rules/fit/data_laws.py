@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from batchlab.core.checks import check_positive
+from batchlab.core.checks import check_count, check_positive
 from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate
 from batchlab.core.jsonio import JsonNoun
 from batchlab.curves.log_line import LogLine
 from batchlab.rules.fit.bootstrap import Rows, bootstrap
-from batchlab.rules.fit.bowl import WITHIN, Optimum, learning_rate_optimum, optimum, vertex
+from batchlab.rules.fit.bowl import WITHIN, Optimum, check_bowl, learning_rate_optimum, optimum, vertex
 from batchlab.rules.fit.power_laws import PowerLaw, power_law
 from batchlab.rules.fit.table import RunTable
 from batchlab.rules.fit.tuning import edge_note, ids, tuned, tuned_rows
@@ -74,6 +74,9 @@ def data_law(
 
     Raises `InputError` where fewer than three different D have a bracketed best batch.
     """
+    check_bowl(within, coverage)
+    check_count(2, draws=draws)
+    check_count(0, seed=seed)
     table.need("params", "tokens", "batch_tokens", "loss", law="data budget")
     kept = tuned_rows(table, "params", "tokens", "batch_tokens")
     optima, notes = _optima(table, kept, within, coverage)
@@ -156,6 +159,7 @@ def rate_law(table: RunTable, *, within: float = WITHIN, coverage: float = 0.95)
     Batches whose best rate is not bracketed, and (N, D) with fewer than two such batches, are left out. Raises
     `InputError` where fewer than three batches are left, or no freedom to judge the slope by.
     """
+    check_bowl(within, coverage)
     table.need("params", "tokens", "batch_tokens", "learning_rate", "loss", law="learning-rate law")
     points, notes = _rate_points(table, within, coverage)
     group = ids(points[:, 0], points[:, 1]) if len(points) else np.empty(0, dtype=np.intp)

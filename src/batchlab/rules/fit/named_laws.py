@@ -34,6 +34,7 @@ _LINES = "Bergsma et al. 2025, arXiv 2505.13738"
 
 def power_law(table: RunTable, *, x: str, y: str, coverage: float = 0.95, widest: float = 1.0) -> Fit:
     """y = a·x^b between any two columns."""
+    table.need(x, y, law="power_law")
     law = _power_law(table[x], table[y], x_name=x, y_name=y, coverage=coverage, widest=widest)
     return Fit(
         "power_law",
@@ -137,7 +138,7 @@ def timescale(table: RunTable, *, within: float = WITHIN, coverage: float = 0.95
 
 
 def critical_batch_growth(
-    table: RunTable, *, target_losses: tuple[float, ...] | None = None, coverage: float = 0.95
+    table: RunTable, *, target_losses: float | tuple[float, ...] | None = None, coverage: float = 0.95
 ) -> Fit:
     """The critical batch against the least tokens, a·D_min^p, from finished runs of several lengths."""
     found = critical_batch_law(table, target_losses=target_losses, coverage=coverage)
@@ -164,7 +165,7 @@ def critical_batch(
     coverage: float = 0.95,
 ) -> Fit:
     """The batch that costs 20 % more data, from steps to a target; by="params" or "tokens" also its growth."""
-    table.need("steps_to_target", law="critical_batch")
+    table.need("steps_to_target", *([] if by is None else [by]), law="critical_batch")
     name, batches = table.batch("critical_batch")
     steps, constants, points, notes = table["steps_to_target"], {}, [], []
     residuals: dict[str, tuple[float, ...]] = {}

@@ -103,6 +103,7 @@ def parametric_laws(
     """
     check_positive(delta=delta)
     check_count(starts=starts)
+    check_count(0, seed=seed)
     sizes, values = map(np.array, checked(params, y, "params", y_name))
     counts = np.array(checked(params, replicas, "params", "replicas")[1])
     if len(np.unique(sizes)) < FEWEST_SIZES:

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from batchlab.core.checks import check_count
 from batchlab.core.errors import InputError
 from batchlab.core.jsonio import JsonNoun
-from batchlab.rules.fit.bowl import WITHIN, optimum
+from batchlab.rules.fit.bowl import WITHIN, check_bowl, optimum
 from batchlab.rules.fit.joint_laws import JointLaw, joint_law
 from batchlab.rules.fit.parametric import ParametricLaw, parametric_laws
 from batchlab.rules.fit.power_laws import PowerLaw, Values, checked, plain, power_law
@@ -115,6 +116,9 @@ def diloco(
     Raises `InputError` where even the loss has no law. Not for runs of different tokens a parameter: the laws hold
     along one, 20 in the source.
     """
+    check_bowl(within, coverage)
+    check_count(starts=starts)
+    check_count(0, seed=seed)
     table.need("params", "replicas", "batch_tokens", "loss", law="diloco")
     rated = "learning_rate" in table
     rows: list[tuple[float, float, float]] = []

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from batchlab.core.errors import InputError
 from batchlab.core.jsonio import JsonNoun
-from batchlab.rules.fit.bowl import WITHIN, Optimum, timescale_optimum
+from batchlab.rules.fit.bowl import WITHIN, Optimum, check_bowl, timescale_optimum
 from batchlab.rules.fit.power_laws import PowerLaw, power_law
 from batchlab.rules.fit.table import RunTable
 from batchlab.rules.weight_decay import COUPLED
@@ -50,6 +50,7 @@ def timescale(table: RunTable, *, within: float = WITHIN, coverage: float = 0.95
     Raises `InputError` for λ = 0, whose τ is infinite, for an optimizer column that names a coupled decay (as adam),
     and where fewer than three sweeps are bracketed. Only below the critical batch: above it no λ helps.
     """
+    check_bowl(within, coverage)
     table.need("params", "tokens", "batch_tokens", "learning_rate", "weight_decay", "loss", law="timescale")
     _check_decay(table)
     keys = ("params", "tokens", "batch_tokens", "learning_rate")

@@ -86,6 +86,7 @@ def trajectory(
     (0.076, 2600.0, 377101.675)
     """
     check_count(2, draws=draws)
+    check_count(0, seed=seed)
     check_count(FEWEST, levels=levels)
     check_inside(coverage=coverage, margin=margin)
     _check(runs, joint, extrapolate, degree, after_warmups)
