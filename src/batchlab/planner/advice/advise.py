@@ -21,7 +21,7 @@ from batchlab.planner.advice.nouns import (
 )
 from batchlab.rules import loss as losses
 from batchlab.rules.learning_rate import for_optimizer
-from batchlab.rules.optimizer_family import family
+from batchlab.rules.optimizer_family import family, plain_name
 from batchlab.rules.token_batch import TokenBatch
 
 FAR_APART, FAR_NATS = 2.0, 0.1
@@ -58,7 +58,7 @@ def advise(
     setting = Setting(
         params,
         tokens,
-        optimizer.lower() if isinstance(optimizer, str) else optimizer,
+        plain_name(optimizer),
         sequence_length,
         batch_tokens,
         learning_rate,

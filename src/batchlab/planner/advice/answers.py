@@ -23,7 +23,7 @@ from batchlab.planner.advice.nouns import (
 )
 from batchlab.rules import batch, learning_rate, loss
 from batchlab.rules.law_loss import LawLoss
-from batchlab.rules.optimizer_family import family
+from batchlab.rules.optimizer_family import decay_kind, family
 from batchlab.rules.published import law
 from batchlab.rules.token_batch import TokenBatch
 
@@ -34,7 +34,6 @@ NEAR = 2.0
 OVERHEAD, SMALL_BATCH = 0.2, 256 * 512.0  # of the definition of Zhang et al. 2024; tokens
 MEASURED, CLOSED_FORM = "measured", "closed form"
 MOVES = {"sgd": ("linear", "saturating", "sqrt"), "adam": ("sqrt", "surge", "saturating"), "adagrad": ("none",)}
-DECOUPLED = ("adamw", "sgdw", "lion", "muon")
 
 
 def least_loss(setting: Setting) -> Iterator[Said]:
@@ -164,7 +163,7 @@ def decays(setting: Setting, batch_tokens: float, rate: float | None, critical_t
     about = (rule.formula, rule.source, rule.status, outside)
     said = Answer(MEMORY, name, tau, "of the run", *about, "B/(ηλD), the same at any batch below the critical one")
     yield said
-    if setting.optimizer not in DECOUPLED:
+    if decay_kind(setting.optimizer) != "decoupled":
         yield NotAsked(DECAY, name, f"holds for decoupled decay times the learning rate, not for {setting.optimizer}")
     elif rate is None:
         yield NotAsked(DECAY, name, "needs the learning rate")
