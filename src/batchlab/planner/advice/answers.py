@@ -63,7 +63,7 @@ def critical(setting: Setting, expected_loss: float | None) -> Iterator[Said]:
     tokens, params = setting.tokens, setting.params
     data = _said(CHEAP, "data_cbs", lambda: batch.data_cbs(tokens=tokens), tokens=tokens)
     size = _at_twenty(setting, CHEAP, "chinchilla_cbs", lambda: batch.chinchilla_cbs(params=params), params=params)
-    for said in (_of_data_parallel(setting, data), _of_data_parallel(setting, size)):
+    for said in (data, size):
         yield said
         if isinstance(said, Answer):
             yield _as_critical(said)
@@ -86,10 +86,8 @@ def _twice_the_least(setting: Setting, expected_loss: float | None) -> Iterator[
         yield Answer(CRITICAL, "noise_scale", setting.noise_scale_tokens, "tokens", *about, note=note)
     half = setting.tokens / 2  # at B_crit the run's tokens are twice D_min
     note = "the least tokens are half of the run's"
-    power_lines = _said(
-        CRITICAL, "power_lines_crit", lambda: batch.power_lines_crit(least_tokens=half), note, least_tokens=half
-    )
-    yield _of_data_parallel(setting, power_lines)
+    power_lines = lambda: batch.power_lines_crit(least_tokens=half)  # noqa: E731
+    yield _said(CRITICAL, "power_lines_crit", power_lines, note, least_tokens=half)
     for constants in ("kaplan", "trajectory"):
         if expected_loss is None:
             yield NotAsked(
@@ -101,7 +99,7 @@ def _twice_the_least(setting: Setting, expected_loss: float | None) -> Iterator[
         if setting.loss is None and isinstance(said, Answer):
             chained = "its loss is that of chinchilla_loss, of another tokenizer"
             said = dataclasses.replace(said, outside=_joined(said.outside, chained), beyond=math.inf)
-        yield _of_data_parallel(setting, said)
+        yield said
 
 
 def losses(setting: Setting, batch_tokens: float, critical_batch: TokenBatch | None) -> Iterator[Said]:
