@@ -4,13 +4,15 @@ import dataclasses
 import json
 import math
 
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from batchlab.core.errors import BatchlabError, InputError
 from batchlab.core.facts import Estimate, Facts
 from batchlab.core.job import Job, Target
+from batchlab.core.jsonio import to_plain
 from batchlab.core.plan import FrontierRow, Plan, Reason
 from tests.spine.facts_fixture import exact, hand_facts
 from tests.spine.jobs import squared_error, toy_data, toy_job, toy_plan
@@ -153,3 +155,32 @@ def test_bad_input_is_a_value_error_and_ours():
         Estimate(1.0, 0.0, 2.0, "x", coverage=1.0)
     with pytest.raises(InputError, match="an interval's low must not exceed its high"):
         Estimate(1.0, 3.0, 2.0, "x")
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | ANY_FLOAT | st.text() | st.sampled_from(["inf", "-inf", "nan"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text() | st.just("text"), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(inputs=st.dictionaries(st.text() | st.just("text"), anything, max_size=3), value=anything)
+@example(inputs={"noise_scale": math.inf, "said": "inf", "text": "nan"}, value=-math.inf)
+@example(inputs={}, value={"text": "inf"})
+def test_a_reasons_inputs_go_round_whatever_they_are(inputs, value):
+    reason = Reason("inf", "nan", inputs, value)
+    text = reason.to_json()
+    json.loads(text, parse_constant=pytest.fail)
+    assert Reason.from_json(text) == reason and '"rule": "inf"' in text
+
+
+def test_a_reasons_nan_comes_back_as_a_number():
+    assert math.isnan(Reason.from_json(Reason("r", "s", {}, math.nan).to_json()).value)
+
+
+def test_numpys_numbers_are_written_as_pythons():
+    row = FrontierRow(np.int64(64), np.int32(1), np.float32(10.5), np.float64(1.0), 1.0)
+    assert FrontierRow.from_json(row.to_json()) == row == FrontierRow(64, 1, 10.5, 1.0, 1.0)
+    plain = to_plain({"a": np.float32(math.inf), "b": [np.int8(3)], "c": np.float64(0.5)})
+    assert plain == {"a": "inf", "b": [3], "c": 0.5}
+    assert type(plain["b"][0]) is int and type(plain["c"]) is float

@@ -1,7 +1,9 @@
 """JSON both ways for the frozen nouns: strict JSON on disk, non-finite floats as strings.
 
 Every noun is a dataclass of numbers, strings, mappings, tuples and other such dataclasses; `to_plain`
-and `from_plain` walk its type hints, so that a new field needs no code here.
+and `from_plain` walk its type hints, so that a new field needs no code here. NumPy's numbers are written as Python's.
+Where a field may hold anything (`Any`), "inf", "-inf" and "nan" are numbers too, and a text that reads so is told
+apart as {"text": "inf"}.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import numbers
 import types
 import typing
 from collections.abc import Mapping
@@ -24,16 +27,28 @@ _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 def to_plain(value: Any) -> Any:
     """Dataclasses, mappings, sequences and numbers as what `json.dumps(allow_nan=False)` takes."""
+    return _plain(value, free=False)
+
+
+def _plain(value: Any, *, free: bool) -> Any:
+    """free: whether it is read back as `Any`, with no type that tells a text from a number."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        hints = _hints(type(value))
+        names = (field.name for field in dataclasses.fields(value))
+        return {name: _plain(getattr(value, name), free=_is_free(hints[name])) for name in names}
     if isinstance(value, Mapping):
-        return {str(key): to_plain(item) for key, item in value.items()}
+        return {str(key): _plain(item, free=free) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [to_plain(item) for item in value]
-    if isinstance(value, bool) or value is None or isinstance(value, (str, int)):
+        return [_plain(item, free=free) for item in value]
+    if isinstance(value, str):
+        return {"text": value} if free and value in _NON_FINITE else value
+    if isinstance(value, bool) or value is None or isinstance(value, int):
         return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else str(value)
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        number = float(value)
+        return number if math.isfinite(number) else str(number)
     if isinstance(value, Path):
         return str(value)
     raise TypeError(f"cannot be written as JSON: {type(value).__name__} {value!r}")
@@ -76,10 +91,27 @@ def from_plain(cls: type[T], plain: Any, *, source: str = "JSON") -> T:
     return cls(**values)
 
 
+def _is_free(hint: Any) -> bool:
+    return hint is Any or Any in typing.get_args(hint)
+
+
+def _revived(item: Any) -> Any:
+    """What `_plain` made of a value that may be anything; sequences are lists."""
+    if isinstance(item, str):
+        return _NON_FINITE.get(item, item)
+    if isinstance(item, list):
+        return [_revived(part) for part in item]
+    if not isinstance(item, Mapping):
+        return item
+    if set(item) == {"text"} and isinstance(item["text"], str) and item["text"] in _NON_FINITE:
+        return item["text"]
+    return {key: _revived(part) for key, part in item.items()}
+
+
 def _convert(hint: Any, item: Any, where: str) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
-        return item
+        return _revived(item)
     if origin in (typing.Union, types.UnionType):
         return _convert_union(arguments, item, where)
     if origin is typing.Literal:

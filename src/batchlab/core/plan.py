@@ -18,7 +18,7 @@ SCHEMA = 1
 class Reason(JsonNoun):
     """Why a number is what it is. rule: the rule's name or formula. source: paper, sheet or "user".
 
-    inputs: the facts it used, by name. value: the number itself.
+    inputs: the facts it used, by name. value: the number itself. Sequences in them come back from JSON as lists.
     """
 
     rule: str

@@ -319,3 +319,9 @@ def test_numpys_numbers_are_numbers():
     moved = planner.recipe(ADAMW, np.int64(1024), devices=np.int32(4), noise_scale=np.float64(500))
     assert moved.recipe == planner.recipe(ADAMW, 1024, devices=4, noise_scale=500.0).recipe
     assert Rescaled.from_json(moved.to_json()).recipe == moved.recipe
+
+
+def test_an_unbounded_noise_scale_goes_round():
+    moved = planner.recipe(Recipe(256, 10**6, "adamw", 1e-3, noise_scale=math.inf, clip_norm=1.0), 1024)
+    assert moved.reasons["noise_scale"].value == math.inf
+    assert Rescaled.from_json(moved.to_json()) == moved
