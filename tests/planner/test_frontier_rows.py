@@ -173,3 +173,13 @@ def test_the_batch_sizes_worth_predicting_are_the_default():
 def test_prices_and_watts_must_be_positive(given):
     with pytest.raises(InputError, match=f"{next(iter(given))} must be finite and > 0"):
         frontier(hand_facts(), **given)
+
+
+def test_grids_take_whole_numbers_and_numpys():
+    assert device_grid(np.int64(6)) == [1, 2, 4, 6] and all(type(count) is int for count in device_grid(np.int64(6)))
+    assert size_grid(np.int64(5), np.int32(64)) == size_grid(5, 64)
+    for bad in (6.0, 0, "6", True):
+        with pytest.raises(InputError, match="devices must be an integer of at least 1, got "):
+            device_grid(bad)
+    with pytest.raises(InputError, match="highest must be an integer of at least 1, got 64.0"):
+        size_grid(5, 64.0)

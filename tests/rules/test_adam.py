@@ -61,6 +61,9 @@ def test_refused_not_clipped():
         scale_beta(math.nan, 2)
     with pytest.raises(InputError, match="kappa must be finite and > 0, got 0"):
         adam_for_batch(1e-3, kappa=0)
+    for bad in ((0.9,), (0.9, 0.99, 0.999), 0.9, None):
+        with pytest.raises(InputError, match=r"betas must be two numbers in \[0, 1\], got "):
+            adam_for_batch(1e-3, bad, kappa=2)
     with pytest.raises(InputError, match='beta_rule must be "half_life" or "sde", got'):
         scale_beta(0.9, 2, beta_rule="linear")
     with pytest.raises(InputError, match="eps must be >= 0, got -1"):

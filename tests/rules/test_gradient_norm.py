@@ -47,7 +47,7 @@ def test_clipping_threshold_follows():
 
 
 def test_errors_name_what_is_wrong():
-    for bad in (0.0, -1.0, math.nan):
+    for bad in (0.0, -1.0, math.nan, None, "a"):
         with pytest.raises(InputError, match="noise_scale must be > 0, got "):
             gradient_norm.norm_ratio(1, 2, noise_scale=bad)
     with pytest.raises(InputError, match="batch_size must be finite and > 0, got inf"):

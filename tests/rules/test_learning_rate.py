@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -148,3 +149,28 @@ def test_errors_name_what_is_wrong():
         rules.for_optimizer("adagrad", 1e-3, 32, 64, noise_scale=math.nan)
     with pytest.raises(InputError, match='beyond_peak must be "hold" or "fall", got'):
         rules.surge(1e-3, 32, 64, noise_scale=10, beyond_peak="rise")
+
+
+@pytest.mark.parametrize("bad", [None, "x", [1.0, 2.0]])
+def test_a_noise_scale_that_is_no_number_is_refused(bad):
+    with pytest.raises(InputError, match="noise_scale must be > 0, got "):
+        rules.surge(0.1, 1, 2, noise_scale=bad)
+    with pytest.raises(InputError, match="noise_scale must be > 0, got "):
+        rules.saturating(0.1, 1, 2, noise_scale=bad)
+    if bad is not None:
+        with pytest.raises(InputError, match="noise_scale must be > 0, got "):
+            rules.for_optimizer("adam", 0.1, 1, 2, noise_scale=bad)
+
+
+@pytest.mark.filterwarnings("error")
+def test_powers_beyond_floats_are_refused():
+    one, ten = np.int64(1), np.int64(10)
+    for noise in (5.0, math.inf):
+        for old, new in ((1, 10), (10, 1)):
+            with pytest.raises(InputError, match=f"exponent is too large for {new}/{old}, got 100000.0"):
+                rules.saturating(0.1, old, new, noise_scale=noise, exponent=1e5)
+    with pytest.raises(InputError, match="exponent is too large for .*10"):
+        rules.power(one, ten, one, exponent=np.float64(1e5))
+    with pytest.raises(InputError, match="exponent is too large for .*10"):
+        rules.power(one, one, ten, exponent=np.float64(1e5))
+    assert rules.power(one, one, ten, exponent=np.float64(2)) == 100

@@ -178,6 +178,12 @@ OK = {"lr": (1e-3, 1.0)}
         (lambda: Telescope(OK, [8], linear=["wd"]), "linear must name hyper-parameters of the space, got 'wd'"),
         (lambda: Telescope(OK, []), r"widths must each be twice the one before, got \[\]"),
         (lambda: Telescope(OK, [8, 24]), r"widths must each be twice the one before, got \[8, 24\]"),
+        (lambda: Telescope(OK, 32), "widths must be a sequence, got 32"),
+        (lambda: Telescope(OK, [8], linear=1), "linear must be a sequence, got 1"),
+        (
+            lambda: Telescope(OK, [8]).observe("x", 1),
+            r"suggestion must be of those that suggest\(\) gives now, got 'x'",
+        ),
         (lambda: Telescope(OK, [8.5]), "widths must be an integer of at least 1, got 8.5"),
         (lambda: Telescope(OK, [8], points=1), "points must be an integer of at least 2, got 1"),
         (lambda: Telescope(OK, [8]).result(), "the first width is not swept yet"),

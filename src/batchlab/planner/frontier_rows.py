@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from batchlab.core.checks import check_positive
+from batchlab.core.checks import check_count, check_positive
 from batchlab.core.errors import InputError
 from batchlab.core.facts import Facts
 from batchlab.core.plan import FrontierRow
@@ -40,6 +40,8 @@ def size_grid(lowest: int, highest: int) -> list[int]:
     >>> size_grid(5, 64)
     [6, 8, 12, 16, 24, 32, 48, 64]
     """
+    check_count(lowest=lowest, highest=highest)
+    lowest, highest = int(lowest), int(highest)
     both = {size for k in range(highest.bit_length() + 1) for size in (2**k, 3 * 2**k)}
     return sorted(size for size in both if lowest <= size <= highest)
 
@@ -50,8 +52,9 @@ def device_grid(devices: int) -> list[int]:
     >>> device_grid(6)
     [1, 2, 4, 6]
     """
-    check_positive(devices=devices)
-    return sorted({2**k for k in range(devices.bit_length())} | {devices})
+    check_count(devices=devices)
+    most = int(devices)
+    return sorted({2**k for k in range(most.bit_length())} | {most})
 
 
 def frontier(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from typing import Literal, NamedTuple
 
-from batchlab.core.checks import check_not_negative, check_positive, check_share
+from batchlab.core.checks import check_not_negative, check_positive, check_share, holds
 from batchlab.core.errors import InputError
 
 BetaRule = Literal["half_life", "sde"]
@@ -42,6 +42,8 @@ def adam_for_batch(
     AdamSettings(learning_rate=0.002, betas=(0.6561, 0.996005996001), eps=5e-09)
     """
     check_positive(learning_rate=learning_rate, kappa=kappa)
+    if not holds(lambda pair: len(pair) == 2, betas):
+        raise InputError(f"betas must be two numbers in [0, 1], got {betas!r}")
     first, second = (scale_beta(beta, kappa, beta_rule=beta_rule) for beta in betas)
     return AdamSettings(learning_rate * math.sqrt(kappa), (first, second), scale_eps(eps, kappa))
 

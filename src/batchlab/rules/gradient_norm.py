@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 
-from batchlab.core.checks import check_positive
+from batchlab.core.checks import check_positive, holds
 from batchlab.core.errors import InputError
 
 
@@ -23,7 +23,7 @@ def norm_ratio(base_batch_size: float, batch_size: float, *, noise_scale: float)
     (0.5, 0.5547001962252291)
     """
     check_positive(base_batch_size=base_batch_size, batch_size=batch_size)
-    if not noise_scale > 0:
+    if not holds(lambda scale: scale > 0, noise_scale):
         raise InputError(f"noise_scale must be > 0, got {noise_scale!r}")
     if math.isinf(noise_scale):
         return math.sqrt(base_batch_size / batch_size)

@@ -58,10 +58,7 @@ def power(learning_rate: float, base_batch_size: float, batch_size: float, *, ex
     check_positive(learning_rate=learning_rate, base_batch_size=base_batch_size, batch_size=batch_size)
     if not holds(lambda p: 0 <= p < math.inf, exponent):
         raise InputError(f"exponent must be finite and >= 0, got {exponent!r}")
-    try:
-        return learning_rate * float((batch_size / base_batch_size) ** exponent)
-    except OverflowError:
-        raise InputError(f"exponent is too large for {batch_size!r}/{base_batch_size!r}, got {exponent!r}") from None
+    return learning_rate * _powered(batch_size / base_batch_size, exponent, base_batch_size, batch_size)
 
 
 def saturating(
@@ -79,9 +76,21 @@ def saturating(
     check_positive(exponent=exponent)
     _check_noise_scale(noise_scale)
     if math.isinf(noise_scale):
-        return learning_rate * float((batch_size / base_batch_size) ** exponent)
-    ratio = (1 + noise_scale / base_batch_size) / (1 + noise_scale / batch_size)
-    return learning_rate * float(ratio**exponent)
+        ratio = batch_size / base_batch_size
+    else:
+        ratio = (1 + noise_scale / base_batch_size) / (1 + noise_scale / batch_size)
+    return learning_rate * _powered(ratio, exponent, base_batch_size, batch_size)
+
+
+def _powered(ratio: float, exponent: float, base_batch_size: float, batch_size: float) -> float:
+    """In Python's own floats, of which none overflows or vanishes unsaid."""
+    try:
+        value = float(float(ratio) ** float(exponent))
+    except OverflowError:
+        value = math.inf
+    if not 0 < value < math.inf:
+        raise InputError(f"exponent is too large for {batch_size!r}/{base_batch_size!r}, got {exponent!r}")
+    return value
 
 
 def surge(
@@ -119,7 +128,7 @@ def _surge_shape(relative: float) -> float:
 
 
 def _check_noise_scale(noise_scale: float) -> None:
-    if not noise_scale > 0:
+    if not holds(lambda scale: scale > 0, noise_scale):
         raise InputError(f"noise_scale must be > 0, got {noise_scale!r}")
 
 

@@ -66,6 +66,7 @@ def lr_to_batch(
     """
     check_inside(coverage=coverage)
     check_count(draws=draws)
+    check_count(0, seed=seed)
     table = RatioTable.of(runs, directions or {})
     designs = _designs(table.cells)
     tasks = tuple(_task(table, name, designs, coverage) for name in table.scores)

@@ -83,7 +83,7 @@ class Telescope:
         odd: bool = True,
         linear: Iterable[str] = (),
     ) -> None:
-        names, widths = tuple(linear), tuple(widths)
+        names, widths = _tuple("linear", linear), _tuple("widths", widths)
         _check(space, widths, points, names)
         ends = {name: (float(low), float(high)) for name, (low, high) in space.items()}
         losses: tuple[tuple[float | None, ...], ...] = ()
@@ -110,6 +110,8 @@ class Telescope:
 
     def observe(self, suggestion: Suggestion, loss: float) -> None:
         """Takes the loss of a run that was suggested; the last of a width opens the next. Not finite: diverged."""
+        if not isinstance(suggestion, Suggestion):
+            raise InputError(f"suggestion must be of those that suggest() gives now, got {suggestion!r}")
         stage = len(self._losses) - 1
         if self.done or suggestion.stage != stage or not 0 <= suggestion.number < len(self._losses[stage]):
             raise InputError(f"suggestion must be of those that suggest() gives now, got {suggestion!r}")
@@ -278,6 +280,13 @@ def _drift(seen: Sequence[tuple[int, float, float]], last: int) -> Drift:
         return Drift(math.nan, -math.inf, math.inf, math.nan, False)
     alpha = (low + high) / 2 if math.isfinite(high - low) else math.nan
     return Drift(alpha, low, max(low, high), alpha * (1 / seen[-1][0] - 1 / last), True)
+
+
+def _tuple(name: str, values: Any) -> tuple[Any, ...]:
+    try:
+        return tuple(values)
+    except TypeError:
+        raise InputError(f"{name} must be a sequence, got {values!r}") from None
 
 
 def _check(space: Any, widths: Any, points: Any, linear: Sequence[str]) -> None:
