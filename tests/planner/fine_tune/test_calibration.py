@@ -86,12 +86,14 @@ def test_points_of_memory():
     assert calibrate([*rows, *untimed], sequence_length=64).memory.largest_batch == 8
 
 
-def test_the_table_says_both_errors_and_every_residual():
+def test_the_table_says_both_errors_and_every_speed():
     text = calibrate(points(published.MIXTRAL_A40), form="power").table()
     lines = text.splitlines()
     assert lines[0].split() == ["law", "rmse", "q/s", "left", "out", "q/s", "left", "out"]
     assert [line.split()[0] for line in lines[1:5]] == ["linear", "code", "shift", "power"]
     assert "g: Estimate(0.4829 [" in text and "t0 at sparsity 0.25, s: Estimate(" in text
+    head = next(line for line in lines if line.startswith("batch")).split()
+    assert head == ["batch", "sparsity", "measured", "q/s", "linear", "time", "q/s", "power", "q/s"]
     assert lines[-1].split()[:3] == ["8", "0.25", "1.655"] and len([1 for line in lines if line[:1].isdigit()]) == 10
 
 

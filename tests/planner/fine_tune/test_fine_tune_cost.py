@@ -121,6 +121,43 @@ def test_a_calibration_brings_its_better_law_its_memory_and_all_errors():
     assert found.dollars.value == pytest.approx(found.hours.value)
 
 
+def test_the_length_is_the_calibrations_own():
+    """1e6 bytes a token: 61 queries of 512 beside 20 GB of an A40, and not 31,539 of length 1."""
+    known = calibrate([(b, 1 + 0.1 * b, 20e9 + b * 512 * 1e6, 512) for b in (1, 2, 4, 8)])
+    shared = {"queries": 1000, "epochs": 1, "device": "A40"}
+    found = fine_tune_cost(known, **shared)
+    assert found.max_batch == fine_tune_cost(known, sequence_length=512, **shared).max_batch == 61
+    shorter = fine_tune_cost(known, sequence_length=128, batch=4, **shared)
+    assert shorter.notes == ("queries/s are of length 512, and are taken for length 128",)
+    mixed = fine_tune_cost(2.0, memory=known.memory, **shared)
+    assert mixed.max_batch == 61
+    with pytest.raises(InputError, match=r"sequence_length must be given, .*: no points say it"):
+        fine_tune_cost(known.linear_time, memory=MIXTRAL, **shared)
+
+
+def test_published_constants_meet_a_cards_gibibytes():
+    """8 and 20 by GB of 2^30 on A40 and H100-80; by 1e9 they are 10 and 22, and a note says why."""
+    law = LinearTimeModel.fit(points(published.MIXTRAL_A40))
+    shared = {"queries": 1e4, "epochs": 1, "sequence_length": 512, "sparsity": 0.25}
+    gib = BatchMemoryModel.of(c0_per_gb=62, sparse_share=0.89, model_bytes=23.35 * 2**30, gb=2**30)
+    for device, most, off in (("A40", 8, 10), ("H100-80", 20, 22)):
+        right = fine_tune_cost(law, memory=gib, device=device, **shared)
+        assert right.max_batch == most and not any("GiB" in note for note in right.notes)
+        wrong = fine_tune_cost(law, memory=MIXTRAL, device=device, **shared)
+        assert wrong.max_batch == off and "with gb=2**30" in wrong.notes[0]
+    assert fine_tune_cost(law, memory=MIXTRAL, gpu_bytes=48e9, device="A40", **shared).notes == ()
+
+
+def test_a_batch_beyond_the_points_is_said():
+    """Asked for by the caller as by B_max: beyond twice the largest fitted batch, 8, the line is extrapolated."""
+    known = calibrate([(b, 1 + 0.1 * b) for b in (1, 2, 4, 8)])
+    assert known.best is known.linear_time
+    assert fine_tune_cost(known, queries=1e4, epochs=1, batch=16).notes == ()
+    assert fine_tune_cost(known, queries=1e4, epochs=1, batch=1000).notes == (
+        "batch 1000 is beyond twice the largest fitted batch: the line is extrapolated",
+    )
+
+
 def test_the_price_of_a_device_is_dated():
     device = next(device for device in hardware().values() if device.price_per_hour)
     found = fine_tune_cost(2.0, queries=7200, epochs=1, device=device)
@@ -142,6 +179,9 @@ def test_numpy_numbers_are_numbers():
         ({"speed": "fast"}, r"speed must be finite and > 0, got 'fast'"),
         ({"price_per_hour": 0.0}, r"price_per_hour must be finite and > 0, got 0.0"),
         ({"batch": math.nan}, r"batch must be finite and > 0, got nan"),
+        ({"sparsity": "a"}, r"sparsity must lie in \(0, 1\], the share of experts at work, got 'a'"),
+        ({"sparsity": 25}, r"sparsity must lie in \(0, 1\], the share of experts at work, got 25"),
+        ({"sequence_length": "long"}, r"sequence_length must be finite and > 0, got 'long'"),
         ({"device": "abacus"}, r"device must be a Device or one of"),
         ({"memory": MIXTRAL}, r"memory needs gpu_bytes or a device to say what fits, got neither"),
         ({"gpu_bytes": 48e9}, r"gpu_bytes needs a memory model to say what fits, got gpu_bytes=48000000000.0 alone"),

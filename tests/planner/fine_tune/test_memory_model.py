@@ -151,7 +151,31 @@ def test_whole_numbers_are_not_floored_away():
     """0.1 + 0.2 of bytes: 3 queries of 0.1 in 0.3 fit by the same arithmetic that says what they take."""
     law = BatchMemoryModel.of(c0_per_gb=1e9 / 0.1, sparse_share=0.0, model_bytes=0.0)
     for count in range(1, 200):
-        assert law.max_batch(law.bytes(count)) == count
+        assert law.max_batch(law.bytes(count, 1), 1) == count
+
+
+def test_the_length_is_the_points_own_or_must_be_given():
+    """Peaks at one length: that one. At two, or with constants alone, nothing says it."""
+    rows = [(b, 1.0, 20e9 + b * 512e6, 512) for b in (1, 2, 4)]
+    fit = BatchMemoryModel.fit(rows)
+    assert fit.length() == 512 and fit.max_batch(40e9) == fit.max_batch(40e9, 512) == 39
+    assert fit.bytes(4) == pytest.approx(20e9 + 4 * 512e6) and fit.missing_bytes(20e9) == pytest.approx(512e6)
+    two = BatchMemoryModel.fit([*rows, (1, 1.0, 20e9 + 128e6, 128)])
+    with pytest.raises(InputError, match=r"sequence_length must be given, .*: the points have \[128.0, 512.0\]"):
+        two.max_batch(40e9)
+    with pytest.raises(InputError, match=r"sequence_length must be given, .*: no points say it"):
+        CODE.max_batch(48e9)
+    assert BatchMemoryModel.fit_limits([(10, 1.0, 30e9, 64), (20, 1.0, 40e9, 64)]).sequence_lengths == (64.0,)
+
+
+def test_the_unit_of_a_gb_is_one_for_all():
+    """6, 8, 20 in GB of either kind; C0 per 1e9 with a card's GiB gives 10 for 8."""
+    cards = BatchMemoryModel.of(c0_per_gb=62, sparse_share=0.89, model_bytes=23.35 * 2**30, gb=2**30)
+    assert [cards.max_batch(gpu * 2**30, 512, 0.25) for gpu in (40, 48, 80)] == [6, 8, 20]
+    assert cards.c0_per_gb == pytest.approx(62) and CODE.max_batch(48 * 2**30, 512, 0.25) == 10
+    assert BatchMemoryModel.from_json(cards.to_json()) == cards
+    with pytest.raises(InputError, match=r"gb must be 1e9 or 2\*\*30 bytes, got 1024"):
+        BatchMemoryModel.of(c0_per_gb=62, sparse_share=0.89, model_bytes=0, gb=1024)
 
 
 def test_numpy_numbers_give_an_integer():

@@ -62,6 +62,11 @@ class Calibration(JsonNoun):
     notes: tuple[str, ...] = ()
 
     @property
+    def sequence_length(self) -> float:
+        """L of the points: the speeds are of queries of that length."""
+        return self.points[0].sequence_length
+
+    @property
     def best(self) -> LinearTimeModel | ThroughputModel:
         """The one of the two laws that predicts points left out better; of equals the line, which is bounded."""
         line, logarithm = (self.errors[name] for name in (LINEAR, self.logarithm.form))
@@ -69,14 +74,14 @@ class Calibration(JsonNoun):
         return self.logarithm if len(known) == 2 and known[1] < known[0] else self.linear_time
 
     def table(self) -> str:
-        """Plain text: each law's errors, its numbers with intervals, and the residuals of every point."""
+        """Plain text: each law's errors, its numbers with intervals, and every point's speed, measured and by both."""
         rows = [
             (name, f"{error.rmse:.4g}", f"{error.left_out:.4g}", f"{100 * error.relative:.3g} %")
             for name, error in self.errors.items()
         ]
         text = text_table(("law", "rmse q/s", "left out q/s", "left out"), rows)
         text += "".join(f"\n{name}: {value}" for name, value in self._numbers())
-        head = ("batch", "sparsity", "measured q/s", LINEAR, self.logarithm.form)
+        head = ("batch", "sparsity", "measured q/s", f"{LINEAR} q/s", f"{self.logarithm.form} q/s")
         residuals = zip(self.points, self.linear_time.residuals, self.logarithm.residuals, strict=True)
         lines = [
             (f"{p.batch:g}", f"{p.active:g}", f"{p.speed:.4g}", f"{p.speed - a:.4g}", f"{p.speed - b:.4g}")

@@ -20,7 +20,8 @@ from batchlab.core.plan import Reason
 from batchlab.planner.costs.price import SECONDS_PER_HOUR, Price, find_device, price_of
 from batchlab.planner.fine_tune.calibration import Calibration
 from batchlab.planner.fine_tune.linear_time import LinearTimeModel
-from batchlab.planner.fine_tune.memory_model import GB, BatchMemoryModel
+from batchlab.planner.fine_tune.measured_batch import check_sparsity
+from batchlab.planner.fine_tune.memory_model import GB, GIB, BatchMemoryModel
 from batchlab.planner.fine_tune.throughput_model import REACH, ThroughputModel
 from batchlab.planner.hardware import Device
 
@@ -69,7 +70,7 @@ def fine_tune_cost(
     epochs: float,
     batch: float | None = None,
     sparsity: float | None = None,
-    sequence_length: float = 1,
+    sequence_length: float | None = None,
     memory: BatchMemoryModel | None = None,
     device: Device | str | None = None,
     gpu_bytes: float | None = None,
@@ -80,8 +81,9 @@ def fine_tune_cost(
 
     speed: a fitted law, queries/s as a number, or a `Calibration`: its better law, with its memory.
     batch: None takes B_max, so memory must be known. The logarithm is asked for at most twice the largest fitted batch:
-    a larger B_max is not taken, which a note says.
-    sparsity: None takes the only one that was measured. sequence_length: L, padded, in the unit of the memory's points.
+    a larger B_max is not taken, which a note says, as it does where the line is taken beyond it.
+    sparsity: None takes the only one that was measured. sequence_length: L, padded, in the unit of the memory's points;
+    None takes the calibration's own, or that of the memory's points where they have one alone.
     memory, gpu_bytes, reserve: see `BatchMemoryModel.max_batch`. device: gives gpu_bytes and a dated price, where those
     are not given. price_per_hour: USD of the machine that has this speed.
 
@@ -102,9 +104,15 @@ def fine_tune_cost(
         memory = speed.memory
     if gpu_bytes is not None and memory is None:
         raise InputError(f"gpu_bytes needs a memory model to say what fits, got gpu_bytes={gpu_bytes!r} alone")
-    most = _max_batch(memory, room, sequence_length, active, reserve)
+    if sequence_length is not None:
+        check_positive(sequence_length=sequence_length)
+    length = speed.sequence_length if isinstance(speed, Calibration) and sequence_length is None else sequence_length
+    most = _max_batch(memory, room, length, active, reserve)
+    notes = (*notes, *_doubts(speed, length, memory, room if gpu_bytes is None else None))
     if batch is None and most is not None:
         batch, notes = _largest(law, most, notes)
+    elif batch is not None:
+        notes = (*notes, *_extrapolated(law, batch))
     rate = _rate(law, batch, active, most)
     price = price_of(kind, price_per_hour) if kind is not None else _given_price(price_per_hour)
     hours = _hours(queries * epochs, rate)
@@ -145,6 +153,7 @@ def _name(law: Law) -> str:
 
 def _sparsity(law: Law, sparsity: float | None) -> float:
     if sparsity is not None:
+        check_sparsity(sparsity)
         return float(sparsity)
     known = (1.0,) if isinstance(law, float) else law.sparsities
     if len(known) > 1:
@@ -153,19 +162,41 @@ def _sparsity(law: Law, sparsity: float | None) -> float:
 
 
 def _max_batch(
-    memory: BatchMemoryModel | None, room: float | None, sequence_length: float, sparsity: float, reserve: float
+    memory: BatchMemoryModel | None, room: float | None, length: float | None, sparsity: float, reserve: float
 ) -> int | None:
     """B_max, at least 1; None where memory is not known."""
     if memory is None or room is None:
         return None
-    most = memory.max_batch(room, sequence_length, sparsity, reserve=reserve)
+    most = memory.max_batch(room, length, sparsity, reserve=reserve)
     if most < 1:
-        missing = memory.missing_bytes(room, sequence_length, sparsity, reserve=reserve)
+        missing = memory.missing_bytes(room, length, sparsity, reserve=reserve)
         raise InputError(
-            f"does not fit: one query of length {sequence_length:g} lacks {missing / GB:.3g} GB (of 1e9 bytes) beside "
-            f"the {room * (1 - reserve) / GB:.4g} GB there are"
+            f"does not fit: one query of length {memory.length(length):g} lacks {missing / GB:.3g} GB (of 1e9 "
+            f"bytes) beside the {room * (1 - reserve) / GB:.4g} GB there are"
         )
     return most
+
+
+def _doubts(
+    speed: Calibration | Law, length: float | None, memory: BatchMemoryModel | None, table_room: float | None
+) -> list[str]:
+    """Where the speed is of another length, and where constants per GB meet a card's GiB."""
+    notes = []
+    if isinstance(speed, Calibration) and length != speed.sequence_length:
+        notes.append(f"queries/s are of length {speed.sequence_length:g}, and are taken for length {length:g}")
+    if memory is not None and memory.largest_batch is None and memory.gb == GB and table_room is not None:
+        notes.append(
+            f"the device has {table_room / GIB:g} GiB, {table_room / GB:.4g} GB of 1e9 bytes: where C0 and M_model "
+            "were published for a card's GB, give both in BatchMemoryModel.of with gb=2**30"
+        )
+    return notes
+
+
+def _extrapolated(law: Law, batch: float) -> tuple[str, ...]:
+    """A batch that was asked for, by the line: the logarithm refuses it."""
+    if not isinstance(law, LinearTimeModel) or not holds(lambda value: value > REACH * law.largest_batch, batch):
+        return ()
+    return (f"batch {batch:g} is beyond twice the largest fitted batch: the line is extrapolated",)
 
 
 def _largest(law: Law, most: int, notes: tuple[str, ...]) -> tuple[float, tuple[str, ...]]:

@@ -74,6 +74,7 @@ def fit_bytes(
         model_bytes=fit.estimate([1.0] + [0.0] * len(grown)) if model_bytes is None else given(model_bytes),
         residuals=tuple((peak / predicted - 1).tolist()),
         largest_batch=max(point.batch for point in points),
+        sequence_lengths=tuple(sorted({point.sequence_length for point in points})),
     )
 
 
@@ -160,4 +161,5 @@ def _model(
         model_bytes=Estimate(least * m.value, least * m.low, least * m.high, m.method, m.coverage),
         residuals=tuple(np.expm1(-residuals).tolist()),
         largest_batch=max(point.batch for point in points),
+        sequence_lengths=tuple(sorted({point.sequence_length for point in points})),
     )

@@ -6,10 +6,13 @@
 S is the share of experts at work, L the padded length of a query, M_model the loaded weights with adapters and
 optimizer: sparse tuning loads all experts, so it does not shrink with S. C1 is the share of the activations that does.
 
-All memory is in bytes. The paper's C0 counts queries·tokens per GB, and its GB is not stated: taken as 1e9 bytes here
-(as 2^30 it would be 7 % off, in C0 and in the card's memory alike, so B_max is the same). Its text fits C0 = 82, C1 =
-0.95 to Mixtral and 83, 0.88 to BlackMamba; its code draws Mixtral with 62, 0.89, M_model = 23.35 and L = 512, and its
-plotted 27 queries at 80 GB are not met (20).
+All memory is in bytes. The paper's C0 counts queries·tokens per GB, and its GB is not stated. B_max is the same for 1e9
+and 2^30 bytes as long as the card and M_model are in that GB too: a card of "48 GB" is then 48e9 bytes. The cards of
+`hardware()` are of 2^30, as they report: with those the published constants need `gb=2**30`, and M_model in it, or
+B_max comes out 10 to 25 % too large (10 for 8 on an A40, 22 for 20 on an H100-80).
+
+Its text fits C0 = 82, C1 = 0.95 to Mixtral and 83, 0.88 to BlackMamba; its code draws Mixtral with 62, 0.89, M_model =
+23.35 and L = 512, and its plotted 27 queries at 80 GB are not met (20).
 """
 
 from __future__ import annotations
@@ -24,14 +27,15 @@ from batchlab.core.facts import Estimate
 from batchlab.core.jsonio import JsonNoun
 from batchlab.planner.fine_tune.measured_batch import MeasuredBatch, check_sparsity, measured
 
-GB = 1e9
+GB, GIB = 1e9, 2.0**30
 
 
 @dataclass(frozen=True)
 class BatchMemoryModel(JsonNoun):
     """bytes_per_token: κ. sparse_share: C1. model_bytes: M_model. residuals: measured/predicted - 1 of each point.
 
-    largest_batch: of the points; None where the constants were given.
+    largest_batch: of the points; None where the constants were given. sequence_lengths: of the points, none if so.
+    gb: bytes of the GB by which C0 counts, 1e9 or 2**30.
 
     >>> mixtral = BatchMemoryModel.of(c0_per_gb=62, sparse_share=0.89, model_bytes=23.35e9)
     >>> [mixtral.max_batch(gpu * 1e9, 512, 0.25) for gpu in (40, 48, 80)]
@@ -43,14 +47,24 @@ class BatchMemoryModel(JsonNoun):
     model_bytes: Estimate
     residuals: tuple[float, ...] = ()
     largest_batch: float | None = None
+    sequence_lengths: tuple[float, ...] = ()
+    gb: float = GB
 
     @classmethod
-    def of(cls, *, c0_per_gb: float, sparse_share: float, model_bytes: float) -> BatchMemoryModel:
-        """From constants. c0_per_gb: C0, queries·tokens per 1e9 bytes."""
+    def of(cls, *, c0_per_gb: float, sparse_share: float, model_bytes: float, gb: float = GB) -> BatchMemoryModel:
+        """From constants. c0_per_gb: C0, queries·tokens per `gb` bytes, which are 1e9 or 2**30.
+
+        >>> gib = 2**30
+        >>> mixtral = BatchMemoryModel.of(c0_per_gb=62, sparse_share=0.89, model_bytes=23.35 * gib, gb=gib)
+        >>> [mixtral.max_batch(gpu * gib, 512, 0.25) for gpu in (40, 48, 80)]
+        [6, 8, 20]
+        """
+        if not holds(lambda value: value in (GB, GIB), gb):
+            raise InputError(f"gb must be 1e9 or 2**30 bytes, got {gb!r}")
         check_positive(c0_per_gb=c0_per_gb)
         check_share(sparse_share=sparse_share)
         check_not_negative(model_bytes=model_bytes)
-        return cls(given(GB / c0_per_gb), given(sparse_share), given(model_bytes))
+        return cls(given(gb / c0_per_gb), given(sparse_share), given(model_bytes), gb=float(gb))
 
     @classmethod
     def fit(
@@ -93,28 +107,40 @@ class BatchMemoryModel(JsonNoun):
 
     @property
     def c0_per_gb(self) -> float:
-        """C0: queries·tokens per 1e9 bytes."""
-        return GB / self.bytes_per_token.value
+        """C0: queries·tokens per GB of `gb` bytes."""
+        return self.gb / self.bytes_per_token.value
 
-    def query_bytes(self, sequence_length: float = 1, sparsity: float = 1.0) -> float:
-        """What one query adds: L·((1 - C1) + C1·S)·κ."""
+    def length(self, sequence_length: float | None = None) -> float:
+        """L as given; None takes the points' own, if they have one alone. Else it must be given."""
+        if sequence_length is None:
+            if len(self.sequence_lengths) != 1:
+                known = (
+                    f"the points have {list(self.sequence_lengths)}" if self.sequence_lengths else "no points say it"
+                )
+                raise InputError(f"sequence_length must be given, the tokens of a padded query: {known}")
+            return self.sequence_lengths[0]
         check_positive(sequence_length=sequence_length)
+        return sequence_length
+
+    def query_bytes(self, sequence_length: float | None = None, sparsity: float = 1.0) -> float:
+        """What one query adds: L·((1 - C1) + C1·S)·κ. sequence_length: see `length`, here and below."""
+        length = self.length(sequence_length)
         check_sparsity(sparsity)
         share = 1 - self.sparse_share.value * (1 - sparsity)
-        each = sequence_length * share * self.bytes_per_token.value
+        each = length * share * self.bytes_per_token.value
         if not each > 0:
             raise InputError(
                 f"sparsity {sparsity!r} is beyond what the model holds for: a query would take {each:.3g} B"
             )
         return each
 
-    def bytes(self, batch: float, sequence_length: float = 1, sparsity: float = 1.0) -> float:
+    def bytes(self, batch: float, sequence_length: float | None = None, sparsity: float = 1.0) -> float:
         """The peak at a batch."""
         check_not_negative(batch=batch)
         return self.model_bytes.value + batch * self.query_bytes(sequence_length, sparsity)
 
     def max_batch(
-        self, gpu_bytes: float, sequence_length: float = 1, sparsity: float = 1.0, *, reserve: float = 0.0
+        self, gpu_bytes: float, sequence_length: float | None = None, sparsity: float = 1.0, *, reserve: float = 0.0
     ) -> int:
         """B_max, 0 where not one query fits. reserve: the share of memory to leave free for fragmentation."""
         room = self._room(gpu_bytes, reserve)
@@ -127,7 +153,7 @@ class BatchMemoryModel(JsonNoun):
     def missing_bytes(
         self,
         gpu_bytes: float,
-        sequence_length: float = 1,
+        sequence_length: float | None = None,
         sparsity: float = 1.0,
         *,
         batch: float = 1,
