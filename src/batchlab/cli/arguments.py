@@ -156,6 +156,8 @@ def named_values(texts: Sequence[str]) -> dict[str, Any]:
         name, sign, value = text.partition("=")
         if not name.strip() or not sign or not value.strip():
             raise InputError(f"--set must be NAME=VALUE, got {text!r}")
+        if name.strip() in ("table", "law"):
+            raise InputError(f"--set must name an option of the law, got {name.strip()!r}")
         values[name.strip()] = _value(value.strip())
     return values
 

@@ -12,6 +12,7 @@ from batchlab.cli.app import app
 from batchlab.cli.console import output
 from batchlab.cli.options import DeviceName, FileOut, Hardware, Json, Params, SequenceLength, Tokens
 from batchlab.core.errors import InputError
+from batchlab.rules.fit.law_names import SAYS as LAWS
 
 
 @app.command(epilog="Example: batchlab rescale recipe.toml --to 8192 --devices 64")
@@ -122,7 +123,7 @@ def layout(
     batch: Annotated[int, typer.Option(help="Sequences of an update, over all devices.", show_default=False)],
     sequence_length: SequenceLength = 2048,
     precision: Annotated[
-        str, typer.Option(help="bf16, bf16-float32-gradients, autocast or float32, each with Adam.")
+        str, typer.Option(help="bf16, bf16-float32-gradients, autocast or float32 (memory only), with Adam.")
     ] = "bf16",
     keep: Annotated[int, typer.Option(help="Layouts to show.")] = 10,
     hardware: Hardware = None,
@@ -133,7 +134,11 @@ def layout(
         from batchlab.planner import Cluster, ModelShape
         from batchlab.planner import layout as verb
 
-        shape = ModelShape.from_config(arguments.json_object(config, "model config"))
+        found_config = arguments.json_object(config, "model config")
+        try:
+            shape = ModelShape.from_config(found_config)
+        except InputError as error:
+            raise InputError(f"{config}: {error}") from None
         found = verb(
             shape,
             Cluster(devices, arguments.accelerator(device, hardware)),
@@ -142,7 +147,7 @@ def layout(
             precision=precision,
             keep=keep,
         )
-        head = f"{shape.parameters / 1e9:.3g}B parameters; {found.fitting:,} of {found.considered:,} layouts fit"
+        head = f"{shape.parameters / 1e9:.3g}B parameters; {batch * sequence_length:,} tokens an update"
         out_.result(found, head, "", found.table(), *(f"! {note}" for note in found.notes))
 
 
@@ -200,13 +205,26 @@ def cost(
 @app.command(epilog="Example: batchlab fit runs.csv --law power_law --set x=tokens --set y=batch_tokens")
 def fit(
     runs: Annotated[
-        Path, typer.Argument(help="A CSV of runs, a study, or a folder of runs.", metavar="RUNS", show_default=False)
+        Path,
+        typer.Argument(
+            help="A CSV of runs, a study, or a folder of runs. A CSV's columns carry the unit: params and tokens, or "
+            "params_millions, tokens_billions and the like; batch_tokens, or batch_sequences with sequence_length, or "
+            "batch_examples; steps; steps_to_target, blank where not reached; learning_rate; learning_rate_at_edge; "
+            "weight_decay; loss, in nats a token; replicas; run; optimizer.",
+            metavar="RUNS",
+            show_default=False,
+        ),
     ],
-    law: Annotated[str | None, typer.Option(help="Its name.", show_default="all that the runs can tell")] = None,
+    law: Annotated[
+        str | None, typer.Option(help=f"One of {', '.join(LAWS)}.", show_default="all that the runs can tell")
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="An option of the law; may be repeated.", show_default=False),
     ] = None,
+    drop_diverged: Annotated[
+        bool, typer.Option("--drop-diverged", help="Leave out rows whose loss is not finite.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Fit laws to your own RUNS: constants with intervals, and how far off the law is where a run was left out."""
@@ -214,7 +232,7 @@ def fit(
         from batchlab.rules.fit import fit as verb
         from batchlab.rules.fit import fit_laws, read_runs
 
-        table = read_runs(runs)
+        table = read_runs(runs, diverged="drop" if drop_diverged else "refuse")
         if law is not None:
             found = verb(table, law, **arguments.named_values(set_ or []))
             out_.result(found, found.table())

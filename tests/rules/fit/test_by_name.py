@@ -1,12 +1,15 @@
 """Every law by its name: one kind of result, JSON both ways, the published tables through it, and its refusals."""
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 from batchlab.core.errors import InputError
 from batchlab.rules.fit import Fit, RunTable, fit, fit_laws
+from batchlab.rules.fit.named_laws import LAWS
 from tests.core.test_study import study_folder
 from tests.measure.runs.test_data_overhead import PUBLISHED
 from tests.rules.fit.tables import P, bowls, sweeps_of_rate
@@ -77,6 +80,26 @@ def test_each_law_gives_one_kind_of_result(law):
 def test_every_law_is_tried_and_says_what_it_is():
     assert set(fit_laws()) == set(CASES)
     assert fit_laws()["budgets"].startswith("N, D, steps and batch for a compute")
+    assert list(fit_laws()) == list(LAWS)
+
+
+def test_what_a_law_says_outlasts_stripped_docstrings():
+    code = "from batchlab.rules.fit import fit_laws; print(fit_laws()['chinchilla'])"
+    done = subprocess.run([sys.executable, "-OO", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == fit_laws()["chinchilla"] == "loss = E + A/N^α + B/D^β"
+
+
+def test_errors_are_read_as_per_cent_or_as_a_factor():
+    errors = {
+        "small": 0.0123,
+        "half": math.log(1.5),
+        "twofold": math.log(2.3),
+        "tenfold": math.log(10.9),
+        "wild": 800.0,
+    }
+    lines = Fit("chinchilla", "", "", {}, errors, {}, 3).table().splitlines()[-5:]
+    said = [line.partition(": off by ")[2].removesuffix(" where it was left out") for line in lines]
+    assert said == ["1.2 %", "50 %", "130 %", "990 %", "more than a factor of 10"]
 
 
 def test_the_published_critical_batches_and_their_growth():

@@ -13,6 +13,7 @@ from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate
 from batchlab.core.jsonio import JsonNoun
 from batchlab.core.study import Study
+from batchlab.rules.fit.law_names import SAYS
 from batchlab.rules.fit.reading import from_study, read_runs
 from batchlab.rules.fit.table import RunTable
 
@@ -48,12 +49,20 @@ class Fit(JsonNoun):
             lines.append("  ".join([*cells, row[5]]).rstrip())
         lines += [""] if self.leave_one_out else []
         for name, error in self.leave_one_out.items():
-            lines.append(f"{name}: off by {100 * math.expm1(error):.2g} % where it was left out")
+            lines.append(f"{name}: off by {_percent(error)} where it was left out")
         return "\n".join([*lines, *(f"! {warning}" for warning in self.warnings)])
 
 
 def _figure(value: float) -> str:
     return f"{value:.4g}"
+
+
+def _percent(error: float) -> str:
+    """|ln(measured/predicted)| in per cent to two digits; beyond tenfold as a factor."""
+    if error > math.log(11):
+        return "more than a factor of 10"
+    percent = float(f"{100 * math.expm1(error):.2g}")
+    return f"{percent:,.0f} %" if percent >= 100 else f"{percent:g} %"
 
 
 def fit(table: RunTable | Study | str | Path, law: str, **options: Any) -> Fit:
@@ -89,9 +98,7 @@ def fit_laws() -> dict[str, str]:
     >>> fit_laws()["chinchilla"]
     'loss = E + A/N^α + B/D^β'
     """
-    from batchlab.rules.fit.named_laws import LAWS
-
-    return {name: (inspect.getdoc(law) or "").splitlines()[0].rstrip(".") for name, law in LAWS.items()}
+    return dict(SAYS)
 
 
 def _table(given: RunTable | Study | str | Path) -> RunTable:

@@ -1,4 +1,4 @@
-"""The laws as `fit` calls them: a table and options in, a `Fit` out. The first line of each says what it gives."""
+"""The laws as `fit` calls them: a table and options in, a `Fit` out. `law_names` says what each gives."""
 
 from __future__ import annotations
 

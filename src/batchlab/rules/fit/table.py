@@ -137,14 +137,14 @@ class RunTable(JsonNoun):
         self.need(name)
         return np.array(self.columns[name], dtype=np.float64)
 
-    def need(self, *names: str, law: str = "this") -> None:
+    def need(self, *names: str, law: str = "what was asked") -> None:
         """`InputError` naming the first column that is not there."""
         for name in names:
             if name not in self.columns:
                 also = f" (or {_BATCH})" if name == "batch_tokens" else ""
                 raise InputError(f"{law} needs the column {name}{also}, got {', '.join(self.columns)}")
 
-    def batch(self, law: str = "this") -> tuple[str, Array]:
+    def batch(self, law: str = "what was asked") -> tuple[str, Array]:
         """The batch column's name, which is its unit, and its values: tokens where known, else examples."""
         for name in ("batch_tokens", "batch_examples"):
             if name in self:
@@ -233,7 +233,7 @@ def _finite(numbers: Mapping[str, Array], diverged: str) -> tuple[NDArray[np.boo
     if diverged == "refuse":
         raise InputError(
             f"loss must be finite, got {numbers['loss'][first]} in row {first + 1}: leave diverged runs out, or say "
-            'diverged="drop"'
+            'diverged="drop" (--drop-diverged)'
         )
     if not kept.any():
         raise InputError("loss must be finite in at least one row, got none")
