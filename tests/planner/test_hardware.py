@@ -52,6 +52,7 @@ def test_published_figures():
         assert device.memory_bandwidth == bandwidth * 1e9
         assert device.link_bandwidth == link * 1e9
         assert (device.devices_per_node, device.watts) == (8, watts)
+        assert device.peak_format == ("float16" if name[:2] in ("T4", "V1") else "bfloat16")
 
 
 def test_prices_are_dated():
@@ -93,6 +94,12 @@ def test_a_users_file_wins(tmp_path):
         ('"10 GB"', '"-10 GB"', "device 'X1' memory must be finite and > 0, got '-10 GB'"),
         ('"10 GB"', '"nan GB"', "device 'X1' memory must be finite and > 0, got 'nan GB'"),
         ('"10 GB"', '"ten GB"', "device 'X1' memory must be finite and > 0, got 'ten GB'"),
+        ("node = 4", 'node = 4\npeak_format = "fp8"', r"device 'X1' peak_format must be one of .* got 'fp8'"),
+        (
+            "node = 4",
+            'node = 4\npeak_format = ["float16"]',
+            r"peak_format must be one of .* got \['float16'\]",
+        ),
         ("node = 4", "node = 0", "device 'X1' devices_per_node must be an integer of at least 1, got 0"),
         ("node = 4", "node = true", "device 'X1' devices_per_node must be an integer of at least 1, got True"),
         ("2025-01-31", '"soon"', "device 'X1' as_of must be a date, as in 2026-11-26, got 'soon'"),
@@ -150,5 +157,7 @@ def test_a_price_needs_its_date():
     good = dict(memory_bytes=1.0, peak_flops=1.0, memory_bandwidth=1.0, link_bandwidth=1.0, devices_per_node=1)
     with pytest.raises(InputError, match="price_as_of must say the date of price_per_hour 2.0, got none"):
         Device("d", **good, watts=1.0, source="s", as_of="2026-01-01", price_per_hour=2.0)
+    with pytest.raises(InputError, match=r"peak_format must be one of \['bfloat16', 'float16'\], got 'float32'"):
+        Device("d", **good, watts=1.0, source="s", as_of="2026-01-01", peak_format="float32")
     with pytest.raises(InputError, match="watts must be finite and > 0, got -1.0"):
         Device("d", **good, watts=-1.0, source="s", as_of="2026-01-01")

@@ -134,9 +134,9 @@ def layout(
         from batchlab.planner import Cluster, ModelShape
         from batchlab.planner import layout as verb
 
-        found_config = arguments.json_object(config, "model config")
+        fields = arguments.json_object(config, "model config")
         try:
-            shape = ModelShape.from_config(found_config)
+            shape = ModelShape.from_config(fields)
         except InputError as error:
             raise InputError(f"{config}: {error}") from None
         found = verb(

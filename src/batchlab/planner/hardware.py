@@ -22,6 +22,8 @@ UNITS: dict[str, dict[str, float]] = {
     "power": {"W": 1.0, "kW": 1e3},
 }
 DEVICE_KEYS = (*UNITS, "devices_per_node", "source", "as_of")
+OPTIONAL_KEYS = ("peak_format",)
+PEAK_FORMATS = ("bfloat16", "float16")
 PRICE_KEYS = ("usd_per_hour", "source", "as_of")
 
 
@@ -30,7 +32,8 @@ class Device(JsonNoun):
     """One kind of accelerator, by its maker's figures.
 
     memory_bytes: the card's capacity; the driver keeps about 1 % of it (an A100-40 reports 42.4e9 of 42.9e9 bytes).
-    peak_flops: dense bfloat16 matrix FLOP/s, without sparsity; float16 where the chip has no bfloat16 (V100, T4).
+    peak_flops: dense matrix FLOP/s, without sparsity, in `peak_format`: "bfloat16", or "float16" where the chip has
+        no bfloat16 matrix units (V100, T4).
     memory_bandwidth: bytes/s of its own memory.
     link_bandwidth: bytes/s to the other devices of its node, one direction, for each device.
     devices_per_node: of the usual server. watts: maximum board power, not what a job draws.
@@ -54,6 +57,7 @@ class Device(JsonNoun):
     price_per_hour: float | None = None
     price_source: str | None = None
     price_as_of: str | None = None
+    peak_format: str = "bfloat16"
 
     def __post_init__(self) -> None:
         check_positive(
@@ -68,6 +72,8 @@ class Device(JsonNoun):
             check_positive(price_per_hour=self.price_per_hour)
             if not self.price_as_of:
                 raise InputError(f"price_as_of must say the date of price_per_hour {self.price_per_hour}, got none")
+        if self.peak_format not in PEAK_FORMATS:
+            raise InputError(f"peak_format must be one of {list(PEAK_FORMATS)}, got {self.peak_format!r}")
 
 
 @dataclass(frozen=True)
@@ -148,10 +154,10 @@ def _entries(file: str, table: Mapping[str, Any], kind: str) -> list[tuple[str, 
     entries = table.get(kind, {})
     if not isinstance(entries, Mapping) or not all(isinstance(entry, Mapping) for entry in entries.values()):
         raise InputError(f"{file}: {kind}s must be tables [{kind}.NAME]")
-    keys = DEVICE_KEYS if kind == "device" else PRICE_KEYS
+    keys, optional = (DEVICE_KEYS, OPTIONAL_KEYS) if kind == "device" else (PRICE_KEYS, ())
     for name, entry in entries.items():
-        if unknown := sorted(set(entry) - set(keys)):
-            raise InputError(f"{file}: {kind} {name!r} has no key {unknown[0]!r}; its keys are {list(keys)}")
+        if unknown := sorted(set(entry) - {*keys, *optional}):
+            raise InputError(f"{file}: {kind} {name!r} has no key {unknown[0]!r}; its keys are {[*keys, *optional]}")
         if missing := [key for key in keys if key not in entry]:
             raise InputError(f"{file}: {kind} {name!r} lacks the key {missing[0]!r}")
     return list(entries.items())
@@ -163,6 +169,8 @@ def _device(file: str, name: str, entry: Mapping[str, Any]) -> Device:
         raise InputError(
             f"{where} devices_per_node must be an integer of at least 1, got {entry['devices_per_node']!r}"
         )
+    if (peak_format := entry.get("peak_format", PEAK_FORMATS[0])) not in PEAK_FORMATS:
+        raise InputError(f"{where} peak_format must be one of {list(PEAK_FORMATS)}, got {peak_format!r}")
     figures = {key: _figure(where, key, entry[key]) for key in UNITS}
     return Device(
         name=name,
@@ -174,6 +182,7 @@ def _device(file: str, name: str, entry: Mapping[str, Any]) -> Device:
         watts=figures["power"],
         source=_text(where, "source", entry["source"]),
         as_of=_day(where, entry["as_of"]),
+        peak_format=peak_format,
     )
 
 

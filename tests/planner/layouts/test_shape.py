@@ -17,6 +17,16 @@ SHAPES = [
     llama(tied=True, mlp=300, kv_heads=4),
     llama(heads=2, kv_heads=1, head_dim=48, qkv_bias=True),
 ]
+LLAMA = {
+    "model_type": "llama",
+    "num_hidden_layers": 32,
+    "hidden_size": 4096,
+    "num_attention_heads": 32,
+    "intermediate_size": 11008,
+    "vocab_size": 32_000,
+    "max_position_embeddings": 4096,
+}
+GPT2 = {"model_type": "gpt2", "n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257, "n_positions": 1024}
 
 
 def counted(module):
@@ -130,6 +140,21 @@ def test_what_cannot_be_told_is_refused():
             {"model_type": "mixtral", "num_local_experts": 8},
             "config must be of a dense model, got num_local_experts = 8",
         ),
+        ({"model_type": "bert"}, "write the sizes as one of these, or build a ModelShape in Python"),
+        ({"model_type": ["llama"]}, r"model_type must be one of .* got \['llama'\]"),
+        (LLAMA | {"num_local_experts": "8"}, "config's num_local_experts must be an integer of at least 1, got '8'"),
+        (LLAMA | {"hidden_size": "4096"}, "config's hidden_size must be an integer of at least 1, got '4096'"),
+        (LLAMA | {"num_hidden_layers": -1}, "config's num_hidden_layers must be an integer of at least 1, got -1"),
+        (LLAMA | {"head_dim": "64"}, "config's head_dim must be an integer of at least 1, got '64'"),
+        (
+            LLAMA | {"num_key_value_heads": 8.0},
+            "num_key_value_heads must be an integer of at least 1, got 8.0",
+        ),
+        (LLAMA | {"num_key_value_heads": 5}, "config's num_key_value_heads must divide num_attention_heads 32, got 5"),
+        (LLAMA | {"num_attention_heads": 33}, "config's num_attention_heads must divide hidden_size 4096, got 33"),
+        (GPT2 | {"n_embd": "768"}, "config's n_embd must be an integer of at least 1, got '768'"),
+        (GPT2 | {"n_inner": "3072"}, "config's n_inner must be an integer of at least 1, got '3072'"),
+        (GPT2 | {"n_head": 7}, "config's n_head must divide n_embd 768, got 7"),
         ([1], "config must be a mapping, as of model.config.to_dict(), got list"),
     ],
 )
@@ -153,6 +178,13 @@ def test_bad_configurations(config, text):
 def test_bad_shapes(changes, text):
     with pytest.raises(InputError, match=text):
         llama(**changes)
+
+
+def test_the_context_is_read_and_no_expert_or_one_is_none():
+    assert ModelShape.from_config(LLAMA | {"num_experts": 0, "num_local_experts": 1}).context == 4096
+    assert ModelShape.from_config(GPT2).context == ModelShape.from_config(GPT2).positions == 1024
+    del (rest := dict(LLAMA))["max_position_embeddings"]
+    assert ModelShape.from_config(rest).context is None
 
 
 def test_the_papers_parameter_count():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import cache
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -76,14 +77,25 @@ def _is_flag(value: Any) -> bool:
     return isinstance(value, (bool, np.bool_))
 
 
-def divisors(number: int) -> list[int]:
-    """All of them, ascending.
+@cache
+def divisors(number: int) -> tuple[int, ...]:
+    """All of them, ascending, from the prime factors: the root of the largest but one, not of the number, bounds it.
 
     >>> divisors(12)
-    [1, 2, 3, 4, 6, 12]
+    (1, 2, 3, 4, 6, 12)
     """
-    small = [k for k in range(1, int(number**0.5) + 1) if number % k == 0]
-    return sorted({*small, *(number // k for k in small)})
+    found, rest, prime = [1], number, 2
+    while rest > 1:
+        if prime * prime > rest:
+            prime = rest
+        powers = [1]
+        while rest % prime == 0:
+            rest //= prime
+            powers.append(powers[-1] * prime)
+        if len(powers) > 1:
+            found = [known * power for known in found for power in powers]
+        prime += 1 if prime == 2 else 2
+    return tuple(sorted(found))
 
 
 def tensor_sizes(shape: ModelShape, cluster: Cluster) -> list[int]:
@@ -120,8 +132,9 @@ def grid(shape: ModelShape, cluster: Cluster, *, global_batch: int, sequence_len
         dp, rest = divmod(cluster.devices, t * p)
         if rest or global_batch % dp:
             continue
-        batches = [b for b in divisors(global_batch // dp) if micro is None or b in micro]
-        pieces.append(_options(dp, t, p, batches, global_batch // dp, sequence_length, limits))
+        share = global_batch // dp
+        batches = [b for b in divisors(global_batch) if share % b == 0 and (micro is None or b in micro)]
+        pieces.append(_options(dp, t, p, batches, share, sequence_length, limits))
     columns: list[Any] = [np.concatenate(parts) for parts in zip(*pieces)] if pieces else []
     if not columns or not len(columns[0]):
         raise InputError(_nothing_divides(shares, global_batch, micro))

@@ -66,7 +66,7 @@ def precision_named(precision: str | Precision) -> Precision:
     """Adam's bytes by name: bfloat16 with a float32 master copy, autocast over float32, or float32 alone."""
     if isinstance(precision, Precision):
         return precision
-    if precision not in PRECISIONS:
+    if not isinstance(precision, str) or precision not in PRECISIONS:
         raise InputError(f"precision must be a Precision or one of {sorted(PRECISIONS)}, got {precision!r}")
     return PRECISIONS[precision]
 

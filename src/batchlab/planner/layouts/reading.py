@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from batchlab.core.checks import is_count
 from batchlab.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -19,45 +20,66 @@ EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
 def read_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of `ModelShape` from a configuration."""
+    """The fields of `ModelShape` from a configuration; `InputError` by the configuration's own keys."""
     if not isinstance(config, Mapping):
         raise InputError(f"config must be a mapping, as of model.config.to_dict(), got {type(config).__name__}")
     for key in EXPERTS:
-        if (config.get(key) or 0) > 1:
+        if config.get(key) and _count(config, key) > 1:
             raise InputError(f"config must be of a dense model, got {key} = {config[key]}: experts are not counted")
     kind = config.get("model_type")
     if kind is None and "num_key_value_heads" in config:
         kind = "llama"
-    if kind in LLAMA_LIKE:
-        return _llama(config, str(kind))
-    if kind == "gpt2":
-        return _gpt2(config)
-    if kind == "gpt_neox":
-        return _gpt_neox(config)
-    raise InputError(f"model_type must be one of {sorted(LLAMA_LIKE + GPT)}, got {kind!r}: build a ModelShape yourself")
+    if kind not in LLAMA_LIKE + GPT:
+        raise InputError(
+            f"model_type must be one of {sorted(LLAMA_LIKE + GPT)}, got {kind!r}: write the sizes as one of these, or "
+            "build a ModelShape in Python"
+        )
+    read = _gpt2(config) if kind == "gpt2" else _gpt_neox(config) if kind == "gpt_neox" else _llama(config, str(kind))
+    heads, hidden = ("n_head", "n_embd") if kind == "gpt2" else ("num_attention_heads", "hidden_size")
+    if read.get("head_dim") is None and read["hidden"] % read["heads"]:
+        raise InputError(f"config's {heads} must divide {hidden} {read['hidden']}, got {read['heads']}")
+    if (kv_heads := read.get("kv_heads")) is not None and read["heads"] % kv_heads:
+        raise InputError(f"config's num_key_value_heads must divide {heads} {read['heads']}, got {kv_heads}")
+    return read
 
 
-def _need(config: Mapping[str, Any], key: str) -> Any:
+def _need(config: Mapping[str, Any], key: str) -> int:
     if config.get(key) is None:
         raise InputError(f"config lacks the key {key!r}")
-    return config[key]
+    return _count(config, key)
+
+
+def _may(config: Mapping[str, Any], key: str) -> int | None:
+    return None if config.get(key) is None else _count(config, key)
+
+
+def _count(config: Mapping[str, Any], key: str) -> int:
+    if not is_count(config[key]):
+        raise InputError(f"config's {key} must be an integer of at least 1, got {config[key]!r}")
+    return int(config[key])
 
 
 def _llama(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
     bias = bool(config.get("attention_bias", False))
+    return _common(config) | {
+        "kv_heads": _may(config, "num_key_value_heads"),
+        "head_dim": _may(config, "head_dim"),
+        "qkv_bias": bias or kind == "qwen2",
+        "out_bias": bias,
+        "mlp_bias": bool(config.get("mlp_bias", False)),
+        "qk_norm": kind == "qwen3",
+    }
+
+
+def _common(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "layers": _need(config, "num_hidden_layers"),
         "hidden": _need(config, "hidden_size"),
         "heads": _need(config, "num_attention_heads"),
         "mlp": _need(config, "intermediate_size"),
         "vocabulary": _need(config, "vocab_size"),
-        "kv_heads": config.get("num_key_value_heads"),
-        "head_dim": config.get("head_dim"),
         "tied": bool(config.get("tie_word_embeddings", False)),
-        "qkv_bias": bias or kind == "qwen2",
-        "out_bias": bias,
-        "mlp_bias": bool(config.get("mlp_bias", False)),
-        "qk_norm": kind == "qwen3",
+        "context": _may(config, "max_position_embeddings"),
     }
 
 
@@ -67,9 +89,10 @@ def _gpt2(config: Mapping[str, Any]) -> dict[str, Any]:
         "layers": _need(config, "n_layer"),
         "hidden": hidden,
         "heads": _need(config, "n_head"),
-        "mlp": config.get("n_inner") or 4 * hidden,
+        "mlp": _may(config, "n_inner") or 4 * hidden,
         "vocabulary": _need(config, "vocab_size"),
         "positions": _need(config, "n_positions"),
+        "context": _need(config, "n_positions"),
         "tied": bool(config.get("tie_word_embeddings", True)),
         "gated": False,
         **dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias", "norm_bias"), True),
@@ -78,13 +101,7 @@ def _gpt2(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _gpt_neox(config: Mapping[str, Any]) -> dict[str, Any]:
     bias = bool(config.get("attention_bias", True))
-    return {
-        "layers": _need(config, "num_hidden_layers"),
-        "hidden": _need(config, "hidden_size"),
-        "heads": _need(config, "num_attention_heads"),
-        "mlp": _need(config, "intermediate_size"),
-        "vocabulary": _need(config, "vocab_size"),
-        "tied": bool(config.get("tie_word_embeddings", False)),
+    return _common(config) | {
         "gated": False,
         "qkv_bias": bias,
         "out_bias": bias,

@@ -10,7 +10,7 @@ short sequences get larger ones.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -23,6 +23,7 @@ from batchlab.planner.hardware import Cluster
 from batchlab.planner.layouts.activations import Block
 from batchlab.planner.layouts.grid import SHARDINGS, Grid, Limits, Sharding, grid
 from batchlab.planner.layouts.memory import PARTS, Array, Costing, Memory, Precision, memory, precision_named
+from batchlab.planner.layouts.notes import check_sequences, notes, peak_notes, size_notes
 from batchlab.planner.layouts.rows import (
     PART_WORDS,
     Layout,
@@ -63,7 +64,8 @@ def layout(
 ) -> Layouts:
     """The layouts of a model's training that fit a cluster, fastest first, of equally fast ones the smallest.
 
-    model: its shape. global_batch: sequences of one update, over all devices. sequence_length: tokens of each.
+    model: its shape. global_batch: sequences of one update, over all devices. sequence_length: tokens of each, at
+    most as many as the model has learned positions.
     precision: "bf16", "bf16-float32-gradients", "autocast", "float32", or a `Precision`; those named are Adam's. Time
     is reckoned from the device's bfloat16 peak: for float32 give an `efficiency` whose `matmul` is a share of that.
     block: what a layer keeps and moves; `Block.of(model)` if None. efficiency: `Efficiency()` if None.
@@ -88,16 +90,16 @@ def layout(
     check_count(global_batch=global_batch, sequence_length=sequence_length, keep=keep)
     if not holds(lambda number: 0 <= number < math.inf, reserve_bytes):
         raise InputError(f"reserve_bytes must be finite and >= 0, got {reserve_bytes!r}")
-    if not isinstance(model, ModelShape) or not isinstance(cluster, Cluster):
-        raise InputError(f"model must be a ModelShape and cluster a Cluster, got {model!r} and {cluster!r}")
+    _check_kinds(model, cluster, block, efficiency, measured)
+    check_sequences(model, int(global_batch), int(sequence_length))
     numbers = precision_named(precision)
     block = block or Block.of(model, bytes_each=numbers.activation)
     problem = _Problem(
         model,
         cluster,
-        Costing(sequence_length, block, numbers, loss_parallel),
-        efficiency or Efficiency(),
-        global_batch,
+        Costing(int(sequence_length), block, numbers, loss_parallel),
+        efficiency,
+        int(global_batch),
         Limits.of(
             tp=tensor_parallel,
             pp=pipeline_parallel,
@@ -112,11 +114,22 @@ def layout(
     return _search(problem, measured, keep)
 
 
+def _check_kinds(model: object, cluster: object, block: object, efficiency: object, measured: object) -> None:
+    if not isinstance(model, ModelShape) or not isinstance(cluster, Cluster):
+        raise InputError(f"model must be a ModelShape and cluster a Cluster, got {model!r} and {cluster!r}")
+    if not isinstance(block, Block | None):
+        raise InputError(f"block must be a Block, such as Block.of(model), or None, got {block!r}")
+    if not isinstance(efficiency, Efficiency | None):
+        raise InputError(f"efficiency must be an Efficiency, such as Efficiency(matmul=0.5), got {efficiency!r}")
+    if not isinstance(measured, Iterable):
+        raise InputError(f"measured must hold Measured rows, got {measured!r}")
+
+
 class _Problem(NamedTuple):
     model: ModelShape
     cluster: Cluster
     costing: Costing
-    efficiency: Efficiency
+    efficiency: Efficiency | None
     global_batch: int
     limits: Limits
     reserve: float
@@ -156,7 +169,7 @@ def _search(problem: _Problem, measured: Sequence[Measured], keep: int) -> Layou
     if not fits.any():
         raise InputError(_nothing_fits(problem, every, parts, failed))
     chosen, actual = every.take(fits), run[fits]
-    times = step_time(problem.model, chosen, problem.costing, problem.cluster, problem.efficiency)
+    times = step_time(problem.model, chosen, problem.costing, problem.cluster, problem.efficiency or Efficiency())
     predicted, known = _total(times), np.isfinite(actual)
     scale = float(np.exp(np.median(np.log(actual[known] / predicted[known])))) if known.any() else 1.0
     seconds = np.where(known, actual, predicted * scale)
@@ -242,17 +255,12 @@ def _ranked(
 
 
 def _notes(problem: _Problem, costs: _Costs, failed: NDArray[np.bool_], scale: float) -> tuple[str, ...]:
-    notes = [f"Memory counts {problem.reserve / 1e9:.2f} GB a device for what is not modelled."]
-    if count := int(costs.measured.sum()):
-        notes.append(
-            f"Layouts with measured times: {count}; predictions of the others are multiplied by {scale:.3g}, the "
-            "median of measured over predicted."
-        )
-    else:
-        notes.append("All times are predicted: measure the first few before you commit to one.")
-    if failed.any():
-        notes.append(f"Layouts left out because they ran out of memory when measured: {int(failed.sum())}.")
-    return tuple(notes)
+    measured, costing = int(costs.measured.sum()), problem.costing
+    told = [*notes(reserve=problem.reserve, measured=measured, failed=int(failed.sum()), scale=scale)]
+    if problem.efficiency is None and not measured:
+        told += peak_notes(problem.cluster.device, costing)
+    told += size_notes(problem.model, global_batch=problem.global_batch, sequence_length=costing.sequence_length)
+    return tuple(told)
 
 
 def _nothing_fits(problem: _Problem, every: Grid, parts: dict[str, Array], failed: NDArray[np.bool_]) -> str:

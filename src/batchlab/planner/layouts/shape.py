@@ -13,6 +13,8 @@ from batchlab.core.jsonio import JsonNoun
 if TYPE_CHECKING:
     from torch import nn
 
+COUNTS = ("layers", "hidden", "heads", "mlp", "vocabulary", "kv_heads", "head_dim", "positions", "norms", "context")
+
 
 @dataclass(frozen=True)
 class ModelShape(JsonNoun):
@@ -24,6 +26,7 @@ class ModelShape(JsonNoun):
     input embedding. positions: learned absolute positions, 0 for none (rotary).
     qkv_bias, out_bias, mlp_bias: which matrices have biases. norm_bias: LayerNorm with a bias, not RMSNorm.
     qk_norm: a norm of head_dim weights on queries and one on keys. norms: norms of width h in a layer.
+    context: tokens of the longest sequence that it was made for, None where that is not known.
     Defaults are Llama's. One norm follows the last layer. Not for mixtures of experts or encoder-decoders.
 
     >>> llama_7b = ModelShape(layers=32, hidden=4096, heads=32, mlp=11008, vocabulary=32_000)
@@ -47,12 +50,14 @@ class ModelShape(JsonNoun):
     norm_bias: bool = False
     qk_norm: bool = False
     norms: int = 2
+    context: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("layers", "hidden", "heads", "mlp", "vocabulary"):
             check_count(**{name: getattr(self, name)})
-            object.__setattr__(self, name, int(getattr(self, name)))
         check_count(0, positions=self.positions, norms=self.norms)
+        if self.context is not None:
+            check_count(context=self.context)
         if self.kv_heads is None:
             object.__setattr__(self, "kv_heads", self.heads)
         if self.head_dim is None:
@@ -64,6 +69,9 @@ class ModelShape(JsonNoun):
         check_count(kv_heads=self.kv_width, head_dim=self.head_width)
         if self.heads % self.kv_width:
             raise InputError(f"kv_heads must divide heads {self.heads}, got {self.kv_heads}")
+        for name in COUNTS:
+            if (count := getattr(self, name)) is not None:
+                object.__setattr__(self, name, int(count))
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
