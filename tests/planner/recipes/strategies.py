@@ -9,16 +9,16 @@ from batchlab.rules.learning_rate import FAMILY
 SIZES = st.integers(1, 2**20)
 
 
-def betas(least):
-    """Two, each in [least, 0.9999]."""
-    return st.tuples(st.floats(least, 0.9999), st.floats(least, 0.9999))
+def betas(least, count):
+    """As many as the optimizer has, each in [least, 0.9999]; two where that is not known."""
+    return st.tuples(*[st.floats(least, 0.9999)] * (count or 2))
 
 
 def settings(optimizer, *, least_beta):
     """What the optimizer takes, each given or not."""
     forms = {
         "momentum": st.floats(0.0, 0.99),
-        "betas": betas(least_beta),
+        "betas": betas(least_beta, traits(optimizer).betas),
         "alpha": st.floats(least_beta, 0.9999),
         "eps": st.floats(1e-15, 1e-3),
         "weight_decay": st.floats(0.0, 1.0),

@@ -14,6 +14,7 @@ from batchlab.planner import Recipe, read_recipe
 from batchlab.planner.recipes.optimizers import _TRAITS, traits
 from batchlab.planner.recipes.toml import read_toml, write_toml
 from batchlab.rules.learning_rate import FAMILY
+from batchlab.rules.optimizer_family import decay_kind
 from tests.planner.recipes.strategies import recipes
 
 BASE = {"batch_size": 256, "optimizer": "adamw", "learning_rate": 1e-3}
@@ -185,9 +186,18 @@ def test_tokens_are_called_tokens():
         ({"learning_rate": True, "steps": 1}, "learning_rate must be a number, got True"),
         ({"total_examples": 2**63}, r"total_examples must be below 2\^63, got 9223372036854775808"),
         ({"learning_rate": "1e-3", "steps": 1}, "learning_rate must be finite and > 0, got '1e-3'"),
-        ({"betas": 0.9, "steps": 1}, r"betas must be two numbers \(CAME: three\) in \[0, 1\), got 0.9"),
+        ({"betas": 0.9, "steps": 1}, r"betas must be two numbers in \[0, 1\) for adamw, got 0.9"),
         ({"betas": [0.9, 1.0], "steps": 1}, r"betas must be two numbers .*got \(0.9, 1.0\)"),
         ({"betas": [0.9, math.nan], "steps": 1}, r"betas must be two numbers .*got \(0.9, nan\)"),
+        (
+            {"betas": [0.9, 0.99, 0.999], "steps": 1},
+            r"betas must be two numbers in \[0, 1\) for adamw, got \(0.9, 0.99",
+        ),
+        ({"optimizer": "came", "betas": [0.9, 0.99], "steps": 1}, "betas must be three numbers .* for came, got"),
+        ({"optimizer": "adan", "betas": [0.9, 0.99], "steps": 1}, "betas must be three numbers .* for adan, got"),
+        ({"optimizer": "soap", "betas": [0.9], "steps": 1}, "betas must be two or three numbers .* for soap, got"),
+        ({"steps": 1, "foo": 1}, "a recipe has no setting 'foo': it has batch_size, optimizer, .*total_examples"),
+        ({"steps": 1, "unit": "tokens", "foo": 1}, "no setting 'foo': it has batch_size, .*total_tokens"),
         ({"eps": -1e-8, "steps": 1}, "eps must be finite and >= 0, got -1e-08"),
         ({"weight_decay": math.inf, "steps": 1}, "weight_decay must be finite and >= 0, got inf"),
         ({"ema_decay": 1.1, "steps": 1}, r"ema_decay must lie in \[0, 1\], got 1.1"),
@@ -219,7 +229,27 @@ def test_files(tmp_path):
     (tmp_path / "c.toml").write_text("batch_size = \n")
     with pytest.raises(InputError, match="c.toml is not valid TOML: "):
         read_recipe(tmp_path / "c.toml")
-    with pytest.raises(InputError, match="cannot read the recipe .*none.toml: "):
+    with pytest.raises(InputError, match=r"^cannot read the recipe [^ ]*none.toml: No such file or directory$"):
         read_recipe(tmp_path / "none.toml")
     with pytest.raises(InputError, match="JSON: a recipe must be a table of settings, got list"):
         Recipe.from_json("[]")
+
+
+def test_files_as_other_editors_leave_them(tmp_path):
+    recipe = of(steps=100)
+    (tmp_path / "a.JSON").write_text(recipe.to_json())
+    (tmp_path / "b.toml").write_text(recipe.to_toml(), encoding="utf-8-sig")
+    (tmp_path / "c.json").write_text(recipe.to_json(), encoding="utf-8-sig")
+    assert all(read_recipe(tmp_path / name) == recipe for name in ("a.JSON", "b.toml", "c.json"))
+
+
+def test_no_warm_up_needs_no_data_set():
+    assert of(steps=10, warmup_epochs=0).warmup_examples == of(steps=10, warmup_epochs=0.0).warmup_examples == 0
+    with pytest.raises(InputError, match="warmup_epochs needs train_examples"):
+        of(steps=10, warmup_epochs=1)
+
+
+def test_every_kind_of_decay_is_that_of_the_rules():
+    assert {name: traits(name).decay for name in FAMILY} == {name: decay_kind(name) for name in FAMILY}
+    for name in ("came", "adan", "ademamix"):
+        assert Recipe(8, 80, name, 0.1, betas=(0.9, 0.99, 0.999)).betas == (0.9, 0.99, 0.999)

@@ -325,3 +325,21 @@ def test_an_unbounded_noise_scale_goes_round():
     moved = planner.recipe(Recipe(256, 10**6, "adamw", 1e-3, noise_scale=math.inf, clip_norm=1.0), 1024)
     assert moved.reasons["noise_scale"].value == math.inf
     assert Rescaled.from_json(moved.to_json()) == moved
+
+
+@pytest.mark.parametrize(
+    ("devices", "to_batch", "found"),
+    [(8, 1000, 25), (8, 1009, 32), (8, 8192, 256), (3, 512, 6), (8, 100, 4), (1, 100, 1), (8, 300, 10)],
+)
+def test_devices_divide_the_batch_where_a_number_near_does(devices, to_batch, found):
+    """8·1000/256 = 31.25: 25 divides 1000. 1009 is prime, and 3·512/256 is whole."""
+    moved = planner.recipe(Recipe(256, 10**6, "sgd", 0.1, devices=devices), to_batch)
+    assert moved.recipe.devices == found
+    uneven = [line for line in moved.warnings if "do not spread evenly" in line]
+    assert bool(uneven) == (to_batch % found != 0)
+    assert ("divides the batch" in moved.reasons["devices"].rule) == (to_batch in (1000, 100, 300))
+
+
+def test_devices_of_a_huge_batch_are_found_in_no_time():
+    moved = planner.recipe(Recipe(3, 2**60, "sgd", 0.1, devices=2), 2**61 - 1)  # a prime
+    assert moved.recipe.devices == (2 * (2**61 - 1) + 1) // 3

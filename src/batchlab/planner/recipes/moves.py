@@ -8,10 +8,11 @@ from typing import Any, Literal
 
 from batchlab.core.errors import InputError
 from batchlab.core.plan import Reason
-from batchlab.planner.recipes.optimizers import Decay, traits
+from batchlab.planner.recipes.optimizers import traits
 from batchlab.planner.recipes.recipe import Recipe
 from batchlab.rules import adam, ema, gradient_norm
 from batchlab.rules import learning_rate as lr_rules
+from batchlab.rules.optimizer_family import Decay
 from batchlab.rules.weight_decay import scale_weight_decay
 
 Betas = Literal["second", "half_life", "sde", "keep"]
@@ -21,6 +22,7 @@ GRENDEL, SDE = "Zhao et al. 2024, arXiv 2406.18533", "Malladi et al. 2022, arXiv
 SCALED_EMA, POWER_LINES = "Busbridge et al. 2023, arXiv 2307.13813", "Bergsma et al. 2025, arXiv 2505.13738"
 MCCANDLISH, LAMB = "McCandlish et al. 2018, arXiv 1812.06162", "You et al. 2020, arXiv 1904.00962"
 GHOST = "Hoffer et al. 2017, arXiv 1705.08741"
+FARTHEST = 100_000  # numbers of devices tried to either side
 OURS, USER = "batchlab", "user"
 
 
@@ -58,13 +60,24 @@ class Why:
 
 
 def scaled_devices(old: Recipe, to_batch: int) -> tuple[int, bool]:
-    """d·κ devices, which keep the examples per device, and whether that is a whole number; else the nearest, from 1.
+    """d·κ devices, which keep the examples per device, and whether that is a whole number.
+
+    Else the nearest within a third that divides the batch, so that every device has as much; else the nearest, from 1.
 
     >>> scaled_devices(Recipe(256, 10**6, "sgd", 0.1, devices=2), 8192)
     (64, True)
+    >>> scaled_devices(Recipe(256, 10**6, "sgd", 0.1, devices=8), 1000)  # of 31.25
+    (25, False)
     """
     wanted = old.devices * to_batch
-    return max(1, (2 * wanted + old.batch_size) // (2 * old.batch_size)), wanted % old.batch_size == 0
+    nearest = max(1, (2 * wanted + old.batch_size) // (2 * old.batch_size))
+    if wanted % old.batch_size == 0:
+        return nearest, True
+    for away in range(min(nearest // 3, FARTHEST) + 1):
+        for count in (nearest + away, nearest - away):
+            if to_batch % count == 0:
+                return count, False
+    return nearest, False
 
 
 def layout(why: Why, move: Move) -> dict[str, Any]:
@@ -73,7 +86,8 @@ def layout(why: Why, move: Move) -> dict[str, Any]:
     rule, source = "given by the user", USER
     if not move.devices_given:
         whole = scaled_devices(old, move.to_batch)[1]
-        rule, source = f"d·κ: {'' if whole else 'about '}as many {old.unit} a device as before", OURS
+        even = "" if whole or move.to_batch % move.devices else ", by a number that divides the batch"
+        rule, source = f"d·κ: {'' if whole else 'about '}as many {old.unit} a device as before{even}", OURS
     fields = {
         "batch_size": why.keep("batch_size", move.to_batch, "given by the user", USER, **sizes),
         "devices": why.keep("devices", move.devices, rule, source, **sizes, base_devices=old.devices),

@@ -160,13 +160,15 @@ class Recipe(JsonNoun):
 
 
 def read_recipe(path: str | Path) -> Recipe:
-    """The recipe in a file, JSON if its name ends so, else TOML."""
+    """The recipe in a file, JSON if its name ends so in any case, else TOML; UTF-8, with or without a mark before."""
     found = Path(path).expanduser()
     try:
-        text = found.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = found.read_text("utf-8-sig")
+    except OSError as error:
+        raise InputError(f"cannot read the recipe {path}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
         raise InputError(f"cannot read the recipe {path}: {error}") from None
-    return (Recipe.from_json if found.suffix == ".json" else Recipe.from_toml)(text, source=str(path))
+    return (Recipe.from_json if found.suffix.lower() == ".json" else Recipe.from_toml)(text, source=str(path))
 
 
 def _named(source: str, settings: Any) -> Recipe:
@@ -224,9 +226,11 @@ def _check_numbers(recipe: Recipe) -> None:
             raise InputError(f"{name} must be finite and >= 0, got {getattr(recipe, name)!r}")
     if recipe.noise_scale is not None and not holds(lambda v: v > 0, recipe.noise_scale):
         raise InputError(f"noise_scale must be > 0, got {recipe.noise_scale!r}")
-    betas = recipe.betas
-    if betas is not None and not holds(lambda v: len(v) in (2, 3) and all(0 <= beta < 1 for beta in v), betas):
-        raise InputError(f"betas must be two numbers (CAME: three) in [0, 1), got {betas!r}")
+    betas, count = recipe.betas, traits(recipe.optimizer).betas
+    counts = (2, 3) if count is None else (count,)
+    if betas is not None and not holds(lambda v: len(v) in counts and all(0 <= beta < 1 for beta in v), betas):
+        said = " or ".join({2: "two", 3: "three"}[each] for each in counts)
+        raise InputError(f"betas must be {said} numbers in [0, 1) for {recipe.optimizer}, got {betas!r}")
 
 
 def _make_plain(recipe: Recipe) -> None:

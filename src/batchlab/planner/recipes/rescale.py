@@ -87,7 +87,8 @@ def recipe(
     """The recipe for a batch of `to_batch`, in the recipe's own unit, over all devices.
 
     devices: None keeps the examples per device, so that devices grow with the batch; where that is no whole number
-    the nearest is taken, and said. Only where it is one is moving twice moving once, in all that depends on devices.
+    the nearest that divides the batch is taken, or else the nearest, and said. Only where it is one is moving twice
+    moving once, in all that depends on devices.
     rule: of the learning rate, by its name in `rules.learning_rate.rescale`; None for the one that fits the optimizer.
     exponent: of the rule "power" only.
     noise_scale: in the recipe's unit, or an `Estimate`, whose interval is then told of; None for the recipe's own.

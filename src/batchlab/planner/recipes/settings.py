@@ -79,11 +79,18 @@ def _in_examples(name: str, unit: str) -> str:
     field = f"{stem}_examples" if stem != name else name
     right = in_unit(field, unit == "tokens")
     if field not in KNOWN:
-        nearest = _MEANT.get(name) or difflib.get_close_matches(name, KNOWN, n=1, cutoff=0.0)[0]
-        raise InputError(f"a recipe has no setting {name!r}: did you mean {in_unit(nearest, unit == 'tokens')!r}?")
+        raise InputError(f"a recipe has no setting {name!r}: {_instead(name, unit == 'tokens')}")
     if right != name:
         raise InputError(f"{name} is not in the recipe's unit, which is {unit!r}: give {right}")
     return field
+
+
+def _instead(name: str, tokens: bool) -> str:
+    """The setting that an unknown name seems to mean, or all there are."""
+    near = [_MEANT[name]] if name in _MEANT else difflib.get_close_matches(name, KNOWN, n=1)
+    if near:
+        return f"did you mean {in_unit(near[0], tokens)!r}?"
+    return f"it has {', '.join(in_unit(known, tokens) for known in KNOWN)}"
 
 
 def _whole(value: Any) -> Any:
@@ -125,8 +132,9 @@ def _warmup(given: Mapping[str, Any], total: Any, unit: str) -> Any:
         check_share(warmup_share=given[form])
         check_count(total_examples=total)
         return _nearest(_exact(given[form]) * total)
-    if given[form] != 0:
-        check_positive(warmup_epochs=given[form])
+    if given[form] == 0:
+        return 0
+    check_positive(warmup_epochs=given[form])
     return _of_epochs(form, given, unit)
 
 
