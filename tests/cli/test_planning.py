@@ -3,6 +3,7 @@
 import inspect
 import json
 import math
+import re
 import shlex
 from textwrap import dedent
 
@@ -13,6 +14,7 @@ from batchlab.cli import main, planning
 from batchlab.planner import Advice, Recipe, Rescaled, advise, read_recipe
 from batchlab.planner import recipe as rescale
 from batchlab.planner.hardware import hardware
+from batchlab.planner.recipes.settings import KNOWN
 from batchlab.rules.fit import Fit
 from tests.cli.command import batchlab
 
@@ -170,3 +172,11 @@ def test_a_recipe_with_a_slip_is_refused_by_name(place):
     done = batchlab("rescale slip.toml --to 512", place)
     assert done.returncode == 2 and "ema_deacy" in done.stderr and "ema_decay" in done.stderr
     assert json.loads(batchlab("rescale recipe.toml --to 512 --json", place).stdout)["recipe"]["batch_size"] == 512
+
+
+def test_rescales_help_names_every_setting_of_a_recipe(place):
+    told = set(re.findall(r"\w+", planning.rescale.__doc__))
+    assert set(KNOWN) <= told and "JSON" in batchlab("rescale --help", place).stdout
+    given = 'batch_size = 256\noptimizer = "adamw"\nlearning_rate = 3e-4\nsteps = 1000'
+    assert all(line in planning.rescale.__doc__ for line in given.split("\n"))
+    assert Recipe.from_toml(given).steps == 1000

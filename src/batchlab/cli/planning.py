@@ -17,7 +17,9 @@ from batchlab.rules.fit.law_names import SAYS as LAWS
 
 @app.command(epilog="Example: batchlab rescale recipe.toml --to 8192 --devices 64")
 def rescale(
-    recipe: Annotated[Path, typer.Argument(help="A training recipe, TOML.", metavar="RECIPE", show_default=False)],
+    recipe: Annotated[
+        Path, typer.Argument(help="A training recipe, TOML; JSON in *.json.", metavar="RECIPE", show_default=False)
+    ],
     to: Annotated[
         int, typer.Option(help="The new batch size, over all devices, in the recipe's unit.", show_default=False)
     ],
@@ -40,7 +42,22 @@ def rescale(
     out: FileOut = None,
     as_json: Json = False,
 ) -> None:
-    """Move a whole RECIPE to another batch size: each number with its rule, and where the rules disagree."""
+    """Move a whole RECIPE to another batch size: each number with its rule, and where the rules disagree.
+
+    A recipe is a flat file such as
+
+    batch_size = 256
+    optimizer = "adamw"
+    learning_rate = 3e-4
+    steps = 1000
+
+    The first three are needed, and one of steps, epochs, total_examples.
+    It may also hold one of warmup_steps, warmup_epochs, warmup_share,
+    warmup_examples, and any of train_examples, devices, micro_batch,
+    momentum, betas, alpha, eps, weight_decay, schedule, clip_norm,
+    ema_decay, ema_every, ghost_batch_size, batchnorm_momentum,
+    noise_scale. With unit = "tokens" names in _examples end in _tokens.
+    """
     with output(as_json) as out_:
         arguments.check_file(out)
         from batchlab.core.files import write_atomic
