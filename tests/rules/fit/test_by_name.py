@@ -145,7 +145,10 @@ def test_a_csv_is_fitted_by_its_path(tmp_path):
 def test_notes_of_the_table_and_of_the_law_are_warnings():
     table = RunTable.of({"params": [10, 20, 40], "loss": [3.0, 2.9, 2.81]})
     found = fit(table, "power_law", x="params", y="loss")
-    assert found.warnings == ("params of at most 40: if these are millions, name the column params_millions",)
+    assert found.warnings == (
+        "params of at most 40: if these are no plain counts, name the column by its unit: params_thousands, "
+        "params_millions, params_billions, params_trillions",
+    )
     edge = fit(RunTable.of({"batch_tokens": [1e5, 2e5, 4e5], "loss": [3, 2, 1]}), "batch_optimum")
     assert edge.warnings[0].startswith("not bracketed") and math.isnan(edge.constants["batch_tokens_opt"].value)
 

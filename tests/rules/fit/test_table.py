@@ -1,6 +1,7 @@
 """The table of runs and its readers: units in the names, one refusal a mistake, studies and run folders."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -112,9 +113,74 @@ def test_what_no_law_uses_is_left_out_and_said_and_small_counts_are_asked_about(
     table = RunTable.of({"params": [85, 150], "colour": ["red", "blue"], "loss": [3.0, 2.9]})
     assert table.notes == (
         "columns that no law uses were left out: colour",
-        "params of at most 150: if these are millions, name the column params_millions",
+        "params of at most 150: if these are no plain counts, name the column by its unit: params_thousands, "
+        "params_millions, params_billions, params_trillions",
     )
     assert "colour" not in table and "params" in table
+
+
+@pytest.mark.parametrize(
+    ("columns", "note"),
+    [
+        ({"params": [70, 1200], "tokens": [2e9, 4e10]}, "3.1e.07 tokens a parameter: is one in another unit"),
+        ({"params": [7e7, 1e9], "tokens": [1600, 32e3]}, "2.7e-05 tokens a parameter: is one in another unit"),
+        ({"tokens": [2, 32]}, "tokens of at most 32: .*tokens_millions, tokens_billions, tokens_trillions"),
+        ({"batch_tokens": [450, 4000]}, "batch_tokens of 450, less than .*: if these are sequences, .*batch_sequences"),
+        ({"batch_tokens": [1024, 4096]}, None),
+        ({"batch_sequences": [1, 4], "sequence_length": [64, 64]}, None),
+        ({"params": [1e6, 1e9], "tokens": [1e10, 1e8]}, None),
+    ],
+)
+def test_units_are_judged_together(columns, note):
+    notes = RunTable.of(columns).notes
+    assert len(notes) == (note is not None)
+    assert note is None or re.match(note, notes[0])
+
+
+@pytest.mark.parametrize(
+    ("column", "name"),
+    [
+        ("params_b", "params_billions"),
+        ("params_B", "params_billions"),
+        ("Params (M)", "params_millions"),
+        ("params_in_millions", "params_millions"),
+        ("paramsb", "params_billions"),
+        ("n_params_m", "params_millions"),
+        ("N_b", "params_billions"),
+        ("tokens_Billions", "tokens_billions"),
+        ("tokens_bn", "tokens_billions"),
+        ("D_T", "tokens_trillions"),
+        ("token_b", "tokens_billions"),
+        ("batch_tokens_k", "batch_tokens_thousands"),
+        ("batch_tokens_M", "batch_tokens_millions"),
+        ("steps_k", "steps, not in thousands,"),
+    ],
+)
+def test_a_unit_in_short_is_asked_for_at_length(column, name):
+    with pytest.raises(InputError, match=f"^the column {re.escape(repr(column))} is not known: name it {name} if it"):
+        RunTable.of({column: [1, 2], "loss": [3, 3]})
+
+
+@pytest.mark.parametrize("column", ["nb", "sm", "gpus_m", "loss_scaling", "mfu_t"])
+def test_a_name_that_only_ends_in_a_scale_is_left_out_and_said(column):
+    assert RunTable.of({column: [1], "loss": [3]}).notes == (f"columns that no law uses were left out: {column}",)
+
+
+@pytest.mark.parametrize("mark", [",", ";", "\t"])
+def test_a_csv_may_be_parted_by_semicolons_or_tabs(tmp_path, mark):
+    file = tmp_path / "runs.csv"
+    file.write_text(f"\nparams{mark}loss\n1e8{mark}3.5\n2e8{mark}3.25\n")
+    assert read_runs(file)["loss"].tolist() == [3.5, 3.25]
+
+
+def test_a_decimal_comma_is_named(tmp_path):
+    file = tmp_path / "runs.csv"
+    file.write_text("params;loss\n1e8;3,62\n")
+    with pytest.raises(InputError, match="loss must be a number, got '3,62' in row 1: write it with a decimal point"):
+        read_runs(file)
+    file.write_text('params,loss\n"70,000,000",3.62\n')
+    with pytest.raises(InputError, match="params must be a number, got '70,000,000' in row 1: write it with a decimal"):
+        read_runs(file)
 
 
 def test_rows_that_agree_are_grouped_in_order():

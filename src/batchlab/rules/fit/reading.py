@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,8 +18,9 @@ from batchlab.rules.fit.table import RunTable
 def read_runs(path: str | Path, *, diverged: str = "refuse") -> RunTable:
     """The runs of a CSV file, of a study's folder, or of the run folders under a folder.
 
-    A CSV has a head of column names that carry the units, as `rules.fit.table` lists them, and one row a run; .tsv is
-    read by tabs. A study gives batch_examples, learning_rate and steps_to_target, as `from_study` says; run folders
+    A CSV has a head of column names that carry the units, as `rules.fit.table` lists them, and one row a run; it is
+    read by tabs where it is a .tsv, else by the comma, semicolon or tab that its head holds; numbers have a decimal
+    point. A study gives batch_examples, learning_rate and steps_to_target, as `from_study` says; run folders
     also steps, and the loss where each run has one. diverged: of rows whose loss is not finite, "refuse" or "drop".
 
     Raises `InputError` naming the column, the row and what would be right.
@@ -30,7 +32,8 @@ def read_runs(path: str | Path, *, diverged: str = "refuse") -> RunTable:
         raise InputError(f"path must be a CSV file or a folder of runs, got {str(path)!r}")
     with path.open(newline="", encoding="utf-8-sig") as file:
         try:
-            lines = list(csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ","))
+            text = file.read()
+            lines = list(csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(text, path)))
         except (UnicodeDecodeError, csv.Error) as error:
             raise InputError(f"{path} is not a CSV file: {error}") from None
     lines = [[cell.strip() for cell in line] for line in lines if any(cell.strip() for cell in line)]
@@ -46,6 +49,12 @@ def read_runs(path: str | Path, *, diverged: str = "refuse") -> RunTable:
         return RunTable.of({name: [row[at] for row in rows] for at, name in enumerate(head)}, diverged=diverged)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
+
+
+def _delimiter(text: str, path: Path) -> str:
+    """What parts the cells: a tab in a .tsv, else the first of comma, semicolon and tab that the head holds."""
+    head = text.lstrip().splitlines()[:1]
+    return "\t" if path.suffix.lower() == ".tsv" else next((mark for mark in ",;\t" if head and mark in head[0]), ",")
 
 
 def from_study(study: Study) -> RunTable:

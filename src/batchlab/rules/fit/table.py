@@ -16,7 +16,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from batchlab.core.checks import holds
 from batchlab.core.errors import InputError
 from batchlab.core.jsonio import JsonNoun
 from batchlab.rules.fit.power_laws import plain
+from batchlab.rules.fit.table_units import BATCH, SCALED, SCALES, odd_units, refuse_unclear
 
 Array = NDArray[np.float64]
 Rows = NDArray[np.intp]
@@ -59,23 +59,7 @@ NUMBERS: Mapping[str, Check] = {
 }
 BLANK: Mapping[str, float] = {"steps_to_target": math.inf, "replicas": 0.0}
 TEXTS = ("run", "optimizer")
-SCALES = {"thousands": 1e3, "millions": 1e6, "billions": 1e9, "trillions": 1e12}
-SCALED = ("params", "tokens", "batch_tokens")
-_BATCH = "batch_tokens, batch_examples, or batch_sequences with sequence_length"
-_NO_UNIT = {
-    **dict.fromkeys(("batch", "batch_size", "bs", "b", "global_batch", "global_batch_size", "batchsize"), _BATCH),
-    **dict.fromkeys(("n", "n_params", "num_params", "parameters", "model_size", "size"), "params or params_millions"),
-    **dict.fromkeys(("d", "n_tokens", "num_tokens", "train_tokens", "data"), "tokens or tokens_billions"),
-    **dict.fromkeys(("lr", "eta", "max_lr", "peak_lr"), "learning_rate"),
-    **dict.fromkeys(("wd", "lambda"), "weight_decay"),
-    **dict.fromkeys(("seq_len", "seqlen", "context", "context_length", "seq_length"), "sequence_length"),
-    **dict.fromkeys(("val_loss", "valid_loss", "validation_loss", "eval_loss", "final_loss"), "loss"),
-    **dict.fromkeys(("m", "n_replicas", "workers"), "replicas"),
-    **dict.fromkeys(("s", "n_steps", "num_steps", "updates"), "steps or steps_to_target"),
-}
-_NEAR = 0.8
 _AGREE = 0.02  # steps x batch against tokens: a ragged last update, or a rounded count
-_SMALL = 1e3
 
 
 @dataclass(frozen=True)
@@ -118,9 +102,10 @@ class RunTable(JsonNoun):
         kept, notes = _finite(numbers, diverged)
         numbers = {name: values[kept] for name, values in numbers.items()}
         _check_numbers(numbers, np.flatnonzero(kept))
+        asked = [] if "batch_sequences" in numbers else ["batch_tokens"]
         _complete(numbers)
         notes += [f"columns that no law uses were left out: {', '.join(ignored)}"] if ignored else []
-        notes += _odd(numbers)
+        notes += odd_units({name: numbers[name] for name in ("params", "tokens", *asked) if name in numbers})
         return cls(
             {name: tuple(map(float, values)) for name, values in numbers.items()},
             {name: tuple(np.array(values)[kept].tolist()) for name, values in texts.items()},
@@ -141,7 +126,7 @@ class RunTable(JsonNoun):
         """`InputError` naming the first column that is not there."""
         for name in names:
             if name not in self.columns:
-                also = f" (or {_BATCH})" if name == "batch_tokens" else ""
+                also = f" (or {BATCH})" if name == "batch_tokens" else ""
                 raise InputError(f"{law} needs the column {name}{also}, got {', '.join(self.columns)}")
 
     def batch(self, law: str = "what was asked") -> tuple[str, Array]:
@@ -149,7 +134,7 @@ class RunTable(JsonNoun):
         for name in ("batch_tokens", "batch_examples"):
             if name in self:
                 return name, self[name]
-        raise InputError(f"{law} needs a batch column, {_BATCH}, got {', '.join(self.columns)}")
+        raise InputError(f"{law} needs a batch column, {BATCH}, got {', '.join(self.columns)}")
 
     def groups(self, *names: str) -> list[tuple[tuple[float, ...], Rows]]:
         """The rows that share a value in every one of those columns, with the values, in ascending order."""
@@ -189,20 +174,11 @@ def _names(columns: Mapping[str, Any]) -> tuple[dict[str, tuple[str, float]], li
                 raise InputError(f"{column} and {named[name][0]} are one column twice: keep one")
             named[name] = (column, scale)
         elif column not in TEXTS:
-            _refuse_near(column)
+            refuse_unclear(column, (*NUMBERS, *TEXTS))
             ignored.append(column)
     if "batch_sequences" in named and "sequence_length" not in named:
         raise InputError("batch_sequences needs sequence_length, the tokens of each; or name the batch batch_tokens")
     return named, ignored
-
-
-def _refuse_near(column: str) -> None:
-    plain = column.strip().lower().replace(" ", "_").replace("-", "_")
-    if plain in _NO_UNIT or plain in NUMBERS or plain in TEXTS:
-        raise InputError(f"the column {column!r} does not say what it counts: name it {_NO_UNIT.get(plain, plain)}")
-    near = difflib.get_close_matches(plain, [*NUMBERS, *TEXTS], 1, _NEAR)
-    if near:
-        raise InputError(f"the column {column!r} is not known: name it {near[0]} if it is that, or leave it out")
 
 
 def _numbers(name: str, column: str, values: Sequence[Any], scale: float) -> Array:
@@ -215,7 +191,10 @@ def _numbers(name: str, column: str, values: Sequence[Any], scale: float) -> Arr
         try:
             found[row] = float(value) * scale
         except (TypeError, ValueError):
-            raise InputError(f"{column} must be a number, got {value!r} in row {row + 1}") from None
+            comma = (
+                ": write it with a decimal point and no other mark" if isinstance(value, str) and "," in value else ""
+            )
+            raise InputError(f"{column} must be a number, got {value!r} in row {row + 1}{comma}") from None
     return found
 
 
@@ -274,11 +253,3 @@ def _complete(numbers: dict[str, Array]) -> None:
                 f"tokens must be those of the whole run, at least one batch of {batch:.6g}, got {tokens:.6g}: is one "
                 "in another unit?"
             )
-
-
-def _odd(numbers: Mapping[str, Array]) -> list[str]:
-    return [
-        f"{name} of at most {numbers[name].max():g}: if these are millions, name the column {name}_millions"
-        for name in ("params", "tokens")
-        if name in numbers and numbers[name].max() < _SMALL
-    ]
