@@ -231,7 +231,8 @@ def diloco(
     """
     rule = law("diloco_loss")
     value = diloco_law(rule, params=params, replicas=replicas, algorithm=algorithm, fit=fit)
-    return LawLoss(value, rule.name, rule.outside(params=params))
+    outside = rule.outside(params=params, **({} if replicas is None else {"replicas": replicas}))
+    return LawLoss(value, rule.name, outside)
 
 
 def diloco_parametric(
