@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from batchlab.core.checks import check_positive
+from batchlab.core.checks import check_positive, holds
 from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate
 from batchlab.core.jsonio import JsonNoun
@@ -72,7 +72,7 @@ def critical_batch(
     >>> round(critical_batch([16, 64, 256, 1024], [500, 200, 125, 106.25]).size.value, 6)
     32.0
     """
-    if not 0 < overhead < math.inf:
+    if not holds(lambda overhead: 0 < overhead < math.inf, overhead):
         raise InputError(f"overhead must be finite and > 0, as 0.2 for 20 %, got {overhead!r}")
     if base is not None:
         check_positive(base=base)

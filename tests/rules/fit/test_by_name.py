@@ -161,6 +161,7 @@ def test_notes_of_the_table_and_of_the_law_are_warnings():
         ("timescale", {}, "timescale needs the column params, got batch_examples, steps_to_target, learning_rate"),
         ("power_law", {"x": "tokens", "y": "loss"}, "power_law needs the column tokens, got batch_examples"),
         ("critical_batch", {"by": "foo"}, "critical_batch needs the column foo, got batch_examples"),
+        ("critical_batch", {"overhead": "x"}, "overhead must be finite and > 0, as 0.2 for 20 %, got 'x'"),
         (["surge"], {}, r"law must be one of .* got \['surge'\]"),
         ("power_law", {"x": "learning_rate"}, "power_law needs the options y"),
     ],
