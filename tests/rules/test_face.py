@@ -26,7 +26,9 @@ def test_an_unknown_name_is_named():
     [
         ("import batchlab.rules", ("torch", "numpy", "scipy")),
         ("from batchlab.planner import advise; advise(params=7e9, tokens=3e11)", ("torch", "scipy")),
-        ("from batchlab.planner import Recipe, recipe; recipe(Recipe(64, 6400, 'sgd', 0.1), 128)", ("scipy",)),
+        ("from batchlab.planner import Recipe, recipe; recipe(Recipe(64, 6400, 'sgd', 0.1), 128)", ("torch", "scipy")),
+        ("from batchlab.rules.fit import fit, RunTable", ("torch",)),
+        ("from batchlab.planner import layout, cost_table; layout.__doc__, cost_table.__doc__", ("torch",)),
     ],
 )
 def test_what_answers_at_once_loads_nothing_heavy(code, unwanted):

@@ -2,9 +2,9 @@
 
 import pytest
 
+from batchlab.core.batch_sizes import parse_batch_sizes
 from batchlab.core.errors import InputError
 from batchlab.core.job import Target
-from batchlab.spine.sweep import parse_batch_sizes
 from tests.spine.sweep_jobs import linear_facts, linear_job, quick
 
 

@@ -199,8 +199,8 @@ def cost(
 ) -> None:
     """Price a training run on each machine, number of devices and batch: time, dollars, kWh."""
     with output(as_json) as out_:
+        from batchlab.core.batch_sizes import parse_batch_sizes
         from batchlab.planner import Training, cost_table
-        from batchlab.spine.sweep import parse_batch_sizes
 
         kinds = [arguments.accelerator(name.strip(), hardware) for name in device.split(",")]
         table = cost_table(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sized
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
-
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from batchlab.core.errors import InputError
+
+if TYPE_CHECKING:  # plans, facts and all that rests on rules name a Target, and answer without torch
+    from torch import Tensor, nn
 
 
 class MapDataset(Sized, Protocol):
@@ -85,6 +86,8 @@ class Job:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
             raise InputError(f"job name must be a non-empty string, got {self.name!r}")
+        from torch import nn
+
         if isinstance(self.model, nn.Module):
             raise InputError(
                 f"job model must be a function that returns a fresh module, got a {type(self.model).__name__}: "

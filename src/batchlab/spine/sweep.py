@@ -8,7 +8,6 @@ where they take so much longer that another contender may be better, that one ru
 from __future__ import annotations
 
 import dataclasses
-import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from signal import Signals
 
 import torch.distributed as dist
 
+from batchlab.core.batch_sizes import parse_batch_sizes
 from batchlab.core.checks import check_count
 from batchlab.core.errors import InputError, Interrupted
 from batchlab.core.facts import Facts
@@ -34,8 +34,6 @@ from batchlab.spine.trial_queue import open_storage, quiet_optuna
 Progress = Callable[[str, float], None]
 
 WAIT_SECONDS = 0.2
-
-_SPAN = re.compile(r"(\d+)\.\.(\d+)")
 
 
 def sweep(
@@ -147,35 +145,6 @@ def _raise_if_stopped(signals: StopSignals, path: Path) -> None:
         raise Interrupted(
             f"stopped by {Signals(signals.requested).name}; sweep into {path} again to go on", signals.requested
         )
-
-
-def parse_batch_sizes(text: str | Sequence[int]) -> list[int]:
-    """Batch sizes ascending, from a list of them or a text: "16,64,200", powers of two in "16..1024", or both.
-
-    >>> parse_batch_sizes("16..100"), parse_batch_sizes("200, 16..64")
-    ([16, 32, 64], [16, 32, 64, 200])
-    """
-    parts = [part.strip() for part in text.split(",")] if isinstance(text, str) else list(text)
-    sizes: set[int] = set()
-    for part in parts:
-        span = _SPAN.fullmatch(part) if isinstance(part, str) else None
-        if span is not None:
-            low, high = int(span[1]), int(span[2])
-            powers = {2**k for k in range(high.bit_length()) if low <= 2**k <= high}
-            if not powers:
-                raise InputError(f"batch_sizes {part!r} holds no power of two: name the sizes, as in 16,64,200")
-            sizes |= powers
-        elif isinstance(part, str) and part.isdecimal() and int(part) > 0:
-            sizes.add(int(part))
-        elif isinstance(part, int) and not isinstance(part, bool) and part > 0:
-            sizes.add(part)
-        else:
-            raise InputError(
-                f"batch_sizes must be integers of at least 1, as in 16,64,200, or a span as in 16..1024, got {part!r}"
-            )
-    if not sizes:
-        raise InputError("batch_sizes must hold at least one batch size, got none")
-    return sorted(sizes)
 
 
 def _check(job: Job, sizes: Sequence[int], *, seed: int, **counts: int) -> None:
