@@ -4,6 +4,7 @@ Seconds, not ratios: no peer answers either question. Each is the median of its 
 """
 
 import argparse
+import dataclasses
 import statistics
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from _paired import report
 from batchlab.planner import Cluster, ModelShape, Recipe, advise, layout, recipe
 from batchlab.planner.hardware import hardware
 
-SHAPE = ModelShape(layers=120, hidden=15360, heads=120, mlp=61440, vocabulary=50432)
+SHAPE = ModelShape(layers=2520, hidden=5040, heads=2520, mlp=20160, vocabulary=32_000)  # 2520: many divisors
 
 
 def main() -> None:
@@ -23,14 +24,12 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/planner_speed.json")
     given = parser.parse_args()
     base = Recipe(256, 25_600_000, "adamw", 3e-4)
-    cluster = Cluster(15360, hardware()["A100-80"])
+    cluster = Cluster(2520 * 6, dataclasses.replace(hardware()["A100-80"], devices_per_node=2520))
     found = None
 
     def search() -> None:
         nonlocal found
-        found = layout(
-            SHAPE, cluster, global_batch=2**8 * 3**3 * 5**2 * 7 * 11, sequence_length=2048, uneven_stages=True
-        )
+        found = layout(SHAPE, cluster, global_batch=2520 * 6 * 60, sequence_length=2520, uneven_stages=True)
 
     tasks = {
         "advise": (lambda: advise(params=7e9, tokens=3e11, learning_rate=3e-4, base_batch_tokens=5e5), 50),
