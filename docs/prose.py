@@ -54,14 +54,29 @@ def systems_table(rows) -> str:
 
 def laws_table(laws) -> str:
     """Published laws as a Markdown table: what each gives, its formula, constants, range, status and limits."""
-    head = ["| law | gives | formula | constants | fitted over | how known | wrong when |", "| --- " * 7 + "|"]
+    head = ["| law | what it gives | constants | known | wrong when |", "| --- " * 5 + "|"]
     return "\n".join([*head, *("| " + " | ".join(_bars(cell) for cell in _law_cells(law)) + " |" for law in laws)])
 
 
 def _law_cells(law) -> tuple[str, ...]:
     constants = ", ".join(f"{name} = {value:g}" for name, value in law.constants.items())
     fitted = ", ".join(f"{name.replace('_', ' ')} {low:.2g} to {high:.2g}" for name, (low, high) in law.range.items())
-    return (f"`{law.name}`", law.gives, f"{law.formula}; {law.source}", constants, fitted, law.status, law.wrong_when)
+    gives, constants = (
+        f"{law.gives}: {law.formula} ({law.source})",
+        f"{constants}; over {fitted}" if fitted else constants,
+    )
+    return f"`{law.name}`", gives, constants, law.status, law.wrong_when
+
+
+def regret_table(path: Path) -> str:
+    """Median regrets of learning-rate rules, a row an optimizer, from the committed benchmark."""
+    rows = [row for row in json.loads(path.read_text("utf-8"))["rows"] if "median_regret" in row]
+    rules = list(dict.fromkeys(rule for row in rows for rule in row["median_regret"]))
+    head = ["| optimizer | " + " | ".join(rules) + " | picked |", "| --- " * (len(rules) + 2) + "|"]
+    cells = (
+        [row["optimizer"], *(_cell(row["median_regret"].get(rule)) for rule in rules), row["picked"]] for row in rows
+    )
+    return "\n".join([*head, *("| " + " | ".join(row) + " |" for row in cells)])
 
 
 def rate_rules_table(rules) -> str:
