@@ -5,8 +5,9 @@ This module only hands on the public names, each loaded when first used.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from batchlab.core.handing_on import hand_on
 
 if TYPE_CHECKING:
     from batchlab.measure.course.adam_stability import AdamStability as AdamStability
@@ -155,14 +156,4 @@ _HOME = {
 
 __all__ = [*_HOME]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'batchlab.measure' has no attribute {name!r}")
-    value = getattr(import_module(f"batchlab.measure.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = hand_on(__name__, _HOME)

@@ -5,8 +5,9 @@ Each module is loaded when it is first used: `rules.fit` alone needs SciPy's opt
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from batchlab.core.handing_on import hand_on
 
 if TYPE_CHECKING:
     from batchlab.rules import adam as adam
@@ -42,16 +43,4 @@ _HOME = {"adam_for_batch": "adam", "TokenBatch": "token_batch"}
 
 __all__ = [*_MODULES, *_HOME]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return import_module(f"batchlab.rules.{name}")
-    if name not in _HOME:
-        raise AttributeError(f"module 'batchlab.rules' has no attribute {name!r}")
-    value = getattr(import_module(f"batchlab.rules.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = hand_on(__name__, _HOME, _MODULES)

@@ -4,8 +4,9 @@
 imported when they are first used. No module here bears the name of something that it exports.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from batchlab.core.handing_on import hand_on
 
 if TYPE_CHECKING:
     from batchlab.rules.fit.bowl import Optimum as Optimum
@@ -108,14 +109,4 @@ _HOME = {
 
 __all__ = [*_HOME]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'batchlab.rules.fit' has no attribute {name!r}")
-    value = getattr(import_module(f"batchlab.rules.fit.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = hand_on(__name__, _HOME)
