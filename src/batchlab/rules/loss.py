@@ -50,6 +50,17 @@ Constants = TrajectoryConstants | Literal["kaplan_loss", "trajectory_loss"]
 OfTokens = ChinchillaConstants | tuple[float, float, float, float, float] | Literal["chinchilla_loss"]
 
 
+def published_constants(name: str) -> TrajectoryConstants:
+    """The six of a published law, `"kaplan_loss"` or `"trajectory_loss"`; α_B and B_* stand with its critical batch.
+
+    >>> published_constants("kaplan_loss").B_star
+    200000000.0
+    """
+    if name not in TRAJECTORY_LAWS:
+        raise InputError(f"name must be one of {', '.join(TRAJECTORY_LAWS)}, got {name!r}")
+    return TrajectoryConstants(**law(name).constants, **law(TRAJECTORY_LAWS[name]).constants)
+
+
 def least_loss(*, params: float, constants: Constants) -> LawLoss:
     """L(N) = (N_c/N)^α_N: what N parameters reach with unlimited updates on unlimited data.
 
@@ -270,7 +281,7 @@ def _resolved(constants: Constants, **given: float) -> tuple[TrajectoryConstants
             f"got {given['batch_tokens']!r}: are these sequences?"
         )
     outside = rule.outside(params=given["params"]) if "params" in given else ""
-    return TrajectoryConstants(**rule.constants), rule.name, outside
+    return published_constants(constants), rule.name, outside
 
 
 def _loss(nats: float, name: str, outside: str) -> LawLoss:

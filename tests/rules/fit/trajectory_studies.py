@@ -7,10 +7,8 @@ import numpy as np
 
 from batchlab.rules import loss
 from batchlab.rules.fit import LossRun
-from batchlab.rules.law_loss import TrajectoryConstants
-from batchlab.rules.published import law
 
-TRUE = TrajectoryConstants(**law("trajectory_loss").constants)
+TRUE = loss.published_constants("trajectory_loss")
 SIZES = (1e6, 3e6, 1e7, 3e7, 6e7)
 BATCHES = tuple(2.0**k for k in range(15, 22))
 STEPS = tuple(np.geomspace(300, 3e5, 60).tolist())

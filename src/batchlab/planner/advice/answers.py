@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from batchlab.core.errors import InputError
 from batchlab.planner.advice.nouns import (
@@ -118,7 +119,9 @@ def losses(setting: Setting, batch_tokens: float, critical_batch: TokenBatch | N
         if setting.non_embedding_params is None:
             told.append(NotAsked(LOSS, name, "counts parameters without embeddings: non_embedding_params is not given"))
             continue
-        ask, size = _kaplan_loss(setting, batch_tokens, name), setting.non_embedding_params
+        size, updates = setting.non_embedding_params, setting.tokens / batch_tokens
+        given = {"params": size, "steps": updates, "batch_tokens": batch_tokens}
+        ask = partial(loss.kaplan, constants=name, **given)  # type: ignore[arg-type]
         told.append(_said(LOSS, name, ask, "a rate that does not decay", params=size))
     yield from (_of_data_parallel(setting, said) for said in told)
     yield _diloco(setting, LOSS, "diloco_loss", lambda **of: loss.diloco(params=setting.params, **of))
@@ -196,11 +199,6 @@ def _of_data_parallel(setting: Setting, said: Said) -> Said:
 
 def _kaplan(nats: float, constants: str) -> Callable[[], TokenBatch]:
     return lambda: batch.kaplan_cbs(loss=nats, constants=constants)  # type: ignore[arg-type]
-
-
-def _kaplan_loss(setting: Setting, batch_tokens: float, name: str) -> Callable[[], LawLoss]:
-    updates, size = setting.tokens / batch_tokens, setting.non_embedding_params or setting.params
-    return lambda: loss.kaplan(params=size, steps=updates, batch_tokens=batch_tokens, constants=name)  # type: ignore[arg-type]
 
 
 def _at_twenty(setting: Setting, question: str, name: str, ask: Ask, note: str = "", **inputs: float) -> Said:
