@@ -1,0 +1,212 @@
+"""LAMB: Adam's direction, rescaled to each tensor's own norm (You et al. 2020, arXiv 1904.00962, v5).
+
+  m ← β₁m + (1 - β₁)g      v ← β₂v + (1 - β₂)g²
+  u = m̂/(√v̂ + ε) + λw      m̂ = m/(1 - β₁ᵗ), v̂ = v/(1 - β₂ᵗ)
+  w ← w - η·φ(|w|)/|u|·u   the ratio is 1 where |w| = 0 or |u| = 0
+
+η lr, λ weight_decay: the decay joins before the norm is taken. φ is the identity, as in the authors' code, or a clamp.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from batchlab.core.checks import check_not_negative, check_positive, check_share
+from batchlab.core.errors import InputError
+from batchlab.optim.lars import adapted
+from batchlab.optim.moments import bias_corrections, check_betas
+from batchlab.optim.shell import Leaf, Numbers, Rule, RuleOptimizer, squares, squares_of_lists, total_norm
+from batchlab.optim.state_dtype import StateDtype
+
+
+def lamb_(
+    w: Tensor,
+    g: Tensor,
+    m: Tensor,
+    v: Tensor,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    c1: float,
+    c2: float,
+    clamp: tuple[float, float] | None,
+    max_ratio: float | None,
+    adapt: bool,
+) -> Rule:
+    """One step on one tensor. c1, c2: 1 - βᵗ, or 1 without bias correction. adapt: false takes a ratio of 1."""
+    m.lerp_(g, 1 - beta1)
+    v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    u = v.sqrt().mul_(c1 / c2**0.5).add_(eps * c1)
+    torch.div(m, u, out=u)
+    u.add_(w, alpha=weight_decay)
+    if not adapt:
+        w.sub_(u.mul_(lr))
+        return None
+    norms = yield squares(w, u)
+    ratio = _ratio(*norms.sqrt(), clamp=clamp, max_ratio=max_ratio)
+    w.sub_(u.mul_(ratio * lr))
+    return {"trust_ratio": ratio}
+
+
+def lamb_foreach_(
+    ws: list[Tensor],
+    gs: list[Tensor],
+    ms: list[Tensor],
+    vs: list[Tensor],
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    c1: float,
+    c2: float,
+    clamp: tuple[float, float] | None,
+    max_ratio: float | None,
+    adapt: bool,
+) -> Rule:
+    """`lamb_` on lists of tensors."""
+    torch._foreach_lerp_(ms, gs, 1 - beta1)
+    torch._foreach_mul_(vs, beta2)
+    torch._foreach_addcmul_(vs, gs, gs, 1 - beta2)
+    us = list(torch._foreach_sqrt(vs))
+    torch._foreach_mul_(us, c1 / c2**0.5)
+    torch._foreach_add_(us, eps * c1)
+    us = list(torch._foreach_div(ms, us))
+    torch._foreach_add_(us, ws, alpha=weight_decay)
+    if not adapt:
+        torch._foreach_mul_(us, lr)
+        torch._foreach_sub_(ws, us)
+        return None
+    norms = yield squares_of_lists(ws, us)
+    ratios = _ratio(*norms.sqrt(), clamp=clamp, max_ratio=max_ratio)
+    torch._foreach_mul_(us, list((ratios * lr).unbind()))
+    torch._foreach_sub_(ws, us)
+    return {"trust_ratio": ratios}
+
+
+class LAMB(RuleOptimizer):
+    """Adam whose step has, for each tensor, the length η·|w|.
+
+    lr: η; √B with the batch, as `lamb_schedule` gives it, with a warm-up. betas, eps: the authors'. weight_decay: λ,
+    0.01 for BERT. bias_correction: without it the first steps are longer for lack of a correction of v, and the ratio
+    hides it (v3 of the paper). clamp: (γ_l, γ_u) of φ(|w|) = min(max(|w|, γ_l), γ_u). max_ratio: an upper limit of the
+    ratio; 1 gives LAMBC. max_grad_norm: divides all gradients by max(1, |g|/max_grad_norm), |g| over all tensors, as
+    NVIDIA's variant does at 1.0. exclude_vectors: tensors of at most one dimension take a ratio of 1 and no decay, as
+    in the authors' code. Others: `RuleOptimizer`.
+
+    Two buffers a parameter. Norms over whole tensors: a flat buffer of many would be one tensor; a tied embedding is
+    one. With ε > 0 it sees the gradient's scale where |g| is near ε. Adam, well tuned, matched it for BERT at batch
+    32,768 (Nado et al. 2021, arXiv 2102.06356).
+
+    Raises `InputError` for hyperparameters out of range, and for sparse or complex tensors by name.
+
+    >>> w = torch.nn.Parameter(torch.tensor([[3.0, 4.0]]))
+    >>> w.grad = torch.tensor([[100.0, 0.0]])
+    >>> LAMB([w], lr=0.1).step()
+    >>> w.detach()  # moved by η|w| = 0.5
+    tensor([[2.5000, 4.0000]])
+    """
+
+    STATE = ("exp_avg", "exp_avg_sq")
+    SQUARES = ("exp_avg_sq",)
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        bias_correction: bool = True,
+        clamp: tuple[float, float] | None = None,
+        max_ratio: float | None = None,
+        max_grad_norm: float | None = None,
+        exclude_vectors: bool = True,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        maximize: bool = False,
+        differentiable: bool = False,
+        state_dtype: StateDtype = None,
+    ) -> None:
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "clamp": clamp}
+        defaults |= {"bias_correction": bias_correction, "max_ratio": max_ratio, "exclude_vectors": exclude_vectors}
+        if max_grad_norm is not None:
+            check_positive(max_grad_norm=max_grad_norm)
+        self.max_grad_norm = max_grad_norm
+        options: dict[str, Any] = {"foreach": foreach, "fused": fused, "maximize": maximize}
+        super().__init__(params, defaults, **options, differentiable=differentiable, state_dtype=state_dtype)
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        """Refuses what is out of range."""
+        check_not_negative(**{name: float(group[name]) for name in ("lr", "weight_decay", "eps")})
+        check_betas(group["betas"])
+        if group["max_ratio"] is not None:
+            check_positive(max_ratio=group["max_ratio"])
+        if group["clamp"] is not None and not 0 <= group["clamp"][0] < group["clamp"][1]:
+            raise InputError(f"clamp must be (low, high) with 0 <= low < high, got {group['clamp']!r}")
+
+    def before(self, leaves: Sequence[tuple[dict[str, Any], list[Leaf]]]) -> None:
+        """Clips the gradient of all tensors together, where that is asked for."""
+        if self.max_grad_norm is not None:
+            every = [leaf for _, each in leaves for leaf in each]
+            scale = torch.clamp(self.max_grad_norm / total_norm(every), max=1.0)
+            for leaf in every:
+                leaf.g = leaf.g * scale.to(leaf.g.device)
+
+    def forms(self, group: dict[str, Any]) -> tuple[Callable[..., Rule], Callable[..., Rule] | None]:
+        """The rule and its form for lists."""
+        return lamb_, lamb_foreach_
+
+    def arguments(self, leaf: Leaf, group: dict[str, Any]) -> tuple[tuple[Tensor, ...], Numbers]:
+        """Tensors and numbers of `lamb_`."""
+        adapt, (beta1, beta2) = adapted(leaf, group), group["betas"]
+        c1, c2 = bias_corrections(group["betas"], leaf.t) if group["bias_correction"] else (1.0, 1.0)
+        numbers = {name: group[name] for name in ("lr", "eps", "clamp", "max_ratio")}
+        numbers |= {"beta1": beta1, "beta2": beta2, "c1": c1, "c2": c2, "adapt": adapt}
+        numbers["weight_decay"] = group["weight_decay"] if adapt else 0.0
+        return (leaf.w, leaf.g, leaf.state["exp_avg"], leaf.state["exp_avg_sq"]), numbers
+
+
+class LambRecipe(NamedTuple):
+    """lr: the peak. warmup: the share of all updates that the rate rises over, linearly from 0; then it falls to 0."""
+
+    lr: float
+    warmup: float
+
+
+def lamb_schedule(
+    batch: float, *, ref_batch: float = 32768, ref_lr: float = 0.005, ref_warmup: float = 0.2
+) -> LambRecipe:
+    """The rate and warm-up of LAMB at a batch size: η = η₀·√(B/B₀), the warm-up's share in proportion to B.
+
+    batch, ref_batch: in one unit; BERT's sequences. The defaults are the paper's for BERT, which used it from batch 512
+    to 32,768 without tuning anew: 5/(2ᵏ·1000) for k = 3, 2.5, ..., 0. Raises `InputError` where the warm-up would be
+    more than the whole run.
+
+    >>> lamb_schedule(512)
+    LambRecipe(lr=0.000625, warmup=0.003125)
+    """
+    check_positive(batch=batch, ref_batch=ref_batch, ref_lr=ref_lr)
+    check_share(ref_warmup=ref_warmup)
+    warmup = ref_warmup * batch / ref_batch
+    if warmup > 1:
+        raise InputError(f"batch {batch:g} would need {warmup:.3g} of the run to warm up: the rule ends before it")
+    return LambRecipe(ref_lr * math.sqrt(batch / ref_batch), warmup)
+
+
+def _ratio(w_norm: Tensor, u_norm: Tensor, *, clamp: tuple[float, float] | None, max_ratio: float | None) -> Tensor:
+    length = w_norm if clamp is None else w_norm.clamp(*clamp)
+    ratio = length / u_norm
+    if max_ratio is not None:
+        ratio = ratio.clamp(max=max_ratio)
+    return torch.where((w_norm == 0) | (u_norm == 0), torch.ones_like(ratio), ratio)

@@ -1,0 +1,157 @@
+"""LARS: SGD with momentum whose rate follows each tensor's own norm (You et al. 2017, arXiv 1708.03888).
+
+  λ = η·|w| / (|g| + β|w|)        1 where |w| = 0 or |g| = 0
+  v ← m·v + γ·λ·(g + βw)          w ← w - v                    `lr_in_momentum`, the paper's
+  v ← m·v + λ·(g + βw)            w ← w - γ·v                  without: as timm and apex have it
+
+γ lr, η trust, β weight_decay, m momentum; norms over a whole tensor, of the raw gradient and of the weights before the
+step. The two forms part only where a schedule moves γ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchlab.core.checks import check_inside, check_not_negative, check_positive
+from batchlab.optim.shell import Leaf, Numbers, Rule, RuleOptimizer, squares, squares_of_lists
+from batchlab.optim.state_dtype import StateDtype
+
+
+def lars_(
+    w: Tensor,
+    g: Tensor,
+    v: Tensor,
+    *,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    trust: float,
+    eps: float,
+    clip: bool,
+    adapt: bool,
+    lr_in_momentum: bool,
+) -> Rule:
+    """One step on one tensor. adapt: false takes λ = 1 and no decay."""
+    if not adapt:
+        v.mul_(momentum).add_(g * lr if lr_in_momentum else g)
+        w.sub_(v if lr_in_momentum else v * lr)
+        return None
+    norms = yield squares(w, g)
+    ratio = _ratio(*norms.sqrt(), weight_decay=weight_decay, trust=trust, eps=eps, limit=lr if clip else None)
+    decayed = g.add(w, alpha=weight_decay).mul_(ratio * lr if lr_in_momentum else ratio)
+    v.mul_(momentum).add_(decayed)
+    w.sub_(v if lr_in_momentum else v * lr)
+    return {"trust_ratio": ratio}
+
+
+def lars_foreach_(
+    ws: list[Tensor],
+    gs: list[Tensor],
+    vs: list[Tensor],
+    *,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    trust: float,
+    eps: float,
+    clip: bool,
+    adapt: bool,
+    lr_in_momentum: bool,
+) -> Rule:
+    """`lars_` on lists of tensors."""
+    torch._foreach_mul_(vs, momentum)
+    ratios = None
+    if adapt:
+        norms = yield squares_of_lists(ws, gs)
+        ratios = _ratio(*norms.sqrt(), weight_decay=weight_decay, trust=trust, eps=eps, limit=lr if clip else None)
+        gs = list(torch._foreach_add(gs, ws, alpha=weight_decay))
+        torch._foreach_mul_(gs, list((ratios * lr if lr_in_momentum else ratios).unbind()))
+    elif lr_in_momentum:
+        gs = list(torch._foreach_mul(gs, lr))
+    torch._foreach_add_(vs, gs)
+    torch._foreach_sub_(ws, vs if lr_in_momentum else list(torch._foreach_mul(vs, lr)))
+    return None if ratios is None else {"trust_ratio": ratios}
+
+
+class LARS(RuleOptimizer):
+    """SGD with momentum and a rate for each tensor, in proportion to |w|/|g|.
+
+    lr: γ, which you raise with the batch; of order 2 to 40 with the paper's `trust`, and needs a warm-up. momentum,
+    weight_decay, trust: the paper's. eps: added to the denominator; 1e-8 in timm. clip: LARC of apex, at most the
+    global rate: min(λ/γ, 1), with a trust of 0.02 and `lr_in_momentum=False`. exclude_vectors: tensors of at most one
+    dimension (biases, gains of norms) take λ = 1 and no decay, as in practice; the paper excludes none.
+    lr_in_momentum: see the module. Others: `RuleOptimizer`.
+
+    One buffer a parameter. With the batch: the paper's best rates grow a little slower than its square root. Well-tuned
+    SGD with Nesterov momentum matched it at batch 32,768 on ResNet-50 (Nado et al. 2021, arXiv 2102.06356). Not for
+    LoRA or other tensors that start at zero: they take plain steps of γ until they have a norm. Gradients must be
+    unscaled and accumulated before the step; a global clip before it changes nothing but the decay's share.
+
+    Raises `InputError` for hyperparameters out of range, and for sparse or complex tensors by name.
+
+    >>> w = torch.nn.Parameter(torch.tensor([[3.0, 4.0]]))
+    >>> w.grad = torch.tensor([[100.0, 0.0]])
+    >>> LARS([w], lr=1.0, momentum=0.0, weight_decay=0.0, trust=0.1).step()
+    >>> w.detach()  # moved by γη|w| = 0.5, whatever the gradient's size
+    tensor([[2.5000, 4.0000]])
+    """
+
+    STATE = ("momentum_buffer",)
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor,
+        momentum: float = 0.9,
+        weight_decay: float = 5e-4,
+        trust: float = 1e-3,
+        *,
+        eps: float = 0.0,
+        clip: bool = False,
+        exclude_vectors: bool = True,
+        lr_in_momentum: bool = True,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        maximize: bool = False,
+        differentiable: bool = False,
+        state_dtype: StateDtype = None,
+    ) -> None:
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust, "eps": eps}
+        defaults |= {"clip": clip, "exclude_vectors": exclude_vectors, "lr_in_momentum": lr_in_momentum}
+        options: dict[str, Any] = {"foreach": foreach, "fused": fused, "maximize": maximize}
+        super().__init__(params, defaults, **options, differentiable=differentiable, state_dtype=state_dtype)
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        """Refuses what is out of range."""
+        check_not_negative(**{name: float(group[name]) for name in ("lr", "weight_decay", "eps")})
+        check_positive(trust=group["trust"])
+        if group["momentum"] != 0:
+            check_inside(momentum=group["momentum"])
+
+    def forms(self, group: dict[str, Any]) -> tuple[Callable[..., Rule], Callable[..., Rule] | None]:
+        """The rule and its form for lists."""
+        return lars_, lars_foreach_
+
+    def arguments(self, leaf: Leaf, group: dict[str, Any]) -> tuple[tuple[Tensor, ...], Numbers]:
+        """Tensors and numbers of `lars_`."""
+        names = ("lr", "momentum", "weight_decay", "trust", "eps", "clip", "lr_in_momentum")
+        numbers = {name: group[name] for name in names} | {"adapt": adapted(leaf, group)}
+        return (leaf.w, leaf.g, leaf.state["momentum_buffer"]), numbers
+
+
+def adapted(leaf: Leaf, group: dict[str, Any]) -> bool:
+    """Whether a tensor's step follows its norm."""
+    return len(leaf.shape) > 1 or not group["exclude_vectors"]
+
+
+def _ratio(
+    w_norm: Tensor, g_norm: Tensor, *, weight_decay: float, trust: float, eps: float, limit: float | None
+) -> Tensor:
+    ratio = trust * w_norm / (g_norm + weight_decay * w_norm + eps)
+    if limit is not None:
+        ratio = (ratio / limit).clamp(max=1.0)
+    return torch.where((w_norm == 0) | (g_norm == 0), torch.ones_like(ratio), ratio)

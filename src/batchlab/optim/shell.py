@@ -1,0 +1,343 @@
+"""From torch's `step()` to one rule on one tensor, whole or spread over ranks: what batchlab's optimizers share.
+
+A rule is a generator over one tensor, written as in its source from top to bottom. Where it needs a sum over the whole
+tensor it yields the sum over the part at hand and is sent the sum over all parts, so that the same lines serve a plain
+tensor and a DTensor. `foreach` forms take lists of tensors and must equal the rule; `fused=True` compiles it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor
+
+from batchlab.core.errors import InputError
+from batchlab.optim.state_dtype import StateDtype, check_state_dtype, dense, put_back, state_like
+from batchlab.parallel.shards import is_spread, share
+from batchlab.parallel.sums import Layout, layout_of, sums_over
+
+Rule = Generator[Any, Any, "dict[str, Tensor] | None"]
+Numbers = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Sum:
+    """A request of a rule: Σ over the whole tensor of what `part` sums over this rank's part of it.
+
+    over: the tensor's dimensions that were summed, for a sum that leaves the others; None for all of them.
+    """
+
+    part: Tensor
+    over: tuple[int, ...] | None = None
+
+
+@dataclass
+class Leaf:
+    """One parameter at one step: what this rank holds of it, in the dtype of the arithmetic.
+
+    w, g: weights and gradient (its negative under `maximize`). state: by the names of `RuleOptimizer.STATE`. t: the
+    steps this parameter has taken, this one included. shape: of the whole tensor. layout: how it is spread.
+    """
+
+    name: str
+    parameter: Tensor
+    w: Tensor
+    g: Tensor
+    state: dict[str, Tensor]
+    t: int
+    shape: torch.Size
+    layout: Layout
+
+
+def squares(*tensors: Tensor) -> Sum:
+    """The request for Σx² of each tensor."""
+    return Sum(torch.stack([each.square().sum() for each in tensors]))
+
+
+def squares_of_lists(*lists: Sequence[Tensor]) -> Sum:
+    """The request of a `foreach` form: a row of Σx² for each list."""
+    return Sum(torch.stack([torch.stack(torch._foreach_norm(list(each))).square() for each in lists]))
+
+
+class RuleOptimizer(torch.optim.Optimizer):
+    """A `torch.optim.Optimizer` around a rule.
+
+    A subclass names its state (`STATE`, zeros like the parameter), its rule (`single`), if it has one the same for
+    lists (`multi`), and gives their arguments. Half-precision parameters are updated in float32 and rounded once; their
+    state is float32. Sums over a tensor are exact under FSDP2 and tensor parallelism: one collective a round.
+
+    foreach: the form for lists; by default on GPUs, where there is one, for on CPUs it is slower than the plain loop.
+    fused: compiles the rule at the first step (seconds; needs a C++ compiler); spread tensors go the other way.
+    state_dtype: see `batchlab.optim.state_dtype`. differentiable: refused if true.
+    """
+
+    STATE: ClassVar[tuple[str, ...]] = ()
+    SQUARES: ClassVar[tuple[str, ...]] = ()  # of STATE: averages of squares, never negative
+    LOW_BITS: ClassVar[bool] = True  # whether the rule allows a state in fewer than 32 bits
+    FLAT: ClassVar[bool] = True  # whether the rule is blind to a tensor's shape
+
+    def __init__(
+        self,
+        params: Any,
+        defaults: dict[str, Any],
+        *,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        maximize: bool = False,
+        differentiable: bool = False,
+        state_dtype: StateDtype = None,
+    ) -> None:
+        if differentiable:
+            raise InputError(f"{type(self).__name__} cannot be differentiated through: differentiable must be False")
+        if foreach and fused:
+            raise InputError("foreach and fused cannot both be True: fused compiles whichever form is the faster")
+        check_state_dtype(state_dtype, type(self).__name__, allowed=self.LOW_BITS)
+        self._watched = False
+        self._report: dict[str, dict[str, Tensor]] = {}
+        self._compiled: dict[Callable[..., Rule], Callable[..., Any]] = {}
+        options = {"foreach": foreach, "fused": fused, "maximize": maximize, "state_dtype": state_dtype}
+        super().__init__(params, defaults | options)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's; complex parameters and hyperparameters out of range are refused, by name."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self.check_group(group)
+            for name, parameter in zip(_names(group), group["params"], strict=True):
+                self.check_parameter(name, parameter, group)
+        except InputError:
+            self.param_groups.pop()
+            raise
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        """Refuses hyperparameters of a group."""
+
+    def check_parameter(self, name: str, parameter: Tensor, group: dict[str, Any]) -> None:
+        """Refuses a parameter."""
+        if not parameter.is_floating_point():
+            raise InputError(
+                f"{type(self).__name__} takes real parameters, got {name} of {parameter.dtype}: "
+                "give complex ones to torch.optim.AdamW, or train torch.view_as_real of them"
+            )
+
+    def forms(self, group: dict[str, Any]) -> tuple[Callable[..., Rule], Callable[..., Rule] | None]:
+        """The rule of a group's tensors, and its form for lists."""
+        raise NotImplementedError
+
+    def arguments(self, leaf: Leaf, group: dict[str, Any]) -> tuple[tuple[Tensor, ...], Numbers]:
+        """What the rule takes of a leaf: its tensors, and its numbers by name."""
+        raise NotImplementedError
+
+    def new_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        """The state of a parameter before its first step, spread as it is."""
+        return {name: state_like(parameter, group["state_dtype"], squares=name in self.SQUARES) for name in self.STATE}
+
+    def before(self, leaves: Sequence[tuple[dict[str, Any], list[Leaf]]]) -> None:
+        """What is done to all leaves before any rule runs."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update from the gradients; returns the closure's loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        leaves = [(group, self._leaves(group)) for group in self.param_groups]
+        self.before(leaves)
+        kept = {id(leaf): leaf.w.clone() for _, each in leaves for leaf in each} if self._watched else {}
+        self._report = {}
+        loose: list[tuple[Rule, list[Leaf]]] = []
+        for group, each in leaves:
+            loose += self._run(group, each)
+        for (_, each), found in zip(loose, side_by_side([rule for rule, _ in loose], _layouts(loose)), strict=True):
+            self._note(each, found)
+        for group, each in leaves:
+            for leaf in each:
+                self._put_back(leaf, group)
+        if self._watched:
+            self._note_sizes([leaf for _, each in leaves for leaf in each], kept)
+        return loss
+
+    def _run(self, group: dict[str, Any], leaves: list[Leaf]) -> list[tuple[Rule, list[Leaf]]]:
+        """Runs the rules of plain tensors; returns those that must run side by side, for they sum over ranks."""
+        single, multi = self.forms(group)
+        loose: list[tuple[Rule, list[Leaf]]] = []
+        for bucket, form in _buckets(self, group, leaves, single, multi):
+            tensors, numbers = self._joined(bucket, group, listed=form is multi)
+            if bucket[0].layout.mesh is not None:
+                loose.append((form(*tensors, **numbers), bucket))
+            elif group["fused"]:
+                given = tensors if form is multi or not self.FLAT else _flat(tensors)
+                self._note(bucket, self._compiled_form(form)(*given, **numbers))
+            else:
+                self._note(bucket, alone(form, *tensors, **numbers))
+        return loose
+
+    def _joined(self, bucket: list[Leaf], group: dict[str, Any], *, listed: bool) -> tuple[Sequence[Any], Numbers]:
+        each = [self.arguments(leaf, group) for leaf in bucket]
+        numbers = each[0][1]
+        if listed:
+            return [list(column) for column in zip(*(tensors for tensors, _ in each), strict=True)], numbers
+        return each[0][0], numbers
+
+    def _compiled_form(self, form: Callable[..., Rule]) -> Callable[..., Any]:
+        if form not in self._compiled:
+            self._compiled[form] = torch.compile(partial(alone, form), dynamic=True, fullgraph=True)
+        return self._compiled[form]
+
+    def _leaves(self, group: dict[str, Any]) -> list[Leaf]:
+        leaves = []
+        for name, parameter in zip(_names(group), group["params"], strict=True):
+            if parameter.grad is None:
+                continue
+            if parameter.grad.is_sparse:
+                raise InputError(
+                    f"{type(self).__name__} takes dense gradients, got a sparse one of {name}: build its embedding "
+                    "with sparse=False, or give it to torch.optim.SparseAdam"
+                )
+            state = self.state[parameter]
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32)
+                state.update(self.new_state(parameter, group))
+            state["step"] += 1
+            leaves.append(_leaf(name, parameter, state, maximize=group["maximize"]))
+        return leaves
+
+    def _put_back(self, leaf: Leaf, group: dict[str, Any]) -> None:
+        part = share(leaf.parameter.detach()).part
+        if part.dtype != leaf.w.dtype:
+            part.copy_(leaf.w)
+        state = self.state[leaf.parameter]
+        for name, fine in leaf.state.items():
+            put_back(state[name], fine)
+
+    def _note(self, leaves: list[Leaf], found: dict[str, Tensor] | None) -> None:
+        for what, values in (found or {}).items():
+            for leaf, value in zip(leaves, values.reshape(-1).unbind(), strict=True):
+                self._report.setdefault(leaf.name, {})[what] = value
+
+    def _note_sizes(self, leaves: list[Leaf], kept: Mapping[int, Tensor]) -> None:
+        requests = [squares(kept[id(leaf)], leaf.w - kept[id(leaf)]) for leaf in leaves]
+        for leaf, (w_sq, moved_sq) in zip(leaves, sums_over(requests, [leaf.layout for leaf in leaves]), strict=True):
+            found = {"weight_norm": w_sq.sqrt(), "update_ratio": (moved_sq / w_sq).sqrt()}
+            self._report.setdefault(leaf.name, {}).update(found)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Within it every step also notes |w| and |Δw|/|w| of each tensor, at the price of a copy of the weights."""
+        before, self._watched = self._watched, True
+        try:
+            yield
+        finally:
+            self._watched = before
+
+    def report(self) -> dict[str, dict[str, float]]:
+        """What the last step noted, by parameter: `trust_ratio` and the like; within `watching`, `update_ratio` too."""
+        return {name: {what: float(value) for what, value in found.items()} for name, found in self._report.items()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but that the state keeps the dtype it was saved in: torch would round it to the parameter's."""
+        super().load_state_dict(state_dict)
+        saved = [key for group in state_dict["param_groups"] for key in group["params"]]
+        mine = [parameter for group in self.param_groups for parameter in group["params"]]
+        for key, parameter in zip(saved, mine, strict=True):
+            for name, value in state_dict["state"].get(key, {}).items():
+                held = self.state[parameter].get(name)
+                if isinstance(value, Tensor) and isinstance(held, Tensor) and held.dtype != value.dtype:
+                    self.state[parameter][name] = value.detach().clone().to(parameter.device)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._watched, self._report, self._compiled = False, {}, {}
+
+
+def alone(form: Callable[..., Rule], *tensors: Any, **numbers: Any) -> dict[str, Tensor] | None:
+    """Runs a rule on plain tensors, where the part at hand is the whole."""
+    rule = form(*tensors, **numbers)
+    try:
+        request = next(rule)
+        while True:
+            request = rule.send(request.part)
+    except StopIteration as end:
+        return cast("dict[str, Tensor] | None", end.value)
+
+
+def side_by_side(rules: Sequence[Rule], layouts: Sequence[Layout]) -> list[dict[str, Tensor] | None]:
+    """Runs rules in step with one another, so that the sums of a round are one collective for each mesh."""
+    results: list[dict[str, Tensor] | None] = [None] * len(rules)
+    answers: dict[int, Any] = dict.fromkeys(range(len(rules)))
+    while answers:
+        requests: dict[int, Sum] = {}
+        for index, answer in answers.items():
+            try:
+                requests[index] = rules[index].send(answer)
+            except StopIteration as end:
+                results[index] = end.value
+        summed = sums_over(list(requests.values()), [layouts[index] for index in requests])
+        answers = dict(zip(requests, summed, strict=True))
+    return results
+
+
+def total_norm(leaves: Sequence[Leaf]) -> Tensor:
+    """|g| over all tensors together, whole ones: on the first one's device, on all ranks the same."""
+    requests = [Sum(leaf.g.square().sum()) for leaf in leaves]
+    sums = sums_over(requests, [leaf.layout for leaf in leaves])
+    return torch.stack([each.to(sums[0].device) for each in sums]).sum().sqrt() if sums else torch.zeros(())
+
+
+def _layouts(loose: Sequence[tuple[Rule, list[Leaf]]]) -> list[Layout]:
+    return [bucket[0].layout for _, bucket in loose]
+
+
+def _leaf(name: str, parameter: Tensor, state: Mapping[str, Any], *, maximize: bool) -> Leaf:
+    held = share(parameter.detach()).part
+    gradient = cast(Tensor, parameter.grad)
+    if is_spread(parameter) and cast(Any, gradient).placements != cast(Any, parameter).placements:
+        gradient = cast(Any, gradient).redistribute(placements=cast(Any, parameter).placements)
+    dtype = torch.promote_types(held.dtype, torch.float32)
+    g = share(gradient).part.to(dtype)
+    fine = {key: dense(value, dtype) for key, value in state.items() if key != "step" and isinstance(value, Tensor)}
+    step = int(state["step"].item())
+    return Leaf(
+        name, parameter, held.to(dtype), g.neg() if maximize else g, fine, step, parameter.shape, layout_of(parameter)
+    )
+
+
+def _flat(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """One dimension each, so that one compiled rule serves all shapes; as they are where memory order differs."""
+    return [each.view(-1) for each in tensors] if all(each.is_contiguous() for each in tensors) else tensors
+
+
+def _names(group: Mapping[str, Any]) -> list[str]:
+    """The group's own names, else the parameters' places and shapes."""
+    if "param_names" in group:
+        return list(group["param_names"])
+    return [f"parameter {index} of shape {tuple(p.shape)}" for index, p in enumerate(group["params"])]
+
+
+def _buckets(
+    optimizer: RuleOptimizer,
+    group: dict[str, Any],
+    leaves: list[Leaf],
+    single: Callable[..., Rule],
+    multi: Callable[..., Rule] | None,
+) -> list[tuple[list[Leaf], Callable[..., Rule]]]:
+    """Leaves that one call takes: all alike in device, dtype, layout and numbers for the form for lists, else one."""
+    on_gpu = all(leaf.w.device.type == "cuda" for leaf in leaves)
+    listed = group["foreach"] if group["foreach"] is not None else on_gpu
+    if group["fused"] and not on_gpu:
+        listed = False
+    if multi is None or not listed:
+        return [([leaf], single) for leaf in leaves]
+    found: dict[Any, list[Leaf]] = {}
+    for leaf in leaves:
+        numbers = optimizer.arguments(leaf, group)[1]
+        key = (leaf.w.device, leaf.w.dtype, leaf.layout, tuple(numbers.items()))
+        found.setdefault(key, []).append(leaf)
+    return [(bucket, multi) for bucket in found.values()]

@@ -1,0 +1,82 @@
+"""In how many bits an optimizer keeps its state: float32, bfloat16, or 8 bits in torchao's tensors.
+
+None: float32 for parameters in half precision, else the parameter's own dtype. torch.bfloat16: half the memory; an
+average of squares, with a share of new values below 2^-8, would stand still in it and stays in float32.
+"8bit": torchao's blockwise 8-bit (Dettmers et al. 2021, arXiv 2110.02861), for tensors
+of 4,096 elements and more that its blocks of 256 divide; smaller ones stay in float32, as torchao has it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from batchlab.core.errors import InputError
+from batchlab.parallel.shards import is_spread, share
+
+StateDtype = torch.dtype | Literal["8bit"] | None
+BLOCK, FEWEST = 256, 4096
+
+
+def check_state_dtype(state_dtype: StateDtype, optimizer: str, *, allowed: bool) -> None:
+    """Refuses what is not known, or what the optimizer's rule does not allow; asks for torchao where it is missing."""
+    if state_dtype is None:
+        return
+    if state_dtype not in (torch.float32, torch.bfloat16, "8bit"):
+        raise InputError(f'state_dtype must be None, torch.float32, torch.bfloat16 or "8bit", got {state_dtype!r}')
+    if state_dtype is not torch.float32 and not allowed:
+        raise InputError(f"{optimizer} keeps its state in float32, got state_dtype={state_dtype!r}: its rule needs it")
+    if state_dtype == "8bit":
+        _torchao()
+
+
+def state_like(parameter: Tensor, state_dtype: StateDtype, *, squares: bool) -> Tensor:
+    """Zeros like the parameter, spread as it is. squares: whether what is kept is never negative."""
+    if state_dtype == "8bit":
+        part = share(parameter).part
+        if parameter.numel() >= FEWEST and part.numel() % BLOCK == 0 and part.numel() > 0:
+            return _eight_bits(parameter, part, squares)
+        state_dtype = torch.float32
+    if state_dtype is None or (squares and state_dtype == torch.bfloat16):
+        state_dtype = torch.promote_types(parameter.dtype, torch.float32)
+    return torch.zeros_like(parameter, dtype=state_dtype, requires_grad=False)
+
+
+def dense(state: Tensor, dtype: torch.dtype) -> Tensor:
+    """This rank's part in the dtype of the arithmetic: the state itself where it is in it already."""
+    part = share(state).part
+    return part.dequantize().to(dtype) if hasattr(part, "codes") else part.to(dtype)
+
+
+def put_back(state: Tensor, fine: Tensor) -> None:
+    """Rounds the state to the dtype it is kept in; does nothing where it was changed in place."""
+    part = share(state).part
+    if hasattr(part, "codes") or part.dtype != fine.dtype:
+        part.copy_(fine)
+
+
+def _eight_bits(parameter: Tensor, part: Tensor, squares: bool) -> Tensor:
+    held = cast(Tensor, _torchao().zeros(part.shape, not squares, BLOCK, part.device))
+    if not is_spread(parameter):
+        return held
+    from torch.distributed.tensor import DTensor
+
+    spread = cast(Any, parameter)
+    return DTensor.from_local(
+        held,
+        device_mesh=spread.device_mesh,
+        placements=spread.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+
+
+def _torchao() -> Any:
+    try:
+        from torchao.optim.subclass_8bit import OptimState8bit
+    except ImportError:
+        raise InputError('state_dtype="8bit" needs torchao: pip install "batchlab[lowbit]"') from None
+    return OptimState8bit
