@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from batchlab.core.checks import check_not_negative, check_positive, check_share
 from batchlab.core.errors import InputError
 from batchlab.optim.lars import adapted
 from batchlab.optim.moments import bias_corrections, check_betas
-from batchlab.optim.shell import Leaf, Numbers, Rule, RuleOptimizer, squares, squares_of_lists, total_norm
+from batchlab.optim.shell import Form, Leaf, Numbers, Rule, RuleOptimizer, squares, squares_of_lists, total_norm
 from batchlab.optim.state_dtype import StateDtype
 
 
@@ -163,7 +163,7 @@ class LAMB(RuleOptimizer):
             for leaf in every:
                 leaf.g = leaf.g * scale.to(leaf.g.device)
 
-    def forms(self, group: dict[str, Any]) -> tuple[Callable[..., Rule], Callable[..., Rule] | None]:
+    def forms(self, group: dict[str, Any]) -> tuple[Form, Form | None]:
         """The rule and its form for lists."""
         return lamb_, lamb_foreach_
 

@@ -10,14 +10,13 @@ step. The two forms part only where a schedule moves γ.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from batchlab.core.checks import check_inside, check_not_negative, check_positive
-from batchlab.optim.shell import Leaf, Numbers, Rule, RuleOptimizer, squares, squares_of_lists
+from batchlab.optim.shell import Form, Leaf, Numbers, Rule, RuleOptimizer, squares, squares_of_lists
 from batchlab.optim.state_dtype import StateDtype
 
 
@@ -132,7 +131,7 @@ class LARS(RuleOptimizer):
         if group["momentum"] != 0:
             check_inside(momentum=group["momentum"])
 
-    def forms(self, group: dict[str, Any]) -> tuple[Callable[..., Rule], Callable[..., Rule] | None]:
+    def forms(self, group: dict[str, Any]) -> tuple[Form, Form | None]:
         """The rule and its form for lists."""
         return lars_, lars_foreach_
 

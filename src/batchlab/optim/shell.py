@@ -22,6 +22,7 @@ from batchlab.parallel.shards import is_spread, share
 from batchlab.parallel.sums import Layout, layout_of, sums_over
 
 Rule = Generator[Any, Any, "dict[str, Tensor] | None"]
+Form = Callable[..., "Rule | None"]  # a rule that needs no sum is a plain function
 Numbers = dict[str, Any]
 
 
@@ -99,7 +100,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         check_state_dtype(state_dtype, type(self).__name__, allowed=self.LOW_BITS)
         self._watched = False
         self._report: dict[str, dict[str, Tensor]] = {}
-        self._compiled: dict[Callable[..., Rule], Callable[..., Any]] = {}
+        self._compiled: dict[Form, Callable[..., Any]] = {}
         options = {"foreach": foreach, "fused": fused, "maximize": maximize, "state_dtype": state_dtype}
         super().__init__(params, defaults | options)
 
@@ -126,7 +127,7 @@ class RuleOptimizer(torch.optim.Optimizer):
                 "give complex ones to torch.optim.AdamW, or train torch.view_as_real of them"
             )
 
-    def forms(self, group: dict[str, Any]) -> tuple[Callable[..., Rule], Callable[..., Rule] | None]:
+    def forms(self, group: dict[str, Any]) -> tuple[Form, Form | None]:
         """The rule of a group's tensors, and its form for lists."""
         raise NotImplementedError
 
@@ -171,7 +172,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         for bucket, form in _buckets(self, group, leaves, single, multi):
             tensors, numbers = self._joined(bucket, group, listed=form is multi)
             if bucket[0].layout.mesh is not None:
-                loose.append((form(*tensors, **numbers), bucket))
+                rule = form(*tensors, **numbers)
+                loose += [] if rule is None else [(rule, bucket)]
             elif group["fused"]:
                 given = tensors if form is multi or not self.FLAT else _flat(tensors)
                 self._note(bucket, self._compiled_form(form)(*given, **numbers))
@@ -186,7 +188,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             return [list(column) for column in zip(*(tensors for tensors, _ in each), strict=True)], numbers
         return each[0][0], numbers
 
-    def _compiled_form(self, form: Callable[..., Rule]) -> Callable[..., Any]:
+    def _compiled_form(self, form: Form) -> Callable[..., Any]:
         if form not in self._compiled:
             self._compiled[form] = torch.compile(partial(alone, form), dynamic=True, fullgraph=True)
         return self._compiled[form]
@@ -257,9 +259,11 @@ class RuleOptimizer(torch.optim.Optimizer):
         self._watched, self._report, self._compiled = False, {}, {}
 
 
-def alone(form: Callable[..., Rule], *tensors: Any, **numbers: Any) -> dict[str, Tensor] | None:
+def alone(form: Form, *tensors: Any, **numbers: Any) -> dict[str, Tensor] | None:
     """Runs a rule on plain tensors, where the part at hand is the whole."""
     rule = form(*tensors, **numbers)
+    if rule is None:
+        return None
     try:
         request = next(rule)
         while True:
@@ -325,9 +329,9 @@ def _buckets(
     optimizer: RuleOptimizer,
     group: dict[str, Any],
     leaves: list[Leaf],
-    single: Callable[..., Rule],
-    multi: Callable[..., Rule] | None,
-) -> list[tuple[list[Leaf], Callable[..., Rule]]]:
+    single: Form,
+    multi: Form | None,
+) -> list[tuple[list[Leaf], Form]]:
     """Leaves that one call takes: all alike in device, dtype, layout and numbers for the form for lists, else one."""
     on_gpu = all(leaf.w.device.type == "cuda" for leaf in leaves)
     listed = group["foreach"] if group["foreach"] is not None else on_gpu
