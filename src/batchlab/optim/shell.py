@@ -2,7 +2,8 @@
 
 A rule is a generator over one tensor, written as in its source from top to bottom. Where it needs a sum over the whole
 tensor it yields the sum over the part at hand and is sent the sum over all parts, so that the same lines serve a plain
-tensor and a DTensor. `foreach` forms take lists of tensors and must equal the rule; `fused=True` compiles it.
+tensor and a DTensor; what sums cannot give it asks of whole tensors (`Whole`). `foreach` forms take lists of tensors
+and must equal the rule; `fused=True` compiles it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from batchlab.core.errors import InputError
 from batchlab.optim.state_dtype import StateDtype, check_state_dtype, dense, put_back, state_like
+from batchlab.parallel.owners import Whole, at_owners
 from batchlab.parallel.shards import is_spread, share
 from batchlab.parallel.sums import Layout, layout_of, sums_over
 
@@ -35,6 +37,10 @@ class Sum:
 
     part: Tensor
     over: tuple[int, ...] | None = None
+
+    def here(self) -> Tensor:
+        """The answer where the part is the whole tensor."""
+        return self.part
 
 
 @dataclass
@@ -110,7 +116,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         group = self.param_groups[-1]
         try:
             self.check_group(group)
-            for name, parameter in zip(_names(group), group["params"], strict=True):
+            for name, parameter in zip(names_of(group), group["params"], strict=True):
                 self.check_parameter(name, parameter, group)
         except InputError:
             self.param_groups.pop()
@@ -139,8 +145,21 @@ class RuleOptimizer(torch.optim.Optimizer):
         """The state of a parameter before its first step, spread as it is."""
         return {name: state_like(parameter, group["state_dtype"], squares=name in self.SQUARES) for name in self.STATE}
 
-    def before(self, leaves: Sequence[tuple[dict[str, Any], list[Leaf]]]) -> None:
-        """What is done to all leaves before any rule runs."""
+    def state_of(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        """The state of a parameter, made where it has none."""
+        state: dict[str, Any] = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state.update(self.new_state(parameter, group))
+        return state
+
+    def gradient_of(self, parameter: Tensor) -> Tensor | None:
+        """The gradient that a step takes; None leaves the parameter out of it."""
+        return parameter.grad
+
+    def before(self, leaves: Sequence[tuple[dict[str, Any], list[Leaf]]]) -> bool | None:
+        """What is done to all leaves before any rule runs. False: no step is taken, nothing moves or counts."""
+        return None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -150,7 +169,10 @@ class RuleOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         leaves = [(group, self._leaves(group)) for group in self.param_groups]
-        self.before(leaves)
+        if self.before(leaves) is False:
+            for leaf in [leaf for _, each in leaves for leaf in each]:
+                self.state[leaf.parameter]["step"] -= 1
+            return loss
         kept = {id(leaf): leaf.w.clone() for _, each in leaves for leaf in each} if self._watched else {}
         self._report = {}
         loose: list[tuple[Rule, list[Leaf]]] = []
@@ -195,20 +217,18 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def _leaves(self, group: dict[str, Any]) -> list[Leaf]:
         leaves = []
-        for name, parameter in zip(_names(group), group["params"], strict=True):
-            if parameter.grad is None:
+        for name, parameter in zip(names_of(group), group["params"], strict=True):
+            gradient = self.gradient_of(parameter)
+            if gradient is None:
                 continue
-            if parameter.grad.is_sparse:
+            if gradient.is_sparse:
                 raise InputError(
                     f"{type(self).__name__} takes dense gradients, got a sparse one of {name}: build its embedding "
                     "with sparse=False, or give it to torch.optim.SparseAdam"
                 )
-            state = self.state[parameter]
-            if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32)
-                state.update(self.new_state(parameter, group))
+            state = self.state_of(parameter, group)
             state["step"] += 1
-            leaves.append(_leaf(name, parameter, state, maximize=group["maximize"]))
+            leaves.append(_leaf(name, parameter, gradient, state, maximize=group["maximize"]))
         return leaves
 
     def _put_back(self, leaf: Leaf, group: dict[str, Any]) -> None:
@@ -267,7 +287,7 @@ def alone(form: Form, *tensors: Any, **numbers: Any) -> dict[str, Tensor] | None
     try:
         request = next(rule)
         while True:
-            request = rule.send(request.part)
+            request = rule.send(request.here())
     except StopIteration as end:
         return cast("dict[str, Tensor] | None", end.value)
 
@@ -277,14 +297,17 @@ def side_by_side(rules: Sequence[Rule], layouts: Sequence[Layout]) -> list[dict[
     results: list[dict[str, Tensor] | None] = [None] * len(rules)
     answers: dict[int, Any] = dict.fromkeys(range(len(rules)))
     while answers:
-        requests: dict[int, Sum] = {}
+        requests: dict[int, Sum | Whole] = {}
         for index, answer in answers.items():
             try:
                 requests[index] = rules[index].send(answer)
             except StopIteration as end:
                 results[index] = end.value
-        summed = sums_over(list(requests.values()), [layouts[index] for index in requests])
-        answers = dict(zip(requests, summed, strict=True))
+        sums = {index: each for index, each in requests.items() if isinstance(each, Sum)}
+        wholes = {index: each for index, each in requests.items() if isinstance(each, Whole)}
+        answers = dict(zip(sums, sums_over(list(sums.values()), [layouts[index] for index in sums]), strict=True))
+        computed = at_owners(list(wholes.values()), [layouts[index] for index in wholes])
+        answers.update(zip(wholes, computed, strict=True))
     return results
 
 
@@ -299,9 +322,8 @@ def _layouts(loose: Sequence[tuple[Rule, list[Leaf]]]) -> list[Layout]:
     return [bucket[0].layout for _, bucket in loose]
 
 
-def _leaf(name: str, parameter: Tensor, state: Mapping[str, Any], *, maximize: bool) -> Leaf:
+def _leaf(name: str, parameter: Tensor, gradient: Tensor, state: Mapping[str, Any], *, maximize: bool) -> Leaf:
     held = share(parameter.detach()).part
-    gradient = cast(Tensor, parameter.grad)
     if is_spread(parameter) and cast(Any, gradient).placements != cast(Any, parameter).placements:
         gradient = cast(Any, gradient).redistribute(placements=cast(Any, parameter).placements)
     dtype = torch.promote_types(held.dtype, torch.float32)
@@ -318,7 +340,18 @@ def _flat(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     return [each.view(-1) for each in tensors] if all(each.is_contiguous() for each in tensors) else tensors
 
 
-def _names(group: Mapping[str, Any]) -> list[str]:
+def asks_for_state(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step can only mean that the state is wanted, as torch.distributed.checkpoint does before it loads:
+    there is none yet, all rates are 0, and the gradients are there and all 0.
+    """
+    groups = optimizer.param_groups
+    if any(optimizer.state.values()) or any(float(group["lr"]) != 0 for group in groups):
+        return False
+    gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+    return bool(gradients) and not any(share(each).part.any() for each in gradients)
+
+
+def names_of(group: Mapping[str, Any]) -> list[str]:
     """The group's own names, else the parameters' places and shapes."""
     if "param_names" in group:
         return list(group["param_names"])
