@@ -272,6 +272,19 @@ def test_weights_added_later_join_the_next_outer_step():
     torch.testing.assert_close(model[2].weight.detach(), (start + fast) / 2, rtol=1e-12, atol=0)
 
 
+def test_any_shape_and_memory_order_will_do():
+    parts = [nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last), nn.Linear(2, 2)]
+    odd = [nn.Parameter(torch.tensor(2.0)), nn.Parameter(torch.zeros(0, 3)), nn.Parameter(torch.ones(3).double())]
+    parameters = [p for part in parts for p in part.parameters()] + odd
+    optimizer = DiLoCo(torch.optim.SGD(parameters, lr=0.1), inner_steps=1, outer_lr=0.5, outer_momentum=0)
+    before = [p.detach().clone() for p in parameters]
+    for p in parameters:
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    for p, old in zip(parameters, before, strict=True):
+        torch.testing.assert_close(p.detach(), old - 0.05 * p.grad)
+
+
 def test_a_deep_copy_is_an_optimizer_of_its_own():
     model = network()
     optimizer = DiLoCo(INNER["adamw"](model.parameters()), inner_steps=3, outer_lr=0.6)
@@ -304,6 +317,10 @@ def test_hooks_and_profile_names_are_those_of_any_optimizer():
         ({"outer_momentum": "0.9"}, r"outer_momentum must lie in \[0, 1\), got '0.9'"),
         ({"clip_norm": 0.0}, "clip_norm must be finite and > 0, got 0.0"),
         ({"process_group": 3}, "process_group must be a torch.distributed.ProcessGroup that this rank is in, or None"),
+        (
+            {"buffers": nn.BatchNorm1d(1).named_buffers()},
+            r"buffers must be tensors, as model.buffers\(\) gives them, got",
+        ),
         ({"inner": nn.Linear(1, 1)}, "inner must be the torch.optim.Optimizer of one replica, got Linear"),
     ],
 )

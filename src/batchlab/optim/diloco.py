@@ -5,8 +5,8 @@
 θ_m: the weights of replica m, moved by its inner optimizer. η `outer_lr`, μ `outer_momentum`: constants of the outer
 step, which is `torch.optim.SGD` itself, fed Δ as its gradient. One exchange of as many bytes as the weights have in
 float32 takes the place of H exchanges of gradients. Form and constants: Charles et al. 2025 (arXiv 2503.09799), after
-arXiv 2311.08105. With one replica, μ = 0 and η < 1 it is Lookahead (Zhang et al. 2019): within 5e-16 of
-pytorch_optimizer 4.1.0's after 40 steps in float64.
+arXiv 2311.08105. With one replica, μ = 0 and η < 1 it is Lookahead (Zhang et al. 2019): within 2e-16 of
+pytorch_optimizer 4.1.0's after 40 steps of AdamW in float64.
 """
 
 from __future__ import annotations
@@ -21,19 +21,9 @@ from torch import Tensor
 
 from batchlab.core.checks import check_count, check_positive, holds, is_count
 from batchlab.core.errors import BatchlabError, InputError, NonFiniteError
-from batchlab.optim.diloco_replicas import (
-    Replicas,
-    check_real,
-    clip_,
-    in_buckets,
-    named_parameters,
-    over_shards,
-    part_of,
-    spread_like,
-    wide,
-)
+from batchlab.optim.diloco_outer import CommonWeights, check_real, check_state, named_parameters, part_of, wide
+from batchlab.optim.diloco_replicas import Replicas, clip_, floating, in_buckets, over_shards
 from batchlab.parallel.agree import device_of
-from batchlab.parallel.shards import part_like, share
 
 COUNTS = ("position", "rounds", "steps", "bytes_sent")
 OUTER_LR = {1: 0.4, 2: 0.6, 4: 0.6, 8: 0.8}  # read off the figure's grid of 0.2, 0.4 ... 1.0
@@ -95,14 +85,16 @@ class DiLoCo(torch.optim.Optimizer):
     `global_weights()`.
 
     A Δ that is NaN or infinite on any replica raises `NonFiniteError` on all of them before θ or v moves; `rewind()`
-    then goes back to θ(t-H). So it is with any collective that fails, as when a replica dies: give the survivors a
-    new group by `set_process_group`, call `join()` and then `synchronize()`. A new replica calls the same.
+    then goes back to θ(t-H). A collective that fails moves nothing either. When a replica dies, the others' outer step
+    raises: destroy the old group (so that all of them notice), make a new one, then `set_process_group`, `join()` and
+    `synchronize()` on each. A new replica is made without a group and calls the same. Checked on gloo.
 
-    Not for links between replicas as fast as those within one, where the plain mean of gradients costs no time and
-    learns a little better (from M = 2 on, less so the larger the model).
+    Not for links between replicas as fast as those within one, where the mean gradient costs little and learns a
+    little better than two replicas or more. Not with a `GradScaler`: a step that it skips on one replica puts the
+    replicas out of step; use bfloat16.
 
-    Raises `InputError` for arguments out of range, settings or sizes that differ between ranks, complex or meta
-    parameters; sparse gradients only with clip_norm, else the inner optimizer decides.
+    Raises `InputError` for arguments out of range, for settings or sizes that differ between ranks, for complex and
+    meta weights; of sparse gradients with clip_norm, else they are the inner optimizer's to take or refuse.
 
     >>> model = torch.nn.Linear(1, 1, bias=False).double()
     >>> _ = torch.nn.init.constant_(model.weight, 1.0)
@@ -138,12 +130,11 @@ class DiLoCo(torch.optim.Optimizer):
         self.position = self.rounds = self.steps = self.bytes_sent = 0
         self.defaults = inner.defaults
         self.__setstate__({})  # the base class's __init__ would make groups and a state of its own
-        self._theta: dict[Tensor, Tensor] = {}
-        self._buffers = [share(buffer.detach()).part for buffer in buffers if buffer.is_floating_point()]
-        settings: dict[str, Any] = {"lr": outer_lr, "momentum": outer_momentum}
-        self.outer = torch.optim.SGD([{"params": []}], nesterov=nesterov and outer_momentum > 0, **settings)
+        self._buffers = floating(buffers)
+        self._common = CommonWeights(lr=outer_lr, momentum=outer_momentum, nesterov=nesterov)
+        self.outer = self._common.sgd
         self.set_process_group(process_group)
-        self._check_alike(**{f"outer_{key}": value for key, value in settings.items()}, nesterov=nesterov)
+        self._check_alike(outer_lr=outer_lr, outer_momentum=outer_momentum, nesterov=nesterov)
         self._replicas.broadcast([*self._frozen(), *self._buffers], 0)
         self._adopt()
 
@@ -168,7 +159,7 @@ class DiLoCo(torch.optim.Optimizer):
         η is left as it is: the best one falls with fewer replicas (`outer_learning_rate`).
         """
         replicas = Replicas(group)
-        replicas.check_apart(p for _, p in self._named())
+        replicas.check_apart(self._weights())
         self._replicas = replicas
 
     def __getstate__(self) -> dict[str, Any]:
@@ -253,12 +244,12 @@ class DiLoCo(torch.optim.Optimizer):
         where = [self.rounds, self.position, self.steps, float(outer["lr"]), outer["momentum"], outer["nesterov"]]
         told = torch.tensor(where, dtype=torch.float64, device=device_of(replicas.group))
         thetas = [theta for _, theta in self._trained()]
-        common = [*thetas, *map(self._velocity, thetas)]
+        common = [*thetas, *map(self._common.velocity, thetas)]
         held = [*common, *self._frozen(), *self._buffers]
         received = [each.clone() for each in held]
         replicas.broadcast([told, *received], source)
         differs = self.rounds != told[0] or not all(map(torch.equal, common, received))
-        if not over_shards(self._theta, bool(differs))[0]:
+        if not over_shards(self._weights(), bool(differs))[0]:
             return False
         for mine, theirs in zip(held, received, strict=True):
             mine.copy_(theirs)
@@ -273,39 +264,17 @@ class DiLoCo(torch.optim.Optimizer):
         θ and v are the same on all replicas, the rest of the state is each one's own: save it on every replica, or on
         one and let the others begin with its moments. Goes into any number of replicas.
         """
-        named = [p for _, p in self._named()]
-        thetas = [self._theta.get(p) for p in named]
-        velocities = [None if theta is None else self.outer.state[theta].get("momentum_buffer") for theta in thetas]
-        outer = {key: value for key, value in self.outer.param_groups[0].items() if key != "params"}
-        return self.inner.state_dict() | {
-            "diloco": {
-                "theta": [spread_like(p, theta) for p, theta in zip(named, thetas, strict=True)],
-                "velocity": [spread_like(p, v) for p, v in zip(named, velocities, strict=True)],
-                "outer": outer,
-                **{name: getattr(self, name) for name in COUNTS},
-            }
-        }
+        counts = {name: getattr(self, name) for name in COUNTS}
+        return self.inner.state_dict() | {"diloco": self._common.state(self._named()) | counts}
 
-    @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Takes over what `state_dict` gave; the model's weights are loaded by the model. Nothing is exchanged."""
         if "diloco" not in state_dict:
             raise InputError('state_dict must be of DiLoCo (no "diloco" in it): load a plain one into `inner` instead')
         saved, named = state_dict["diloco"], self._named()
-        if len(saved["theta"]) != len(named):
-            raise InputError(f"state_dict must be of {len(named)} parameters, got {len(saved['theta'])}")
-        for (name, p), theta in zip(named, saved["theta"], strict=True):
-            if theta is not None and theta.shape != p.shape:
-                raise InputError(f"θ of {name} must be of shape {tuple(p.shape)}, got {tuple(theta.shape)}")
+        check_state(named, saved)
         self.inner.load_state_dict({key: value for key, value in state_dict.items() if key != "diloco"})
-        for (_, p), theta, v in zip(named, saved["theta"], saved["velocity"], strict=True):
-            if theta is None and p not in self._theta:
-                continue
-            mine = self._theta_of(p)
-            mine.copy_(part_of(p) if theta is None else part_like(theta, p))
-            if v is not None:
-                self._velocity(mine).copy_(part_like(v, p))
-        self.outer.param_groups[0].update(saved["outer"])
+        self._common.load(named, saved)
         for name in COUNTS:
             setattr(self, name, saved[name])
 
@@ -313,22 +282,16 @@ class DiLoCo(torch.optim.Optimizer):
         return named_parameters(self.param_groups)
 
     def _trained(self) -> list[tuple[Tensor, Tensor]]:
-        """What this rank holds of each weight and its θ, in the order of the groups, whenever they were taken in."""
-        return [(part_of(p), self._theta[p]) for _, p in self._named() if p in self._theta]
+        return self._common.pairs(self._named())
+
+    def _weights(self) -> list[Tensor]:
+        return [p for _, p in self._named()]
 
     def _frozen(self) -> list[Tensor]:
-        return [part_of(p) for _, p in self._named() if p not in self._theta and not p.requires_grad]
-
-    def _velocity(self, theta: Tensor) -> Tensor:
-        """v, zeros at first, from which SGD's first step is the same as from none."""
-        state = self.outer.state[theta]
-        if state.get("momentum_buffer") is None:  # SGD without momentum leaves None
-            state["momentum_buffer"] = torch.zeros_like(theta)
-        velocity: Tensor = state["momentum_buffer"]
-        return velocity
+        return [part_of(p) for p in self._weights() if p not in self._common and not p.requires_grad]
 
     def _check_alike(self, **settings: float) -> None:
-        sizes = [(part_of(p).numel(), p in self._theta or p.requires_grad) for _, p in self._named()]
+        sizes = [(part_of(p).numel(), p in self._common or p.requires_grad) for p in self._weights()]
         counts = {"weights": sum(n for n, _ in sizes), "trained weights": sum(n for n, trained in sizes if trained)}
         counts |= {"parameters": len(sizes), "buffers": len(self._buffers)}
         self._replicas.check_alike(inner_steps=self.inner_steps, **counts, **settings)
@@ -336,21 +299,14 @@ class DiLoCo(torch.optim.Optimizer):
     @torch.no_grad()
     def _adopt(self, *, alone: bool = False) -> None:
         """θ of parameters that are new or newly trained, as the group's first rank has them; `alone`, as they are."""
-        new = [(name, p) for name, p in self._named() if p.requires_grad and p not in self._theta]
+        new = [(name, p) for name, p in self._named() if p.requires_grad and p not in self._common]
         for name, p in new:
             check_real(name, p)
         self._replicas.check_apart(p for _, p in new)
         if not alone:
             self._replicas.broadcast([part_of(p) for _, p in new], 0)
         for _, p in new:
-            self._theta_of(p)
-
-    def _theta_of(self, p: Tensor) -> Tensor:
-        if p not in self._theta:
-            held = part_of(p)
-            self._theta[p] = held.to(wide(held)).clone(memory_format=torch.contiguous_format)
-            self.outer.param_groups[0]["params"].append(self._theta[p])
-        return self._theta[p]
+            self._common.of(p)
 
     def _clipped(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """The closure, with its gradient clipped before the inner optimizer sees it."""
@@ -376,10 +332,7 @@ class DiLoCo(torch.optim.Optimizer):
         for view, buffer in zip(views[len(thetas) :], averaged, strict=True):
             view.copy_(buffer)
         self._mean(flats)
-        for theta, delta in zip(thetas, views, strict=False):
-            theta.grad = delta
-        self.outer.step()
-        self.outer.zero_grad()
+        self._common.move(thetas, views[: len(thetas)])
         for held, common in zip([*weights, *averaged], [*thetas, *views[len(thetas) :]], strict=True):
             held.copy_(common)
         self.position = 0
@@ -396,7 +349,7 @@ class DiLoCo(torch.optim.Optimizer):
         except RuntimeError as error:  # a replica was lost
             failed = error
         finite = failed is not None or all(bool(flat.isfinite().all()) for flat in flats)
-        lost, bad = over_shards(self._theta, failed is not None, not finite)
+        lost, bad = over_shards(self._weights(), failed is not None, not finite)
         if failed is not None:
             raise failed
         if lost:
@@ -410,7 +363,7 @@ class DiLoCo(torch.optim.Optimizer):
 
     def _own_fault(self) -> str:
         for name, p in self._named():
-            if p in self._theta and not part_of(p).isfinite().all():
+            if p in self._common and not part_of(p).isfinite().all():
                 return f"{name} is so on this one, whose inner state must be mended too"
         for index, buffer in enumerate(self._buffers):
             if not buffer.isfinite().all():

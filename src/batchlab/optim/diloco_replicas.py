@@ -7,7 +7,7 @@ there is one such group for each shard, and the ranks of a replica agree over th
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from batchlab.core.errors import InputError
+from batchlab.optim.diloco_outer import part_of, wide
 from batchlab.parallel.agree import agree_min
-from batchlab.parallel.shards import is_spread, over_meshes, share
+from batchlab.parallel.shards import over_meshes, share
 
 
 class Replicas:
@@ -130,39 +131,10 @@ def clip_(named: Iterable[tuple[str, Tensor]], most: float) -> None:
         gradient.mul_(coefficient.to(gradient.device, gradient.dtype))
 
 
-def named_parameters(groups: Sequence[Mapping[str, Any]]) -> list[tuple[str, Tensor]]:
-    """All parameters in the order of an optimizer's groups, by their own names or their places."""
-    found: list[tuple[str, Tensor]] = []
-    for i, group in enumerate(groups):
-        places = [f"param_groups[{i}]['params'][{j}]" for j in range(len(group["params"]))]
-        found += zip(group.get("param_names") or places, group["params"], strict=True)
-    return found
-
-
-def check_real(name: str, p: Tensor) -> None:
-    """Refuses complex weights, and weights that have no values yet."""
-    if p.is_complex():
-        raise InputError(f"DiLoCo needs real weights, got a complex {name}: make it a parameter by torch.view_as_real")
-    if p.is_meta:
-        raise InputError(f"DiLoCo needs weights with values, but {name} is on meta: give it some before DiLoCo is made")
-
-
-def wide(tensor: Tensor) -> torch.dtype:
-    """The type that sums and differences of a tensor are kept in: float32, or its own if that is finer."""
-    return torch.promote_types(tensor.dtype, torch.float32)
-
-
-def part_of(p: Tensor) -> Tensor:
-    """What this rank holds of a weight, to be written in place."""
-    return share(p.detach()).part
-
-
-def spread_like(p: Tensor, part: Tensor | None) -> Tensor | None:
-    """A DTensor of this rank's part if the weight is one."""
-    if part is None or not is_spread(p):
-        return part
-    from torch.distributed.tensor import DTensor
-
-    spread: Any = p
-    where = (spread.device_mesh, spread.placements)
-    return DTensor.from_local(part, *where, run_check=False, shape=p.shape, stride=spread.stride())
+def floating(buffers: Iterable[Tensor]) -> list[Tensor]:
+    """What this rank holds of those that are no integers."""
+    held = list(buffers)
+    for each in held:
+        if not isinstance(each, Tensor):
+            raise InputError(f"buffers must be tensors, as model.buffers() gives them, got {type(each).__name__}")
+    return [part_of(each) for each in held if each.is_floating_point()]
