@@ -7,9 +7,19 @@ from batchlab.optim.lamb import LAMB
 from batchlab.optim.lars import LARS
 from batchlab.optim.lion import Lion
 from batchlab.optim.mars import MARS
+from batchlab.optim.mt_adamw import MTAdamW
 from batchlab.optim.signum import Signum
+from batchlab.optim.vrgd_optimizers import VRLAMB, VRLARS, VRSGD, VRAdam
+from tests.optim.grouped import in_groups, in_turn
 
 LISTED = {
+    "mt_adamw": partial(in_turn(MTAdamW), lr=0.01, ratios={"a": 0.25, "b": 0.75}, weights={"a": 2.0, "b": 1.0}),
+    "vr_sgd": partial(in_groups(VRSGD), lr=0.05, momentum=0.9),
+    "vr_adam": partial(in_groups(VRAdam), lr=0.01, weight_decay=0.1),
+    "vr_adam_raw": partial(in_groups(VRAdam), lr=0.01, second_moment="raw"),
+    "vr_lars": partial(in_groups(VRLARS), lr=0.5),
+    "vr_lamb": partial(in_groups(VRLAMB), lr=0.01, weight_decay=0.1),
+    "vr_lamb_raw": partial(in_groups(VRLAMB), lr=0.01, second_moment="raw"),
     "lars": partial(LARS, lr=0.5),
     "lars_plain_momentum": partial(LARS, lr=0.5, lr_in_momentum=False, exclude_vectors=False),
     "ademamix": partial(AdEMAMix, lr=0.01, alpha_warmup=10, beta3_warmup=8, weight_decay=0.1),

@@ -157,6 +157,8 @@ class VRGradient:
         members = [(name, parameter) for name, parameter, _ in self._parameters()]
         for name, parameter in members:
             self._check(name, parameter)
+            if parameter.grad is not None and parameter.grad.layout != torch.strided:
+                raise InputError(f"VRGD takes dense gradients, got a sparse one of {name}: build it with sparse=False")
         if all(parameter.grad is None for _, parameter in members):
             raise InputError(
                 "add_group found no gradient: call it after each micro-batch's backward pass; under FSDP2 each must "
@@ -233,8 +235,6 @@ class VRGradient:
             raise InputError(
                 f"VRGD takes real parameters, got {name} of {parameter.dtype}: train torch.view_as_real of it"
             )
-        if parameter.grad is not None and parameter.grad.layout != torch.strided:
-            raise InputError(f"VRGD takes dense gradients, got a sparse one of {name}: build it with sparse=False")
         if self.process_group is not None and is_spread(parameter):
             raise InputError(
                 f"{name} is spread over ranks, so that no rank has its own gradient of it: process_group must be None, "

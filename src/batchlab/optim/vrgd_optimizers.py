@@ -74,6 +74,7 @@ class VRSGD(InGroups, torch.optim.SGD):
     ) -> None:
         if differentiable:
             raise InputError("VRSGD cannot be differentiated through: differentiable must be False")
+        check_not_negative(lr=float(lr), momentum=momentum, weight_decay=weight_decay)
         self._own = {"gamma": gamma, "cap": cap}
         numbers: dict[str, Any] = {"lr": lr, "momentum": momentum, "dampening": dampening}
         options: dict[str, Any] = {"maximize": maximize, "foreach": foreach, "fused": fused}
