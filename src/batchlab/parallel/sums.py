@@ -14,11 +14,13 @@ from batchlab.parallel.shards import Mesh, is_spread
 
 class Layout(NamedTuple):
     """How a tensor is spread. mesh: None for a plain tensor. dims: of each dimension of the mesh, the tensor's
-    dimension that it cuts; None where it does not cut it, so that all ranks along it hold the same.
+    dimension that it cuts; None where it does not cut it, so that all ranks along it hold the same. blocks: the blocks
+    that it cuts each by itself, more than 1 where another dimension of the mesh, further on, cuts the same first.
     """
 
     mesh: Mesh | None = None
     dims: tuple[int | None, ...] = ()
+    blocks: tuple[int, ...] = ()
 
 
 class Request(Protocol):
@@ -36,7 +38,8 @@ def layout_of(tensor: Tensor) -> Layout:
         return Layout()
     spread = cast(Any, tensor)
     cut = [None if each.is_replicate() or each.is_partial() else each.dim for each in spread.placements]
-    return Layout(spread.device_mesh, tuple(None if dim is None else dim % tensor.ndim for dim in cut))
+    blocks = tuple(getattr(each, "split_factor", 1) for each in spread.placements)
+    return Layout(spread.device_mesh, tuple(None if dim is None else dim % tensor.ndim for dim in cut), blocks)
 
 
 def sums_over(requests: Sequence[Request], layouts: Sequence[Layout]) -> list[Tensor]:
