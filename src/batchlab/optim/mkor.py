@@ -151,7 +151,7 @@ class MKOR(torch.optim.Optimizer):
         """After a forward pass of a layer: its sums are taken in when the backward pass comes."""
         if not (self._due() and torch.is_grad_enabled() and module is layer.module and id(layer.weight) in self._held):
             return
-        if not (isinstance(output, Tensor) and output.requires_grad and layer.weight.requires_grad):
+        if not (isinstance(x, Tensor) and isinstance(output, Tensor) and output.requires_grad):
             return
         if is_spread(x) or is_spread(output):
             raise InputError(f"layer {layer.name!r} is called with DTensors (tensor parallel): put it in ignore")
@@ -168,7 +168,7 @@ class MKOR(torch.optim.Optimizer):
 
         Waits for the device, and has all ranks call. A closure's loss is observed by `step`.
         """
-        value = torch.as_tensor(loss, dtype=torch.float64).detach().cpu()
+        value = torch.as_tensor(loss).detach().cpu().double()
         self._observed = True
         if self.second_order and self._knee.take(mean_over_ranks(value, self._layers[0].weight.device, self._group)):
             self._fall_back()
@@ -211,9 +211,7 @@ class MKOR(torch.optim.Optimizer):
 
     def _update(self) -> None:
         passes = over_ranks([layer.take() for layer in self._layers], self._group)
-        if not any(each.inputs.rows for each in passes) and any(
-            layer.weight.grad is not None for layer in self._layers
-        ):
+        if not any(each.inputs.rows for each in passes) and any(layer.has_gradient() for layer in self._layers):
             raise InputError(
                 "no pass through a layer was seen, but there are gradients: make MKOR before torch.compile, and before "
                 "the forward pass of the step"
@@ -254,6 +252,9 @@ class MKOR(torch.optim.Optimizer):
         """Takes the hooks off and frees the factors; `step` is the base's from then on."""
         _remove(self._handles)
         self._fall_back()
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError("MKOR cannot be copied or pickled, it has hooks on a model: use state_dict")
 
     def state_dict(self) -> dict[str, Any]:
         """The base's, and under "mkor" the settings, the count of steps and the layers' factors by name.
@@ -300,7 +301,7 @@ def _attach(optimizer: MKOR) -> list[RemovableHandle]:
     def hook_of(layer: Layer) -> Callable[..., None]:
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if (mkor := me()) is not None:
-                mkor._see(layer, module, args[0] if args else kwargs["input"], output)
+                mkor._see(layer, module, args[0] if args else kwargs.get("input"), output)
 
         return see
 

@@ -21,7 +21,7 @@ from batchlab.optim.mkor_factors import (
     update_released_,
     wide_dtype,
 )
-from batchlab.parallel.shards import is_spread, whole
+from batchlab.parallel.shards import is_spread, share, whole
 
 
 class Passes(NamedTuple):
@@ -112,6 +112,10 @@ class Layer:
             raise InputError(f"{what} is sparse, MKOR needs dense ones: put {self.name!r} in ignore")
         if is_spread(grad) and any(placement.is_partial() for placement in grad.placements):  # type: ignore[attr-defined]
             raise InputError(f"{what} is a sum still to be taken over ranks: redistribute it before step")
+
+    def has_gradient(self) -> bool:
+        """Whether the weight has one that is not zero; waits for the device."""
+        return self.weight.grad is not None and bool(share(self.weight.grad).part.to_dense().any())
 
     def drop(self) -> None:
         """What the passes since the last step told."""
