@@ -318,9 +318,10 @@ def test_hooks_and_profile_names_are_those_of_any_optimizer():
         ({"clip_norm": 0.0}, "clip_norm must be finite and > 0, got 0.0"),
         ({"process_group": 3}, "process_group must be a torch.distributed.ProcessGroup that this rank is in, or None"),
         (
-            {"buffers": nn.BatchNorm1d(1).named_buffers()},
-            r"buffers must be tensors, as model.buffers\(\) gives them, got",
+            {"buffers": [("scale", torch.ones(1))]},
+            r"buffers must be several tensors, as model.buffers\(\) gives them, go",
         ),
+        ({"buffers": torch.ones(2)}, r"buffers must be several tensors, as model.buffers\(\) gives them, got tensor"),
         ({"inner": nn.Linear(1, 1)}, "inner must be the torch.optim.Optimizer of one replica, got Linear"),
     ],
 )

@@ -119,10 +119,10 @@ def clip_(named: Iterable[tuple[str, Tensor]], most: float) -> None:
         norm = torch.linalg.vector_norm(part, dtype=wide(part))
         squares[mesh].append(norm.to(gradients[0][1].device, torch.float64).square() / holders)
     sums = {mesh: torch.stack(each).sum() for mesh, each in squares.items()}
-    if set(sums) <= {None}:
-        total = sums.get(
-            None, torch.zeros((), dtype=torch.float64)
-        )  # stays on the device: the step need not wait for it
+    if not sums:
+        return
+    if set(sums) == {None}:
+        total = sums[None]  # stays on the device: the step need not wait for it
     else:
         over_all = over_meshes({mesh: [float(each)] for mesh, each in sums.items()})
         total = torch.tensor(over_all[0], dtype=torch.float64)
@@ -133,8 +133,7 @@ def clip_(named: Iterable[tuple[str, Tensor]], most: float) -> None:
 
 def floating(buffers: Iterable[Tensor]) -> list[Tensor]:
     """What this rank holds of those that are no integers."""
-    held = list(buffers)
-    for each in held:
-        if not isinstance(each, Tensor):
-            raise InputError(f"buffers must be tensors, as model.buffers() gives them, got {type(each).__name__}")
+    held = list(buffers) if isinstance(buffers, Iterable) else []
+    if isinstance(buffers, Tensor) or not isinstance(buffers, Iterable) or not all(map(torch.is_tensor, held)):
+        raise InputError(f"buffers must be several tensors, as model.buffers() gives them, got {buffers!r}")
     return [part_of(each) for each in held if each.is_floating_point()]
