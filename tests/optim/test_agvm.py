@@ -7,6 +7,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import OneCycleLR, StepLR
 
@@ -288,6 +289,23 @@ def test_state_goes_round_through_a_checkpoint(name, tmp_path):
     copied = copy.deepcopy(three)
     assert copied.factors == three.factors and copied.param_groups[0] is not three.param_groups[0]
     assert copied.param_groups is copied.optimizer.param_groups
+
+
+@pytest.mark.parametrize("start", [0, 3])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_torchs_distributed_checkpoint_carries_the_factors(name, start):
+    first, second = two_heads(), two_heads(seed=1)
+    make = lambda model: AGVM(OPTIMIZERS[name](parts(model)), start=start, interval=2, alpha=0.5)  # noqa: E731
+    one, two = make(first), make(second)
+    _trained(7, one, first)
+    second.load_state_dict(first.state_dict())
+    get_optimizer_state_dict(second, two)  # takes a step at rate 0 to make a state
+    saved = copy.deepcopy(get_optimizer_state_dict(first, one))  # torch loads tensors without a copy
+    set_optimizer_state_dict(second, two, saved)
+    assert two.factors == one.factors
+    _trained(5, one, first, start=7)
+    _trained(5, two, second, start=7)
+    assert torch.equal(weights(first), weights(second))
 
 
 def test_a_wrapped_state_outlives_the_wrapper_and_a_bare_state_is_refused():

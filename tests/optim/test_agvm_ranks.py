@@ -61,7 +61,7 @@ def _in_space(folder, name, how):
     torch.save((weights(model), torch.tensor([agvm.factors, agvm.phis])), folder / f"{rank}.pt")
 
 
-def agree(folder, world, expected, rtol=1e-5, atol=1e-6):
+def agree(folder, world, expected, rtol=1e-6, atol=1e-6):
     for rank in range(world):
         for found, wanted in zip(torch.load(folder / f"{rank}.pt"), expected, strict=True):
             torch.testing.assert_close(found, wanted, rtol=rtol, atol=atol)

@@ -29,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from batchlab.core.checks import check_count, check_positive, check_share, holds
 from batchlab.core.errors import InputError
 from batchlab.optim.half_gradients import Dots, Halves, even_size
+from batchlab.optim.shell import asks_for_state
 
 _ENTRIES: dict[str, Any] = {"agvm_step": 0, "agvm_skipped": 0, "agvm_factor": 1.0, "agvm_phi": math.nan}
 _SETTINGS = ("anchor", "interval", "alpha", "start", "clamp", "eps")
@@ -109,7 +110,7 @@ class AGVM(torch.optim.Optimizer):
     Not for a model without parts that differ in noise, nor for parameters of one module in several groups: a group is
     what is measured and what gets a factor.
 
-    State: three numbers in each of `param_groups`, which `state_dict` and tools that read `param_groups` save; a copy
+    State: four numbers in each of `param_groups`, which `state_dict` and tools that read `param_groups` save; a copy
     of the gradient between the halves of a measuring step. Save between steps. A scheduler may be given this or the
     wrapped optimizer: in `group["lr"]` is always the base rate.
 
@@ -235,6 +236,8 @@ class AGVM(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        elif asks_for_state(self.optimizer):
+            return self.optimizer.step()
         groups = self._groups()
         self._halves.check_complete(groups[0]["agvm_step"], due=self.due())
         self._take_in(groups)
