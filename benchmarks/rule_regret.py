@@ -1,12 +1,13 @@
 """Claim: of the rules that move a learning rate with the batch, the one that `rules.learning_rate.for_optimizer` picks
-has the lowest median regret. Regret: the updates to the target with the rate that a rule gives, tuned at B0 alone, over
-those with the best rate known at the larger batch, less one.
+has the lowest median regret over all cells: both optimizers, the weights evaluated as they are and averaged. Regret:
+the updates to the target with the rate that a rule gives, tuned at B0 alone, over those with the best rate known at the
+larger batch, less one.
 
 For each job and optimizer: the noise scale of a probe, and its target where none is set; at B0 and at 4, 16 and 64
 times B0 the learning rate is searched by factors of two until the best lies inside, over seeds; the best rate, and each
 rule's, then run again with fresh seeds, the same for all, and the least median of them counts as the best. What is not
 there in four times the updates of the rate that was searched counts as four times. "loss" is how far the validation
-loss lies above the target when the best run meets it, as a share of the target. `saturating½` has the exponent 0.5.
+loss lies above the target when the best run meets it, as a share of the target.
 `+β₂` moves β₂ to β₂^κ as well, `+β` both betas and ε (Zhao et al. 2024). The weights are evaluated as they are; with
 --averages their average, as batchlab's own plans do.
 """
@@ -26,7 +27,7 @@ from batchlab.core.facts import Facts
 from batchlab.core.plan import Plan
 from batchlab.core.study import REACHED
 from batchlab.rules.adam import scale_beta, scale_eps
-from batchlab.rules.learning_rate import family, for_optimizer, rescale, saturating
+from batchlab.rules.learning_rate import family, for_optimizer, rescale
 from batchlab.spine.sweep_search import trial_plan
 from batchlab.spine.trial import run_trial
 from batchlab.workloads import autoencoder, diabetes, digits
@@ -37,7 +38,7 @@ JOBS: dict[str, tuple[Callable[..., bl.Job], int, bl.Target | None]] = {
     "autoencoder": (autoencoder, 16, None),
 }
 OPTIMIZERS, FACTORS = ("adamw", "sgd"), (4, 16, 64)
-RULES = ("none", "sqrt", "linear", "surge", "saturating")
+RULES = ("none", "sqrt", "linear", "surge", "saturating", "saturating_sqrt")
 BETAS = ("sqrt+β₂", "sqrt+β")
 CAP = 4.0
 
@@ -92,7 +93,6 @@ def cells(job: bl.Job, base: int, given: argparse.Namespace) -> list[dict[str, A
         reference = runs.trained(best, fresh)
         median = statistics.median(reference.steps)
         moved = {rule: rescale(tuned, base, base * factor, rule=rule, noise_scale=noise) for rule in RULES}
-        moved["saturating½"] = saturating(tuned, base, base * factor, noise_scale=noise, exponent=0.5)
         plans = {rule: (rate, {}) for rule, rate in moved.items()}
         if family(job.optimizer) == "adam":
             plans |= {rule: (moved["sqrt"], _betas(runs.plan, factor, rule)) for rule in BETAS}

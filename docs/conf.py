@@ -45,7 +45,7 @@ exclude_patterns = ["_build"]
 myst_enable_extensions = ["substitution"]
 myst_heading_anchors = 3
 myst_substitutions = {
-    "regrets": prose.regret_table(RESULTS / "rule_regret.json"),
+    "regrets": prose.regret_table(RESULTS),
     "laws": prose.laws_table(laws().values()),
     "rate_rules": prose.rate_rules_table({name: learning_rate.reason(name) for name in learning_rate.RULES}),
     "systems": prose.systems_table(systems()),

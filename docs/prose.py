@@ -6,6 +6,7 @@ in |G|² or S_min mean themselves.
 
 import json
 import re
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,15 +69,24 @@ def _law_cells(law) -> tuple[str, ...]:
     return f"`{law.name}`", gives, constants, law.status, law.wrong_when
 
 
-def regret_table(path: Path) -> str:
-    """Median regrets of learning-rate rules, a row an optimizer, from the committed benchmark."""
-    rows = [row for row in json.loads(path.read_text("utf-8"))["rows"] if "median_regret" in row]
-    rules = list(dict.fromkeys(rule for row in rows for rule in row["median_regret"]))
-    head = ["| optimizer | " + " | ".join(rules) + " | picked |", "| --- " * (len(rules) + 2) + "|"]
-    cells = (
-        [row["optimizer"], *(_cell(row["median_regret"].get(rule)) for rule in rules), row["picked"]] for row in rows
+def regret_table(folder: Path) -> str:
+    """Median regrets of learning-rate rules from the committed benchmark: by optimizer and evaluation, and over all."""
+    ways = {"as they are": "rule_regret.json", "averaged": "rule_regret_averages.json"}
+    cells: dict[tuple[str, str], list[dict[str, float]]] = {}
+    for way, name in ways.items():
+        for row in json.loads((folder / name).read_text("utf-8"))["rows"]:
+            if "rules" in row:
+                found = {rule: cell["regret"] for rule, cell in row["rules"].items()}
+                cells.setdefault((row["optimizer"], way), []).append(found)
+    cells["all", "both"] = [cell for each in cells.values() for cell in each]
+    rules = list(dict.fromkeys(rule for each in cells.values() for cell in each for rule in cell))
+    rules = [rule for rule in rules if all(rule in cell for cell in cells["all", "both"])]
+    head = ["| optimizer | weights | cells | " + " | ".join(rules) + " |", "| --- " * (len(rules) + 3) + "|"]
+    rows = (
+        [optimizer, way, str(len(each)), *(_cell(statistics.median(cell[rule] for cell in each)) for rule in rules)]
+        for (optimizer, way), each in cells.items()
     )
-    return "\n".join([*head, *("| " + " | ".join(row) + " |" for row in cells)])
+    return "\n".join([*head, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def rate_rules_table(rules) -> str:

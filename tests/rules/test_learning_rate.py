@@ -14,7 +14,7 @@ from batchlab.rules.optimizer_family import kind
 sizes = st.floats(0.1, 1e7)
 rates = st.floats(1e-7, 10.0)
 noises = st.floats(0.1, 1e7) | st.just(math.inf)
-RULES = ["none", "linear", "sqrt", "power", "saturating", "surge"]
+RULES = ["none", "linear", "sqrt", "power", "saturating", "saturating_sqrt", "surge"]
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -97,13 +97,13 @@ def test_saturating_published_fit():
 @pytest.mark.parametrize(
     ("optimizer", "noise_scale", "rule"),
     [
-        ("sgd", 100.0, "saturating"),
+        ("sgd", 100.0, "saturating_sqrt"),
         ("sgd", None, "linear"),
         ("sgd", math.inf, "linear"),
-        ("adamw", 100.0, "surge"),
+        ("adamw", 100.0, "saturating_sqrt"),
         ("adam", math.inf, "sqrt"),
         ("rmsprop", None, "sqrt"),
-        ("Lion", 100.0, "surge"),
+        ("Lion", 100.0, "saturating_sqrt"),
         ("lamb", None, "sqrt"),
         ("adagrad", None, "none"),
         ("adagrad", 100.0, "none"),

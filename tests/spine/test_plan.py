@@ -127,10 +127,10 @@ def test_given_batch_is_taken_on_all_devices():
 
 def test_learning_rate_is_the_rules_from_the_base():
     adam = made({}, {"batch_size": 256})
-    assert adam.learning_rate == lr_rules.surge(1e-3, 32, 256, noise_scale=64.0)
-    assert (adam.learning_rate_rule, adam.learning_rate) == ("surge", made({}, {"batch_size": 64}).learning_rate)
+    assert adam.learning_rate == pytest.approx(1e-3 * ((1 + 64 / 32) / (1 + 64 / 256)) ** 0.5, rel=1e-12)
+    assert adam.learning_rate_rule == "saturating_sqrt"
     sgd = made({"optimizer": "sgd"}, {"batch_size": 256})
-    assert sgd.learning_rate == lr_rules.saturating(1e-3, 32, 256, noise_scale=64.0)
+    assert sgd.learning_rate == lr_rules.saturating_sqrt(1e-3, 32, 256, noise_scale=64.0)
     assert sgd.hyperparameters["momentum"] == 0.9
 
 

@@ -55,8 +55,8 @@ class Plan(JsonNoun):
     learning_rate: the peak. hyperparameters: the optimizer's others, by torch's names.
     warmup_examples: linear warm-up of the learning rate. schedule: what follows it, over `steps * batch_size`.
     batch_schedule: "fixed", or "adaptive", which follows the measured noise scale between `min_batch_size`
-        and `max_batch_size` and moves the learning rate by `learning_rate_rule` ("sqrt", "linear", "surge"
-        or "saturating", evaluated at `noise_scale`).
+        and `max_batch_size` and moves the learning rate by `learning_rate_rule` ("sqrt", "linear", "surge",
+        "saturating" or "saturating_sqrt", evaluated at `noise_scale`).
     ema_half_life: half-life of the weights' moving average in examples, evaluated in place of the weights.
     average_power: in its place, the power p of an average that weighs the weights by (examples seen)^p: about the
         last 1/(p + 1) of the run, at any batch size and length (Shamir and Zhang 2013). Both None for no average.
@@ -85,7 +85,7 @@ class Plan(JsonNoun):
     batch_schedule: Literal["fixed", "adaptive"] = "fixed"
     min_batch_size: int = 1
     max_batch_size: int | None = None
-    learning_rate_rule: Literal["none", "sqrt", "linear", "surge", "saturating"] = "none"
+    learning_rate_rule: Literal["none", "sqrt", "linear", "surge", "saturating", "saturating_sqrt"] = "none"
     ema_half_life: float | None = None
     average_power: float | None = None
     clip_norm: float | None = None

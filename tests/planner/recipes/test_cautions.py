@@ -37,7 +37,8 @@ def test_rules_side_by_side():
     assert "the learning-rate rules lie" not in str(warnings(128, rule="none")) + str(warnings(128, rule="linear"))
     line = said("the learning-rate rules lie a factor", to_batch=320, changes={"noise_scale": 1e9})
     assert line == (
-        "the learning-rate rules lie a factor 2.24 apart: linear 0.005, sqrt 0.002236, saturating 0.005, surge 0.002236"
+        "the learning-rate rules lie a factor 2.24 apart: linear 0.005, sqrt 0.002236, surge 0.002236, "
+        "saturating 0.005, saturating_sqrt 0.002236"
     )
     assert "linear 0.016, sqrt 0.004" in said("rules lie", to_batch=1024, changes={"noise_scale": None})
 

@@ -13,16 +13,17 @@ from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate
 from batchlab.planner import Recipe, Rescaled
 from batchlab.planner.recipes.optimizers import traits
+from batchlab.rules.learning_rate import OF_NOISE
 from tests.planner.recipes.strategies import SIZES, recipes
 
-RULES = [None, "none", "linear", "sqrt", "saturating", "surge", "power"]
+RULES = [None, "none", "linear", "sqrt", "saturating", "saturating_sqrt", "surge", "power"]
 FLOATS = ("learning_rate", "momentum", "betas", "alpha", "eps", "weight_decay", "ema_decay", "clip_norm")
 FLOATS += ("batchnorm_momentum", "noise_scale")
 
 
 def move(recipe, to_batch, rule=None, **options):
     """With a noise scale where the rule needs one, and an exponent where it needs that."""
-    if rule in ("saturating", "surge") and recipe.noise_scale is None:
+    if rule in OF_NOISE and recipe.noise_scale is None:
         options["noise_scale"] = 1234.5
     if rule == "power":
         options["exponent"] = 0.75
@@ -86,7 +87,7 @@ def test_devices_keep_their_share(recipe, share, counts):
 )
 def test_to_its_own_batch_is_the_identity_bit_for_bit(rule, recipe, how, warmup):
     options = {"rule": rule, "betas": how, "warmup": warmup}
-    if rule in ("saturating", "surge"):
+    if rule in OF_NOISE:
         recipe = dataclasses.replace(recipe, noise_scale=recipe.noise_scale or 77.7)
     assert move(recipe, recipe.batch_size, **options) == recipe
     assert move(recipe, recipe.batch_size, devices=recipe.devices, **options).to_toml() == recipe.to_toml()
@@ -244,9 +245,10 @@ def test_rates_are_told_side_by_side():
         "linear": pytest.approx(4e-3),
         "sqrt": pytest.approx(2e-3),
         "saturating": law.saturating(1e-3, 256, 1024, noise_scale=512),
+        "saturating_sqrt": law.saturating_sqrt(1e-3, 256, 1024, noise_scale=512),
         "surge": law.surge(1e-3, 256, 1024, noise_scale=512),
     }
-    assert moved.recipe.learning_rate == moved.learning_rates["surge"]
+    assert moved.recipe.learning_rate == moved.learning_rates["saturating_sqrt"]
     assert list(planner.recipe(ADAMW, 1024).learning_rates) == ["linear", "sqrt"]
     assert planner.recipe(ADAMW, 1024, rule="power", exponent=0.25).learning_rates["power"] == pytest.approx(
         2**0.5 / 1e3

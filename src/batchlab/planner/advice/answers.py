@@ -34,7 +34,8 @@ Ask = Callable[[], TokenBatch | LawLoss | float]
 NEAR = 2.0
 OVERHEAD, SMALL_BATCH = 0.2, 256 * 512.0  # of the definition of Zhang et al. 2024; tokens
 MEASURED, CLOSED_FORM = "measured", "closed form"
-MOVES = {"sgd": ("linear", "saturating", "sqrt"), "adam": ("sqrt", "surge", "saturating"), "adagrad": ("none",)}
+_OF_BOTH = ("sqrt", "saturating_sqrt", "saturating")
+MOVES = {"sgd": ("linear", *_OF_BOTH), "adam": ("surge", *_OF_BOTH), "adagrad": ("none",)}
 
 
 def least_loss(setting: Setting) -> Iterator[Said]:
@@ -138,11 +139,13 @@ def rates(setting: Setting, batch_tokens: float) -> Iterator[Said]:
 
         yield _diloco(setting, RATE, rule.name, published, "for the batch of diloco_batch")
     if base is None or rate is None:
-        yield NotAsked(RATE, "linear, sqrt, saturating, surge", "need a learning rate and the batch it was tuned at")
+        yield NotAsked(
+            RATE, ", ".join(MOVES[family(setting.optimizer)]), "need a learning rate and the batch it was tuned at"
+        )
         return
     chosen = learning_rate.for_optimizer(setting.optimizer, rate, base, batch_tokens, noise_scale=noise)
     for name in MOVES[family(setting.optimizer)]:
-        if noise is None and name in ("surge", "saturating"):
+        if noise is None and name in learning_rate.OF_NOISE:
             yield NotAsked(RATE, name, "needs the noise scale")
             continue
         formula, source, holds_where = learning_rate.reason(name)

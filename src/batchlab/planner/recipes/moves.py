@@ -139,9 +139,9 @@ def learning_rate(why: Why, move: Move) -> float:
 
 
 def side_by_side(move: Move) -> dict[str, float]:
-    """The learning rate by linear and sqrt, with a finite noise scale by saturating and surge too, and as chosen."""
+    """The learning rate by linear and sqrt, with a finite noise scale by the rules that know it, and as chosen."""
     known = move.noise_scale is not None and math.isfinite(move.noise_scale)
-    names = ["linear", "sqrt", *(["saturating", "surge"] if known else [])]
+    names: list[str] = ["linear", "sqrt", *(lr_rules.OF_NOISE if known else ())]
     names += [move.rule] if move.rule is not None and move.rule not in ("none", *names) else []
     return {name: move.old.learning_rate if move.kappa == 1 else _by_rule(move, name) for name in names}
 
@@ -155,10 +155,9 @@ def _by_rule(move: Move, name: str) -> float:
 
 
 def _formulas(exponent: float | None) -> dict[str, tuple[str, str]]:
-    """Formula and source of each rule, those with a source as `for_optimizer` states them."""
-    choices = [lr_rules.for_optimizer(name, 1.0, 1, 1, noise_scale=n) for name in ("sgd", "adam") for n in (None, 1.0)]
-    own = {"none": ("η = η₀", USER), "power": (f"η = η₀·(B/B₀)^{exponent}", USER)}
-    return own | {choice.rule: (choice.formula, choice.source) for choice in choices}
+    """Formula and source of each rule; "none" and "power" are as the user has them."""
+    known = {name: lr_rules.reason(name)[:2] for name in lr_rules.RULES}
+    return known | {"none": ("η = η₀", USER), "power": (f"η = η₀·(B/B₀)^{exponent}", USER)}
 
 
 def optimizer_settings(why: Why, move: Move) -> dict[str, Any]:
