@@ -8,6 +8,7 @@ and must equal the rule; `fused=True` compiles it.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -212,7 +213,7 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def _compiled_form(self, form: Form) -> Callable[..., Any]:
         if form not in self._compiled:
-            self._compiled[form] = torch.compile(partial(alone, form), dynamic=True, fullgraph=True)
+            self._compiled[form] = torch.compile(partial(alone, form), dynamic=True, fullgraph=True, **_OWN_LIMIT)
         return self._compiled[form]
 
     def _leaves(self, group: dict[str, Any]) -> list[Leaf]:
@@ -277,6 +278,14 @@ class RuleOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._watched, self._report, self._compiled = False, {}, {}
+
+
+# sizes of 1, to 4,096 and beyond, dtypes and flags are a graph each; where torch can, each rule counts its own
+_OWN_LIMIT: dict[str, Any] = {
+    name: value
+    for name, value in {"isolate_recompiles": True, "recompile_limit": 64}.items()
+    if name in inspect.signature(torch.compile).parameters
+}
 
 
 def alone(form: Form, *tensors: Any, **numbers: Any) -> dict[str, Tensor] | None:
