@@ -25,7 +25,8 @@ class LayerReport(NamedTuple):
 
     Near 0, as after a normalisation layer, ā says nothing of the inputs, and A⁻¹ does nothing. input_norm,
     output_norm: the largest entries of A⁻¹ and G⁻¹, which stand on the diagonal. updates: rank-one updates so far.
-    stabilised: how many of the 2·updates factors were drawn to I first, or in the released variant set to I.
+    stabilised: of how many of the 2·updates rank-one updates the factor was drawn to I first, or the vector shortened;
+    in the released variant, how often a factor was set to I.
     """
 
     name: str
@@ -53,8 +54,8 @@ class MKOR(torch.optim.Optimizer):
     gamma: γ, 0.95 as in the released package. inv_freq: 10, its default and that of the BERT runs. warmup_steps: 0,
     its default. eps, zeta: where the largest entry of a factor is above ε, P ← ζP + (1-ζ)I before its update;
     published without values, 0.9 is the package's and 10 is batchlab's. ε = infinity: never. factor_dtype: what the
-    factors are stored in; arithmetic is in float32 or better. float16 holds them positive definite for |v|² to about
-    10⁴, bfloat16 to 10³ (measured, d = 50). variant: "exact"; "released", what the package `mkor` 0.1.2 does, less
+    factors are stored in; arithmetic is in float32 or better. In half precision ā and ḡ are often longer than it can
+    hold, and shortened: see `update_inverse_`. variant: "exact"; "released", what the package `mkor` 0.1.2 does, less
     its division of ḡ by the count of micro-batches; "printed", the listing's update, for comparison only: it grows
     without bound. switch: MKOR-H, to step `base` alone for good and free the factors: after so many steps, or "knee",
     when the loss given to `observe` (or a closure's) stops paying, see `Knee`. ignore: layers by name or themselves; a
@@ -66,7 +67,7 @@ class MKOR(torch.optim.Optimizer):
     before each backward pass; after a step that it skips call `zero_grad` of this optimizer, not of the model, so that
     what the pass left is forgotten.
 
-    State: per layer (in + 1)² + out² elements, the same on every rank. Sent: in + out + 3 numbers a layer, once an
+    State: per layer (in + 1)² + out² elements, the same on every rank. Sent: in + out + 2 numbers a layer, once an
     update. Gradients may be DTensors (FSDP2): each layer's is gathered, preconditioned and cut again, on every rank.
 
     When not: a layer fed with zero-mean inputs (`report`), a very wide one (a vocabulary: ignore it), few rows a step
