@@ -1,0 +1,203 @@
+"""CAME: Adafactor's factored squares, and steps that trust a momentum which agrees with itself (Luo et al. 2023).
+
+For a tensor [..., n, m] (arXiv 2307.02047), with means ⟨·⟩ᵣ along the last axis and ⟨·⟩꜀ along the one before it:
+
+  R ← β₂R + (1 - β₂)⟨G² + ε₁⟩ᵣ      C ← β₂C + (1 - β₂)⟨G² + ε₁⟩꜀      V = R·Cᵀ/⟨R⟩
+  U = G/√V, divided by max(1, RMS(U)/d)                               RMS over the whole tensor
+  M ← β₁M + (1 - β₁)U
+  R' ← β₃R' + (1 - β₃)⟨(U - M)² + ε₂⟩ᵣ, C' likewise, with the new M    S = R'·C'ᵀ/⟨R'⟩
+  W ← W - η(M/√S + λW)
+
+Tensors of one dimension keep a full V and step by M. Nothing corrects for the averages' start from zero: see `CAME`.
+The paper's sums instead of means give the same V and S.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchlab.core.checks import check_inside, check_not_negative, check_positive
+from batchlab.core.errors import InputError
+from batchlab.optim.moments import check_betas
+from batchlab.optim.shell import Form, Leaf, Numbers, Rule, RuleOptimizer, Sum
+from batchlab.optim.state_dtype import StateDtype, state_like
+from batchlab.parallel.margins import margin_like
+
+_SQUARES = ("exp_avg_sq_row", "exp_avg_sq_col")
+_RESIDUES = ("exp_avg_res_row", "exp_avg_res_col")
+
+
+def came_(
+    w: Tensor,
+    g: Tensor,
+    m: Tensor,
+    r: Tensor,
+    c: Tensor,
+    *residues: Tensor,
+    lr: float,
+    betas: tuple[float, float, float],
+    eps: tuple[float, float],
+    clip: float,
+    weight_decay: float,
+    shape: Sequence[int],
+) -> Rule:
+    """One step on one tensor of two or more dimensions. residues: R' and C', or none for steps by M alone."""
+    u = g.square()
+    yield from _averages_(r, c, u, betas[1], eps[0], shape)
+    rho = yield from _relative(r, shape)
+    u_sq = (yield Sum((u @ c.reciprocal().unsqueeze(-1)).squeeze(-1).div_(rho).sum())).div(max(math.prod(shape), 1))
+    shrunk = u_sq.sqrt().div(clip).clamp(min=1.0)
+    torch.mul(g, (rho.rsqrt() / shrunk).unsqueeze(-1), out=u).mul_(c.rsqrt().unsqueeze(-2))
+    m.lerp_(u, 1 - betas[0])
+    if weight_decay != 0:
+        w.mul_(1 - lr * weight_decay)
+    if residues:
+        yield from _averages_(*residues, u.sub_(m).square_(), betas[2], eps[1], shape)
+        rho = yield from _relative(residues[0], shape)
+        w.addcmul_(m, torch.mul(rho.rsqrt().unsqueeze(-1), (residues[1].rsqrt() * -lr).unsqueeze(-2), out=u))
+    else:
+        w.sub_(torch.mul(m, lr, out=u))
+    return {"clip_ratio": 1 / shrunk}
+
+
+def came_vector_(
+    w: Tensor,
+    g: Tensor,
+    m: Tensor,
+    v: Tensor,
+    *,
+    lr: float,
+    betas: tuple[float, float, float],
+    eps: tuple[float, float],
+    clip: float,
+    weight_decay: float,
+    shape: Sequence[int],
+) -> Rule:
+    """One step on one tensor of at most one dimension."""
+    v.lerp_(g.square().add_(eps[0]), 1 - betas[1])
+    u = v.rsqrt().mul_(g)
+    u_sq = (yield Sum(u.square().sum())).div(max(math.prod(shape), 1))
+    shrunk = u_sq.sqrt().div(clip).clamp(min=1.0)
+    m.lerp_(u.div_(shrunk), 1 - betas[0])
+    if weight_decay != 0:
+        w.mul_(1 - lr * weight_decay)
+    w.sub_(m * lr)
+    return {"clip_ratio": 1 / shrunk}
+
+
+def first_step_rms(betas: Sequence[float] = (0.9, 0.999, 0.9999)) -> float:
+    """(1 - β₁)/(β₁·√(1 - β₃)): the RMS of CAME's first step in units of lr, for a gradient of one size everywhere.
+
+    With these betas it stays above 9 over the first five steps of fresh Gaussian gradients, and a gradient that does
+    not change raises it to 50 within 100: warm up, over 1/(1 - β₂) steps or so.
+
+    >>> round(first_step_rms(), 2)
+    11.11
+    """
+    check_betas(betas, 3)
+    check_positive(beta1=betas[0])
+    return (1 - betas[0]) / (betas[0] * math.sqrt(1 - betas[2]))
+
+
+class CAME(RuleOptimizer):
+    """Adam-like steps with a state of one number a weight, and two numbers more for each row and column.
+
+    lr: η, 0.5 to 0.9 of AdamW's, say the authors. betas: (β₁, β₂, β₃): β₁ and β₂ as AdamW's, β₃ > β₂; 0.9995 to 0.99995
+    with (0.9, 0.999), 0.99 to 0.999 with (0.9, 0.95). eps: (ε₁, ε₂). clip: d. weight_decay: λ, decoupled, on every
+    tensor of a group. confidence: false steps by M, which is Adafactor with momentum. Others: `RuleOptimizer`.
+
+    Warm up: nothing corrects the averages' start, and the first steps have an RMS of 11 lr (`first_step_rms`). Factored
+    over the last two dimensions, so over the kernel of a convolution, where it saves next to nothing; a stack of
+    matrices has one clip. The factored averages stay in float32 whatever state_dtype; only M follows it.
+    With the batch: as AdamW; the paper trained BERT with it at batch 32,768, for the memory that it leaves to the
+    batch. Not where AdamW's state fits easily and speed counts, nor without a warm-up.
+
+    Raises `InputError` for hyperparameters out of range, and for sparse or complex tensors by name; warns of β₃ ≤ β₂.
+
+    >>> w = torch.nn.Parameter(torch.zeros(2, 2))
+    >>> w.grad = torch.tensor([[2.0, -2.0], [2.0, 2.0]])
+    >>> CAME([w], lr=1e-3).step()
+    >>> w.detach()  # the first step: 11.11 lr
+    tensor([[-0.0111,  0.0111],
+            [-0.0111, -0.0111]])
+    """
+
+    STATE = ("exp_avg", *_SQUARES, *_RESIDUES, "exp_avg_sq")
+    SQUARES = (*_SQUARES, *_RESIDUES, "exp_avg_sq")
+    FLAT = False
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor,
+        betas: tuple[float, float, float] = (0.9, 0.999, 0.9999),
+        eps: tuple[float, float] = (1e-30, 1e-16),
+        clip: float = 1.0,
+        weight_decay: float = 0.0,
+        *,
+        confidence: bool = True,
+        fused: bool | None = None,
+        maximize: bool = False,
+        differentiable: bool = False,
+        state_dtype: StateDtype = None,
+    ) -> None:
+        defaults: Numbers = {"lr": lr, "betas": betas, "eps": eps, "clip": clip, "weight_decay": weight_decay}
+        defaults["confidence"] = confidence
+        options: dict[str, Any] = {"fused": fused, "maximize": maximize, "state_dtype": state_dtype}
+        super().__init__(params, defaults, **options, differentiable=differentiable)
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        """Refuses what is out of range; warns where the instability is averaged over fewer steps than the squares."""
+        check_positive(lr=float(group["lr"]), clip=group["clip"])
+        check_not_negative(weight_decay=group["weight_decay"])
+        check_betas(group["betas"], 3)
+        if not isinstance(group["eps"], Sequence) or len(group["eps"]) != 2:
+            raise InputError(f"eps must be two numbers > 0, for squares and for residues, got {group['eps']!r}")
+        check_positive(eps1=group["eps"][0], eps2=group["eps"][1])
+        check_inside(**{f"beta{i + 1}": beta for i, beta in enumerate(group["betas"]) if i})
+        if group["confidence"] and group["betas"][2] <= group["betas"][1]:
+            warnings.warn(f"CAME wants betas[2] above betas[1], got {tuple(group['betas'])}", stacklevel=2)
+
+    def new_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        """M, and rows and columns of the two squares; a full square for a vector."""
+        state = {"exp_avg": state_like(parameter, group["state_dtype"], squares=False)}
+        if parameter.ndim < 2:
+            return state | {"exp_avg_sq": state_like(parameter, None, squares=True)}
+        for row, col in (_SQUARES, _RESIDUES) if group["confidence"] else (_SQUARES,):
+            state |= {row: margin_like(parameter, -1), col: margin_like(parameter, -2)}
+        return state
+
+    def forms(self, group: dict[str, Any]) -> tuple[Form, Form | None]:
+        """The rules; there is none for lists."""
+        return _either, None
+
+    def arguments(self, leaf: Leaf, group: dict[str, Any]) -> tuple[tuple[Tensor, ...], Numbers]:
+        """Tensors and numbers of `came_` or `came_vector_`."""
+        numbers = {name: group[name] for name in ("lr", "clip", "weight_decay")}
+        numbers |= {"betas": tuple(group["betas"]), "eps": tuple(group["eps"]), "shape": tuple(leaf.shape)}
+        return (leaf.w, leaf.g, *(leaf.state[name] for name in self.STATE if name in leaf.state)), numbers
+
+
+def _either(w: Tensor, g: Tensor, *state: Tensor, **numbers: Any) -> Rule:
+    return came_(w, g, *state, **numbers) if w.ndim > 1 else came_vector_(w, g, *state, **numbers)
+
+
+def _averages_(r: Tensor, c: Tensor, squares: Tensor, beta: float, eps: float, shape: Sequence[int]) -> Any:
+    """R and C take the means of squares + ε along rows and columns of the whole tensor."""
+    last = squares.ndim - 1
+    rows = yield Sum(squares.sum(-1), over=(last,))
+    r.lerp_(rows.div(max(shape[-1], 1)).add_(eps), 1 - beta)
+    columns = yield Sum(squares.sum(-2), over=(last - 1,))
+    c.lerp_(columns.div(max(shape[-2], 1)).add_(eps), 1 - beta)
+
+
+def _relative(r: Tensor, shape: Sequence[int]) -> Any:
+    """R/⟨R⟩ along the rows of the whole tensor."""
+    total = yield Sum(r.sum(-1, keepdim=True), over=(r.ndim - 1,))
+    return r * (max(shape[-2], 1) / total)
