@@ -309,6 +309,14 @@ def test_activation_checkpointing_changes_nothing():
         assert torch.equal(p.grad, q.grad), name
 
 
+@pytest.mark.slow  # to load the compiler takes long
+def test_a_compiled_model_trains_the_same():
+    one, two = network(), network()
+    ours(one, data(6), 1)
+    ours(torch.compile(two, backend="eager"), data(6), 1)
+    assert_same(one, two)
+
+
 Picture = namedtuple("Picture", "label pixels")
 
 
@@ -368,7 +376,7 @@ def test_settings_are_read_at_each_step():
 
 @pytest.mark.parametrize("tau", [0, 2])
 @pytest.mark.parametrize("at", [1, 4, 8])
-def test_a_run_goes_on_from_its_state_bit_for_bit(at, tau):
+def test_a_run_goes_on_from_its_state_bit_for_bit(tmp_path, at, tau):
     def train(model, optimizer, adversarial, batches, until):
         for batch in adversarial.batches(batches):
             optimizer.zero_grad()
@@ -387,7 +395,8 @@ def test_a_run_goes_on_from_its_state_bit_for_bit(at, tau):
     train(*first, data(9), at)
     states = [copy.deepcopy(part.state_dict()) for part in first]
     assert states[2]["step"] == at and len(states[2]["adversarial"]) == min(at, tau, 9 - at)
-    for part, state in zip(second, states, strict=True):
+    torch.save(states, tmp_path / "states.pt")
+    for part, state in zip(second, torch.load(tmp_path / "states.pt", weights_only=True), strict=True):
         part.load_state_dict(state)
     train(*second, data(9)[at:], None)
     assert all(torch.equal(p, q) for p, q in zip(whole[0].state_dict().values(), second[0].state_dict().values()))

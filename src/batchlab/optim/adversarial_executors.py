@@ -18,6 +18,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from multiprocessing import process
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, Protocol
@@ -129,15 +130,22 @@ class Processed:
             raise InputError("the executor is closed: make a new ConcurrentAdversarial")
         slot, _ = self._replicas.now()
         made: Any = torch.empty_like(x, requires_grad=False)
-        answer = _Answer(self, made.share_memory_())
+        answer = _Answer(made.share_memory_())
         try:  # a copy, since to send a tensor moves its storage, which may be the caller's NumPy array
-            self._link.send((slot, copy.deepcopy(batch), settings, answer.made))
+            self._link.send((slot, *copy.deepcopy((batch, settings)), answer.made))
         except OSError:
             raise BatchlabError(self._gone()) from None
         self._waiting.append(answer)
-        return answer
+        return partial(self._result, answer)
 
-    def receive(self) -> None:
+    def _result(self, answer: _Answer) -> Tensor:
+        while not answer.there:
+            self._receive()
+        if answer.error is not None:
+            raise BatchlabError(f"an adversarial input could not be made in the second process:\n{answer.error}")
+        return answer.made
+
+    def _receive(self) -> None:
         """Waits for the oldest answer that is not there yet."""
         while not self._link.poll(PATIENCE_S):
             if not self._process.is_alive():
@@ -164,17 +172,9 @@ class Processed:
 class _Answer:
     """The input that the process writes, and the text of what went wrong there."""
 
-    def __init__(self, executor: Processed, made: Tensor) -> None:
-        self._executor, self.made = executor, made
+    def __init__(self, made: Tensor) -> None:
+        self.made, self.there = made, False
         self.error: str | None = None
-        self.there = False
-
-    def __call__(self) -> Tensor:
-        while not self.there:
-            self._executor.receive()
-        if self.error is not None:
-            raise BatchlabError(f"an adversarial input could not be made in the second process:\n{self.error}")
-        return self.made
 
 
 class Replicas:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from batchlab.core.checks import holds
 from batchlab.core.errors import InputError
-from batchlab.optim.dual_batchnorm import use_bn
+from batchlab.optim.dual_batchnorm import Branch, use_bn
 
 Loss = Callable[[nn.Module, Any], Tensor]
 Bounds = tuple[float | Tensor, float | Tensor]
@@ -48,13 +48,14 @@ def adversarial_input(
     norm: Norm = "linf",
     clip: Bounds | None = None,
     input_key: Any = 0,
+    branch: Branch = "aux",
 ) -> Tensor:
     """x̂ = clip(x + perturbation(∇_x l(θ; x, y))), detached, of the shape, dtype and device of x.
 
-    Arguments are those of `ConcurrentAdversarial`, and this is its phase B. Meanwhile the model is in evaluation mode
-    with its auxiliary BatchNorms in use: the gradient is each example's own, and weights, buffers and `.grad` stay bit
-    for bit. Autocast around the call is off inside: a loss that shall run in lower precision enters it itself. With
-    `clip`, x̂ lies in the range; x must lie in it too, or it moves further than ρ.
+    Arguments are those of `ConcurrentAdversarial`, and this is its phase B; branch: the BatchNorms in use, "main" to
+    attack a trained model. Meanwhile the model is in evaluation mode: the gradient is each example's own, and weights,
+    buffers and `.grad` stay bit for bit. Autocast around the call is off inside: a loss that shall run in lower
+    precision enters it itself. With `clip`, x̂ lies in the range; x must lie in it too, or it moves further than ρ.
     Raises `InputError` for a bad ρ, norm or range, an input that is not of floating point, a loss that is no scalar
     or does not depend on the input.
 
@@ -67,7 +68,7 @@ def adversarial_input(
     check_perturbation(rho, norm, clip)
     x = input_of(batch, input_key).detach().requires_grad_()
     outside = torch.autocast(x.device.type, enabled=False)
-    with torch.enable_grad(), outside, _evaluating(model), use_bn(model, "aux"):
+    with torch.enable_grad(), outside, _evaluating(model), use_bn(model, branch):
         loss = checked_loss(loss_fn(model, with_input(batch, input_key, x)))
         (gradient,) = torch.autograd.grad(loss, x, allow_unused=True) if loss.requires_grad else (None,)
     if gradient is None:
