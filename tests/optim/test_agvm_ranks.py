@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from batchlab.core.errors import InputError
 from batchlab.optim.agvm import AGVM
-from batchlab.optim.create import first_step
+from batchlab.optim.by_name import first_step
 from tests.optim.two_heads import OPTIMIZERS, batch, cut, loss, parts, two_heads, weights
 from tests.spine.forked import in_ranks
 
