@@ -605,6 +605,8 @@ def test_refusals():
         VRAdam([w], beta3=1)
     with pytest.raises(InputError, match='second_moment must be "scaled" or "raw", got \'both\''):
         VRLAMB([w], lr=0.1, second_moment="both")
+    with pytest.raises(InputError, match="process_group must be a torch.distributed.ProcessGroup that this rank is in"):
+        VRGradient([w], process_group="all")
     with pytest.raises(InputError, match="params must name each parameter once"):
         VRGradient([w, w])
     with pytest.raises(InputError, match="params must be an optimizer, or tensors"):

@@ -122,6 +122,11 @@ class VRGradient:
         if groups is not None:
             enough_groups(groups)
             check_count(FEWEST_GROUPS, groups=groups)
+        if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
+            raise InputError(
+                "process_group must be a torch.distributed.ProcessGroup that this rank is in, or None, got "
+                f"{process_group!r:.80}: of a mesh give mesh.get_group()"
+            )
         self.gamma, self.ema, self.cap, self.groups = gamma, ema, cap, groups
         self.process_group = process_group
         self.state: dict[Tensor, dict[str, Tensor]] = {}
@@ -136,7 +141,7 @@ class VRGradient:
         self._sums: dict[Tensor, _Sums] = {}
         self._sizes: list[float] = []
         self._sized: bool | None = None
-        self._last = 0.0
+        self._last: Tensor | None = None
         self.finished = False
 
     @property
@@ -168,7 +173,8 @@ class VRGradient:
         found = [(self._of(parameter), _taken(parameter)) for _, parameter in members if self._known(parameter)]
         _add(found, size, before)
         if self.process_group is not None:
-            self._last = float(sum(float(g.sum(dtype=torch.float64)) for _, g in found if g is not None))
+            sums = [g.sum(dtype=torch.float64) for _, g in found if g is not None]
+            self._last = torch.stack([each.to(sums[0].device) for each in sums]).sum()
         self._sizes.append(size)
         self._sized, self.finished = examples is not None, False
 
@@ -282,10 +288,11 @@ class VRGradient:
         seen = [float(parameter in self._sums) for parameter in members]
         counts = torch.tensor([float(self.added), mine, *seen], dtype=torch.float64, device=device)
         dist.all_reduce(counts, group=self.process_group)
-        ends = torch.tensor([self._last, -self._last], dtype=torch.float64, device=device)
+        last = counts.new_zeros(()) if self._last is None else self._last.to(device)
+        ends = torch.stack([last, -last])
         dist.all_reduce(ends, dist.ReduceOp.MAX, group=self.process_group)
         groups, examples, *seen = counts.tolist()
-        if self._last and ends[0] == -ends[1] and dist.get_world_size(self.process_group) > 1:
+        if ends[0] and ends[0] == -ends[1] and dist.get_world_size(self.process_group) > 1:
             raise InputError(
                 "all ranks have the same gradient, averaged before finish() could compare them: run the backward "
                 "passes in DDP's no_sync() or with keep_local, or set process_group to None"
