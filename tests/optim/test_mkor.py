@@ -747,6 +747,27 @@ def test_ranks_agree_where_they_do_unequal_work(tmp_path):
     assert in_ranks(2, tmp_path, unequal_work) == [0, 0]
 
 
+def spread_in_other_ways():
+    """A gradient that is a sum still to be taken, and a layer that is called with DTensors."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_module, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (1,))
+    layer = distribute_module(nn.Linear(4, 2, dtype=DOUBLE), mesh)
+    optimizer = made(layer, inv_freq=1)
+    with pytest.raises(InputError, match=r"layer '' is called with DTensors \(tensor parallel\): put it in ignore"):
+        layer(distribute_tensor(drawn(3, 4), mesh, [Replicate()]))
+    optimizer._layers[0].A, optimizer._layers[0].G = torch.eye(5, dtype=DOUBLE), torch.eye(2, dtype=DOUBLE)
+    optimizer.steps, optimizer.inv_freq = 1, 2
+    layer.weight.grad = DTensor.from_local(drawn(2, 4), mesh, [Partial()])
+    with pytest.raises(InputError, match="the gradient of weight is a sum still to be taken over ranks: redistribute"):
+        optimizer.step()
+
+
+def test_what_is_spread_otherwise_is_refused(tmp_path):
+    assert in_ranks(1, tmp_path, spread_in_other_ways) == [0]
+
+
 # Bad input
 
 
@@ -827,6 +848,9 @@ def test_gradients_and_weights_that_cannot_be_preconditioned_are_refused_by_name
         optimizer.step()
     with pytest.raises(InputError, match="the weight of layer '' is complex, MKOR needs real ones"):
         made(nn.Linear(2, 2, dtype=torch.complex64))
+    optimizer.loss_scale, optimizer.inv_freq = 0.0, 1
+    with pytest.raises(InputError, match="loss_scale must be finite and > 0, got 0.0"):
+        model(batch(0)[0])
     lazy = nn.Sequential(nn.LazyLinear(2), nn.Linear(2, 2))
     with pytest.raises(InputError, match="layer '0' is lazy: run one forward pass before MKOR is made"):
         MKOR(lazy, torch.optim.SGD(lazy[1].parameters(), lr=0.1))

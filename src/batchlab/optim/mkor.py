@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from batchlab.core.checks import check_count, check_inside, check_share, holds, is_count
+from batchlab.core.checks import check_count, check_inside, check_positive, check_share, holds, is_count
 from batchlab.core.errors import InputError
 from batchlab.optim.mkor_factors import Knee, Variant, input_sums, output_sum, wide_dtype
 from batchlab.optim.mkor_layers import Layer, layers_of, mean_over_ranks, over_ranks
@@ -156,6 +156,7 @@ class MKOR(torch.optim.Optimizer):
             return
         if is_spread(x) or is_spread(output):
             raise InputError(f"layer {layer.name!r} is called with DTensors (tensor parallel): put it in ignore")
+        check_positive(loss_scale=self.loss_scale)
         clipped, scale, dtype = self.variant == "released", self.loss_scale, self._dtype
         inputs = input_sums(module, x.detach(), dtype, clipped=clipped)
 
