@@ -45,7 +45,7 @@ from torch.utils.data import DataLoader
 from batchlab import Job
 from batchlab.core.errors import InputError
 from batchlab.measure.memory.micro_batch import find_micro_batch
-from batchlab.optim.create import create
+from batchlab.optim.by_name import create
 from batchlab.workloads.examples import Examples, collate
 from batchlab.workloads.models import ByteTransformer, ConvNet
 from batchlab.workloads.objectives import cross_entropy

@@ -10,7 +10,7 @@ from batchlab.core.errors import InputError
 from batchlab.core.random import derive_seed
 from batchlab.data.stream import SampleStream
 from batchlab.measure.training_step import TrainingStep
-from batchlab.optim.create import names
+from batchlab.optim.by_name import names
 from tests.spine.jobs import squared_error, toy_job
 
 CPU = torch.device("cpu")

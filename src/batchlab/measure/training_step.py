@@ -14,7 +14,7 @@ from batchlab.core.model import make_model
 from batchlab.core.random import derive_seed, reseed
 from batchlab.data.fetch import fetch, to_device
 from batchlab.data.stream import SampleStream
-from batchlab.optim.create import create
+from batchlab.optim.by_name import create, step_alone
 
 
 class TrainingStep:
@@ -61,7 +61,7 @@ class TrainingStep:
     def _allocate_state(self) -> None:
         self.phase = "step"
         self.hold_gradients()
-        self.optimizer.step()
+        step_alone(self.optimizer)
 
     def __call__(self, size: int) -> None:
         """One whole step with `size` examples, the last micro-batch of an update that accumulates."""
@@ -90,7 +90,7 @@ class TrainingStep:
     def step(self) -> None:
         """The optimizer's step, and the gradients dropped."""
         self.phase = "step"
-        self.optimizer.step()
+        step_alone(self.optimizer)
         self.clear()
 
     def reset_optimizer(self) -> None:

@@ -58,9 +58,10 @@ def came_(
     if weight_decay != 0:
         w.mul_(1 - lr * weight_decay)
     if residues:
-        yield from _averages_(*residues, u.sub_(m).square_(), betas[2], eps[1], shape)
-        rho = yield from _relative(residues[0], shape)
-        w.addcmul_(m, torch.mul(rho.rsqrt().unsqueeze(-1), (residues[1].rsqrt() * -lr).unsqueeze(-2), out=u))
+        rq, cq = residues
+        yield from _averages_(rq, cq, u.sub_(m).square_(), betas[2], eps[1], shape)
+        rho = yield from _relative(rq, shape)
+        w.addcmul_(m, torch.mul(rho.rsqrt().unsqueeze(-1), (cq.rsqrt() * -lr).unsqueeze(-2), out=u))
     else:
         w.sub_(torch.mul(m, lr, out=u))
     return {"clip_ratio": 1 / shrunk}
@@ -154,8 +155,8 @@ class CAME(RuleOptimizer):
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Refuses what is out of range; warns where the instability is averaged over fewer steps than the squares."""
-        check_positive(lr=float(group["lr"]), clip=group["clip"])
-        check_not_negative(weight_decay=group["weight_decay"])
+        check_positive(clip=group["clip"])
+        check_not_negative(lr=float(group["lr"]), weight_decay=group["weight_decay"])
         check_betas(group["betas"], 3)
         if not isinstance(group["eps"], Sequence) or len(group["eps"]) != 2:
             raise InputError(f"eps must be two numbers > 0, for squares and for residues, got {group['eps']!r}")

@@ -333,7 +333,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 
 
 def _within(name: str, prefix: str) -> bool:
-    return name == prefix or name.startswith(prefix + ".")
+    return not prefix or name == prefix or name.startswith(prefix + ".")
 
 
 def _either(*tensors: Tensor, orthogonal: bool, **numbers: Any) -> Rule:

@@ -44,6 +44,7 @@ _KINDS: dict[str, Kind] = {
     "sgdw": Kind("sgd", f"{_LINEAR}; decoupled decay has a rule of its own"),
     "asgd": Kind("sgd", f"{_LINEAR}; averaging the weights changes no step"),
     "sgdschedulefree": Kind("sgd", f"{_LINEAR}; {_UNTESTED}"),
+    "vrsgd": Kind("sgd", f"{_LINEAR}, times a share that agreement gives; its paper mostly takes √B"),
     "kfac": Kind("sgd", f"{_LINEAR}: Fisher factors are those of single examples; {_UNTESTED}"),
     "adam": Kind("adam", f"{_MOMENTS}; {_SDE}"),
     "adamw": Kind("adam", f"{_MOMENTS}; {_SDE}, the decay apart"),
@@ -75,6 +76,10 @@ _KINDS: dict[str, Kind] = {
     "signsgd": Kind("adam", "it steps by the sign of the gradient; square root and peak by Li et al. 2024"),
     "signum": Kind("adam", f"{_SIGN}, without momentum, by Li et al. 2024, arXiv 2405.14578"),
     "lion": Kind("adam", f"{_SIGN}, without momentum, by Li et al. 2024, arXiv 2405.14578, which names Lion"),
+    "vradam": Kind("adam", f"{_MOMENTS}, as Adam's; its paper, arXiv 2309.13681, mostly takes √B"),
+    "vrlamb": Kind("adam", f"{_LAYER} to its weights' norm; its paper, arXiv 2309.13681, mostly takes √B"),
+    "vrlars": Kind("adam", f"{_LAYER} to its weights' norm; its paper, arXiv 2309.13681, mostly takes √B"),
+    "mtadamw": Kind("adam", f"each task's gradient is of one length, and {_MOMENTS}; {_UNTESTED}"),
     "lamb": Kind(
         "adam", f"{_LAYER} to its weights' norm; square root by You et al. 2020, arXiv 1904.00962, batch 512 to 32768"
     ),
@@ -88,14 +93,25 @@ _KINDS: dict[str, Kind] = {
         "its step has singular values of about 1 whatever the gradient's size, by orthogonalised momentum; "
         f"{_UNTESTED}. Its other tensors go by their own optimizer",
     ),
+    "smallfclopt": Kind("adam", f"a learned step from features divided by their own size; {_UNTESTED}"),
+    "dmuon": Kind(
+        "adam",
+        "its step has singular values of about 1 whatever the gradient's size, by orthogonalised momentum; "
+        f"{_UNTESTED}. Its other tensors go by AdamW",
+    ),
     "adagrad": Kind(
         "adagrad",
         "its step is divided by the root of the sum of all squared gradients: a k times larger batch sums k times "
         f"fewer of k times smaller ones, and so makes k times fewer, k times larger steps. Derived here; {_UNTESTED}",
     ),
+    "adagradnorm": Kind("adagrad", f"as Adagrad's, with one sum over all coordinates. Derived here; {_UNTESTED}"),
 }
 
 _WITHOUT: dict[str, str] = {
+    "egn": "its step solves for the batch's own curvature, and its damping moves it more than its rate",
+    "mkor": "it hands its direction to another optimizer: name that one",
+    "agvm": "it gives factors to the rates of another optimizer: name that one",
+    "diloco": "its inner optimizer has one, and its own is rules.batch.diloco_law",
     "adadelta": "it makes its step from the size of its own last steps",
     "prodigy": "it finds its learning rate by itself, and the one given is a factor of that",
     "dadaptadam": "it finds its learning rate by itself, and the one given is a factor of that",
@@ -108,10 +124,13 @@ _WITHOUT: dict[str, str] = {
 FAMILY: dict[str, Family] = {name: kind.family for name, kind in _KINDS.items()}
 
 _DECAYS: dict[Decay, tuple[str, ...]] = {
-    "decoupled": ("adamw", "sgdw", "lion", "muon", "adafactor", "came", "sophia", "ademamix"),
-    "l2": ("sgd", "nag"),
+    "decoupled": (
+        *("adamw", "sgdw", "lion", "muon", "adafactor", "came", "sophia", "ademamix"),
+        *("dmuon", "signum", "mars", "vradam", "mtadamw", "adagradnorm"),
+    ),
+    "l2": ("sgd", "nag", "vrsgd"),
     "adaptive_l2": ("adam", "adamax", "nadam", "radam", "rmsprop", "adagrad", "adadelta"),
-    "normalised": ("lamb", "lars"),
+    "normalised": ("lamb", "lars", "vrlamb", "vrlars"),
 }
 DECAY: dict[str, Decay] = {name: decay for decay, names in _DECAYS.items() for name in names}
 
@@ -160,7 +179,7 @@ def decay_kind(optimizer: str) -> Decay:
     before the step is rescaled to the weights' norm. "unknown": it has none, or implementations differ, or it was not
     looked up; no rule may lean on it. Raises `InputError` for a name that is not known at all.
 
-    >>> decay_kind("AdamW"), decay_kind("adam"), decay_kind("lamb"), decay_kind("signum")
+    >>> decay_kind("AdamW"), decay_kind("adam"), decay_kind("lamb"), decay_kind("yogi")
     ('decoupled', 'adaptive_l2', 'normalised', 'unknown')
     """
     name = plain_name(optimizer)

@@ -12,7 +12,7 @@ from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate, Facts
 from batchlab.core.job import Job
 from batchlab.core.plan import FrontierRow, Plan, Reason
-from batchlab.optim.create import defaults
+from batchlab.optim.by_name import defaults
 from batchlab.planner import batch as goals
 from batchlab.planner import cadence
 from batchlab.planner.frontier_rows import device_grid, frontier, size_grid, size_range

@@ -22,7 +22,7 @@ from batchlab.measure.course.learning_rate import Choice
 from batchlab.measure.memory.micro_batch import MicroBatch, find_micro_batch
 from batchlab.measure.order import median_interval
 from batchlab.measure.speed.step_time import Throughput, throughput
-from batchlab.optim.create import check_name, first_step
+from batchlab.optim.by_name import check_name, first_step
 from batchlab.parallel.agree import from_first_rank
 from batchlab.spine.base_rate import Spread, base_rate, check_first_loss
 from batchlab.spine.gather import gather

@@ -60,6 +60,14 @@ _TRAITS = {
     "sophia": Traits(_ADAM, 2, (1,)),
     "adan": Traits(_ADAM, 3, (2,), True),
     "ademamix": Traits(_ADAM, 3, (1,), True),
+    "mars": Traits(_ADAM, 2, (1,), True),
+    "dmuon": Traits(("momentum", "weight_decay")),
+    "vrsgd": Traits(("momentum", "weight_decay")),
+    "vradam": Traits(_ADAM, 2, (1,), True),
+    "vrlars": Traits(("momentum", "weight_decay")),
+    "vrlamb": Traits(_ADAM, 2, (1,), True),
+    "mtadamw": Traits(_ADAM, 2, (1,), True),
+    "adagradnorm": Traits(("weight_decay",)),
 }
 _ANY = Traits(SETTINGS, None, (1,), True)
 

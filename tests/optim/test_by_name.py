@@ -1,4 +1,4 @@
-"""Optimizers by name are torch's own, with decay on matrices alone."""
+"""Optimizers by name: torch's own and batchlab's, with groups that suit them."""
 
 import inspect
 
@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from batchlab import optim
 from batchlab.core.errors import InputError
-from batchlab.optim.create import create, defaults, groups, names
+from batchlab.optim.by_name import BY_HAND, NUMBERS, create, defaults, first_step, groups, names, step_alone
 from tests.spine.forked import in_ranks
 
 TORCH = {
@@ -46,7 +47,7 @@ def by_hand(name, net, weight_decay, **settings):
     return TORCH[name](both, **settings)
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", TORCH)
 def test_it_takes_the_steps_of_torchs_own(name):
     """At the settings given, and at the defaults: torch's own but for SGD's momentum of 0.9."""
     ours = trained(lambda net: create(name, net, **SETTINGS[name]))
@@ -59,9 +60,8 @@ def test_it_takes_the_steps_of_torchs_own(name):
     assert (ours - plain).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", TORCH)
 def test_the_defaults_are_what_is_used_and_torchs_own(name):
-    assert names() == sorted(TORCH)
     stated, optimizer = defaults(name), create(name, model())
     assert stated["weight_decay"] == optimizer.param_groups[0]["weight_decay"]
     assert optimizer.param_groups[1]["weight_decay"] == 0.0
@@ -73,6 +73,69 @@ def test_the_defaults_are_what_is_used_and_torchs_own(name):
     assert set(stated) == {"betas", "eps", "weight_decay", "momentum", "alpha"} & set(plain)
 
 
+OURS = {
+    "adagrad_norm": optim.AdaGradNorm,
+    "ademamix": optim.AdEMAMix,
+    "came": optim.CAME,
+    "dmuon": optim.DMuon,
+    "lamb": optim.LAMB,
+    "lars": optim.LARS,
+    "lion": optim.Lion,
+    "mars": optim.MARS,
+    "muon": optim.Muon,
+    "signum": optim.Signum,
+    "small_fc_lopt": optim.LearnedOptimizer,
+    "vradam": optim.VRAdam,
+    "vrlamb": optim.VRLAMB,
+    "vrlars": optim.VRLARS,
+    "vrsgd": optim.VRSGD,
+}
+
+
+def test_every_name_is_made():
+    assert names() == sorted(TORCH | OURS)
+    assert not set(BY_HAND) & set(names())
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_ours_are_made_with_their_defaults_and_no_decay_on_vectors(name):
+    optimizer = create(name, model(), lr=0.1)
+    assert type(optimizer) is OURS[name]
+    stated = defaults(name)
+    assert set(stated) <= set(NUMBERS) and stated["weight_decay"] == optimizer.param_groups[0]["weight_decay"]
+    assert all(optimizer.param_groups[0][key] == value for key, value in stated.items())
+    assert optimizer.param_groups[-1]["weight_decay"] == 0.0
+    assert [n for g in optimizer.param_groups for n in g["param_names"] if "bias" in n] == [
+        "0.bias",
+        "1.bias",
+        "3.bias",
+    ]
+    first_step(name)
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_step_alone_moves_every_tensor(name):
+    net = model()
+    before = [p.detach().clone() for p in net.parameters()]
+    optimizer = create(name, net, lr=0.1)
+    net(torch.randn(8, 5, dtype=torch.float64)).square().mean().backward()
+    step_alone(optimizer)
+    assert all((a != b).any() for a, b in zip(net.parameters(), before, strict=True))
+
+
+def test_muon_has_the_hidden_matrices():
+    net = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 9))
+    found = {name: group["use_muon"] for group in create("muon", net).param_groups for name in group["param_names"]}
+    assert {name for name, used in found.items() if used} == {"1.weight"} and len(found) == 5
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_what_needs_more_than_a_model_says_how_it_is_made(name):
+    with pytest.raises(InputError, match=rf"optimizer '{name}' is not made by name alone: it.*batchlab\.optim\."):
+        create(name, model())
+    assert getattr(optim, BY_HAND[name].split("batchlab.optim.")[1].split("(")[0])
+
+
 def test_each_trained_parameter_stands_once():
     net = model()
     net[0].weight.requires_grad_(False)
@@ -80,7 +143,7 @@ def test_each_trained_parameter_stands_once():
     net.tied.weight = net[3].weight
     found = groups(net, 0.1)
     assert [group["weight_decay"] for group in found] == [0.1, 0.0]
-    assert [list(map(id, group["params"])) for group in found] == [
+    assert [[id(p) for _, p in group["params"]] for group in found] == [
         [id(net[3].weight)],
         [id(p) for p in (net[0].bias, net[1].weight, net[1].bias, net[3].bias)],
     ]
@@ -89,7 +152,7 @@ def test_each_trained_parameter_stands_once():
 
 def test_the_fused_step_is_taken_where_there_is_one_and_the_caller_says_nothing():
     net = model()
-    fused = {name: create(name, net).defaults.get("fused") for name in names()}
+    fused = {name: create(name, net).defaults.get("fused") for name in TORCH}
     assert fused == {"adam": True, "adamw": True, "rmsprop": None, "sgd": True}
     assert not create("adam", net, foreach=True).defaults["fused"]
     assert not create("adam", net, fused=False).defaults["fused"]
@@ -100,7 +163,9 @@ def test_the_fused_step_is_taken_where_there_is_one_and_the_caller_says_nothing(
 @pytest.mark.parametrize(
     ("name", "net", "hyperparameters", "message"),
     [
-        ("adan", nn.Linear(2, 1), {}, r"optimizer must be one of \['adam', 'adamw', 'rmsprop', 'sgd'\], got 'adan'"),
+        ("adan", nn.Linear(2, 1), {}, r"optimizer must be one of \['adagrad_norm', 'adam', .*'vrsgd'\], got 'adan'"),
+        ("lars", nn.Linear(2, 1), {"lr": 1.0, "trust": 0.0}, "trust must be finite and > 0, got 0.0"),
+        ("vrsgd", nn.Linear(2, 1), {"lr": -1.0}, "lr"),
         (
             "sgd",
             nn.Linear(2, 1),
@@ -122,7 +187,7 @@ def test_bad_input_is_named(name, net, hyperparameters, message):
 def _sharded_steps():
     from torch.distributed.fsdp import fully_shard
 
-    for name in names():
+    for name in TORCH:
         plain, sharded = model(), fully_shard(model())
         for net in (plain, sharded):
             optimizer = create(name, net, lr=0.03)

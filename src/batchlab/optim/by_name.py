@@ -1,0 +1,181 @@
+"""Optimizers by name, with groups that suit them: decay on matrices alone, embeddings and heads out of Muon."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+from torch import nn
+
+from batchlab.core.errors import InputError
+from batchlab.parallel.shards import is_spread
+
+ADAM_LIKE = frozenset({"adam", "adamw", "rmsprop"})
+_FUSED_WHERE_SPREAD = frozenset({"adam", "adamw"})
+
+
+class _Known(NamedTuple):
+    """where: the class, as module:name. ours: defaults that are not the class's. split: which groups it takes."""
+
+    where: str
+    ours: Mapping[str, Any] = {}
+    split: Literal["decay", "muon"] = "decay"
+
+
+_OPTIMIZERS: dict[str, _Known] = {
+    "sgd": _Known("torch.optim:SGD", {"momentum": 0.9}),
+    "adam": _Known("torch.optim:Adam"),
+    "adamw": _Known("torch.optim:AdamW", {"weight_decay": 0.01}),
+    "rmsprop": _Known("torch.optim:RMSprop"),
+    "adagrad_norm": _Known("batchlab.optim.adagrad_norm:AdaGradNorm"),
+    "ademamix": _Known("batchlab.optim.ademamix:AdEMAMix"),
+    "came": _Known("batchlab.optim.came:CAME"),
+    "dmuon": _Known("batchlab.optim.muon:DMuon", split="muon"),
+    "lamb": _Known("batchlab.optim.lamb:LAMB", {"weight_decay": 0.01}),
+    "lars": _Known("batchlab.optim.lars:LARS"),
+    "lion": _Known("batchlab.optim.lion:Lion"),
+    "mars": _Known("batchlab.optim.mars:MARS"),
+    "muon": _Known("batchlab.optim.muon:Muon", split="muon"),
+    "signum": _Known("batchlab.optim.signum:Signum"),
+    "small_fc_lopt": _Known("batchlab.optim.learned:LearnedOptimizer"),
+    "vradam": _Known("batchlab.optim.vrgd_optimizers:VRAdam"),
+    "vrlamb": _Known("batchlab.optim.vrgd_optimizers:VRLAMB", {"weight_decay": 0.01}),
+    "vrlars": _Known("batchlab.optim.vrgd_optimizers:VRLARS"),
+    "vrsgd": _Known("batchlab.optim.vrgd_optimizers:VRSGD", {"momentum": 0.9}),
+}
+BY_HAND: dict[str, str] = {
+    "agvm": "it wraps another and takes gradients of two halves of a batch: batchlab.optim.AGVM(optimizer)",
+    "diloco": "it wraps another on every replica: batchlab.optim.DiLoCo(optimizer, ...)",
+    "egn": "it steps on inputs and targets, not on gradients: batchlab.optim.EGN(model, loss=...)",
+    "mkor": "it wraps another and watches the model's layers: batchlab.optim.MKOR(model, optimizer)",
+    "mtadamw": "its step is told a task: batchlab.optim.MTAdamW(params, ratios=...)",
+}
+NUMBERS = ("betas", "eps", "weight_decay", "momentum", "alpha", "trust", "gamma", "alpha_warmup", "beta3_warmup")
+
+
+def names() -> list[str]:
+    """The names that `create` knows."""
+    return sorted(_OPTIMIZERS)
+
+
+def check_name(name: str) -> str:
+    """`name` itself; `InputError` naming what exists where there is no such optimizer."""
+    if name in BY_HAND:
+        raise InputError(f"optimizer {name!r} is not made by name alone: {BY_HAND[name]}")
+    if name not in _OPTIMIZERS:
+        raise InputError(f"optimizer must be one of {names()}, got {name!r}")
+    return name
+
+
+def defaults(name: str) -> dict[str, Any]:
+    """The hyperparameters that `create` uses unless told otherwise: the class's own but for those that it says.
+
+    torch's but for SGD's momentum of 0.9; LAMB's weight decay is its paper's for BERT.
+    """
+    accepted = inspect.signature(_class(name)).parameters
+    own = {key: accepted[key].default for key in NUMBERS if key in accepted}
+    return own | dict(_OPTIMIZERS[name].ours)
+
+
+def groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two parameter groups: tensors of two or more dimensions with `weight_decay`, biases and norm scales without.
+
+    Frozen parameters are left out; a shared parameter stands once. Names go with the parameters.
+    """
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    decayed, plain = [pair for pair in trained if pair[1].ndim >= 2], [pair for pair in trained if pair[1].ndim < 2]
+    both = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [group for group in both if group["params"]]
+
+
+def create(name: str, model: nn.Module, **hyperparameters: Any) -> torch.optim.Optimizer:
+    """The optimizer `name` over `model`'s trained parameters; hyperparameters by the class's names.
+
+    Biases and the scales of norms have no weight decay, and LARS, LAMB and their like no adaptation on them. Muon has
+    the hidden matrices; embeddings, the last `nn.Linear` and the vectors take its AdamW: `muon_groups` says otherwise.
+
+    >>> optimizer = create("sgd", nn.Linear(2, 1), lr=0.1)
+    >>> [group["weight_decay"] for group in optimizer.param_groups], optimizer.defaults["momentum"]
+    ([0, 0.0], 0.9)
+    >>> create("lars", nn.Linear(2, 1), lr=2.0).param_groups[1]["param_names"]
+    ['bias']
+    """
+    make = _class(name)
+    accepted = {key: value for key, value in inspect.signature(make).parameters.items() if key != "params"}
+    open_ended = any(value.kind is value.VAR_KEYWORD for value in accepted.values())
+    if (unknown := sorted(set(hyperparameters) - set(accepted))) and not open_ended:
+        raise InputError(f"{name} takes no hyperparameter {unknown[0]!r}; it takes {sorted(accepted)}")
+    settings = dict(_OPTIMIZERS[name].ours) | hyperparameters
+    decay = settings.pop("weight_decay", accepted["weight_decay"].default)
+    parameter_groups = _split(name, model, decay)
+    if not parameter_groups:
+        raise InputError("the model has no parameter that requires a gradient")
+    if name in _TORCHS and not {"fused", "foreach", "capturable", "differentiable"} & settings.keys():
+        settings["fused"] = "fused" in accepted and _fused_is_faster(name, parameter_groups)
+        if not settings["fused"]:
+            del settings["fused"]
+    try:
+        return cast(torch.optim.Optimizer, make(parameter_groups, **settings))
+    except InputError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{name} refuses its hyperparameters: {error}") from None
+
+
+def first_step(name: str) -> None:
+    """One step of `name` on one number: at the first one torch loads its compiler, which takes a second or more."""
+    line = nn.Linear(1, 1)
+    optimizer = create(name, line, lr=0.1)
+    line(torch.ones(1, 1)).sum().backward()
+    step_alone(optimizer)
+    optimizer.zero_grad()
+
+
+def in_groups(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether its step wants the gradient in groups, by `add_group` after each micro-batch's backward pass."""
+    return hasattr(optimizer, "add_group")
+
+
+def step_alone(optimizer: torch.optim.Optimizer) -> None:
+    """A step on the gradient in `.grad` with nothing around it, for its time and memory.
+
+    An optimizer that takes gradients in groups has it as one of two, the other being zero.
+    """
+    if in_groups(optimizer):
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        cast(Any, optimizer).add_group()
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        cast(Any, optimizer).add_group()
+    optimizer.step()
+
+
+_TORCHS = frozenset(name for name, known in _OPTIMIZERS.items() if known.where.startswith("torch."))
+
+
+def _class(name: str) -> Callable[..., Any]:
+    where, what = _OPTIMIZERS[check_name(name)].where.split(":")
+    found: Callable[..., Any] = getattr(import_module(where), what)
+    return found
+
+
+def _split(name: str, model: nn.Module, decay: float) -> list[dict[str, Any]]:
+    if _OPTIMIZERS[name].split == "muon":
+        from batchlab.optim.muon import muon_groups
+
+        return muon_groups(model, weight_decay=decay)
+    return groups(model, decay)
+
+
+def _fused_is_faster(name: str, parameter_groups: list[dict[str, Any]]) -> bool:
+    """On CPU and CUDA torch's fused step is the fastest of its three where it exists: for floating-point parameters.
+
+    For parameters that are spread over ranks torch (2.13) has Adam's alone.
+    """
+    parameters = [p for group in parameter_groups for _, p in group["params"]]
+    if name not in _FUSED_WHERE_SPREAD and any(map(is_spread, parameters)):
+        return False
+    return all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
