@@ -13,6 +13,12 @@ from tests.optim.test_concurrent_adversarial import RHO, assert_same, by_hand, c
 from tests.spine.forked import in_ranks
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _loaded():
+    """What the first step of an optimizer loads is loaded once, not in each rank."""
+    ours(plain(), data(2), 1)
+
+
 def plain():
     torch.manual_seed(0)
     return nn.Sequential(nn.Flatten(), nn.Linear(25, 8), nn.Tanh(), nn.Linear(8, 3)).double()
@@ -37,7 +43,10 @@ def _joined(find_unused, norm, executor):
     assert_same(one, each)
 
 
-@pytest.mark.parametrize(("find_unused", "norm", "executor"), [(False, "linf", "inline"), (True, "l2", "thread")])
+@pytest.mark.parametrize(
+    ("find_unused", "norm", "executor"),
+    [(False, "linf", "inline"), pytest.param(True, "l2", "thread", marks=pytest.mark.slow)],
+)
 def test_two_ranks_are_one_process_on_the_joined_batch(tmp_path, find_unused, norm, executor):
     assert in_ranks(2, tmp_path, _joined, find_unused, norm, executor, timeout=300) == [0, 0]
 
@@ -70,7 +79,7 @@ def _dual(find_unused):
         optimizer.step()
 
 
-@pytest.mark.parametrize("find_unused", [False, True])
+@pytest.mark.parametrize("find_unused", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_gradients_of_both_terms_are_averaged_over_ranks(tmp_path, find_unused):
     assert in_ranks(2, tmp_path, _dual, find_unused, timeout=300) == [0, 0]
 
