@@ -252,6 +252,12 @@ def test_r_tells_signal_from_noise():
     assert abs(signal.mean() - 0.95) < 0.02 and abs(noise.mean() - 0.38) < 0.02
 
 
+def test_gradients_that_vanish_when_divided_or_squared_are_no_nan():
+    gradients = torch.tensor([[1e-45, 1e-30, 1.0, -2.0], [0.0, 2e-30, 2.0, 1.0], [0.0, 3e-30, 3.0, 3.0]])
+    assert (gradients.sum(0) != 0).all() and (gradients.sum(0) / 3)[0] == 0
+    assert multiplier(gradients).tolist() == [pytest.approx(GAMMA), 1.0, 1.0, pytest.approx(GAMMA)]
+
+
 def test_lists_take_the_loops_sums():
     gradients = randn(4, 3, 5, seed=4)
     one, lists = torch.zeros(2, 3, 5).double(), torch.zeros(2, 3, 5).double()
@@ -702,9 +708,10 @@ def classified(kind, rate, seed, *, batch=718, k=8, epochs=60):
 
 @pytest.mark.slow
 def test_miniature_of_large_batches_of_noisy_digits():
-    """Five rates, five seeds. At an equal rate the gap is not larger, and rates that are too large do less harm.
+    """Five rates, five seeds. The gap is smaller in all seeds where steps are long, and too large a rate harms less.
 
-    It is no better at equal train loss: there r acts as a shorter step.
+    At a rate of 0.3 the gaps are equal within 0.003, twice the standard error, so no sign is claimed there. The gap is
+    no smaller at equal train loss: r acts as a shorter step.
     """
     found = {
         (kind, rate): np.array([classified(kind, rate, seed) for seed in range(5)])
@@ -713,8 +720,8 @@ def test_miniature_of_large_batches_of_noisy_digits():
     }
     for (kind, rate), each in found.items():
         print(kind.__name__, rate, each.mean(0).round(3), each.round(3).tolist())
-    for rate in (0.3, 1.0, 3.0):
-        assert found[VRSGD, rate][:, 1].mean() <= found[torch.optim.SGD, rate][:, 1].mean()
+    wider = {rate: found[VRSGD, rate][:, 1] - found[torch.optim.SGD, rate][:, 1] for rate in (0.3, 1.0, 3.0)}
+    assert abs(wider[0.3].mean()) < 0.005 and (wider[1.0] < 0).all() and (wider[3.0] < 0).all()
     for rate in (3.0, 10.0):
         assert found[VRSGD, rate][:, 0].mean() > found[torch.optim.SGD, rate][:, 0].mean()
 

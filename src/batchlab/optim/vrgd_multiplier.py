@@ -40,8 +40,9 @@ def multiplier_(
     s: Tensor, m2: Tensor, *, examples: float, groups: int, count: int, gamma: float, cap: float | None
 ) -> Rule:
     """Turns M into r, from S = N·gbar and M = N·var. count: elements of the whole tensor. cap: of r before its mean."""
-    torch.div(s / examples, m2.div_(examples).sqrt_(), out=m2)
-    r = m2.square_().masked_fill_(s == 0, 0.0)
+    gbar = s / examples
+    torch.div(gbar, m2.div_(examples).sqrt_(), out=m2)
+    r = m2.square_().masked_fill_(gbar == 0, 0.0)
     if cap is not None:
         r.clamp_(max=cap)
     agreed = r >= (groups * torch.finfo(r.dtype).eps) ** -2
