@@ -4,6 +4,10 @@ With b examples, c outputs and d weights, L = (1/b) Σ l_i, g = Jᵀr/b and H = 
 derivatives of l by the outputs), the identity of Duncan and Guttman turns a d x d system into a bc x bc one:
 
     -(H + λI)⁻¹g = -Jᵀ(Q J Jᵀ + bλI)⁻¹r
+
+somax 1.0.1, the authors' JAX library, factors Q + 1e-6·I = L Lᵀ for cross-entropy and then builds L J where Lᵀ J is
+right, so that its curvature is JᵀLᵀLJ: read in its source and recomputed here (JAX was not run), on a 10-17-5 network
+with b = 8 its direction is off by 18 % at λ = 1 and by 137 % at λ = 0.1, with the factor in place by 1e-6.
 """
 
 from __future__ import annotations
@@ -36,8 +40,6 @@ from batchlab.parallel.shards import is_spread
 
 MEMORY_BYTES = 2**30
 
-MEMORY_BYTES = 2**30
-
 
 class EGNStep(NamedTuple):
     """What the last step did. loss: before it. loss_after: None where nothing asked for it.
@@ -67,11 +69,12 @@ class EGN(torch.optim.Optimizer):
     differ in lr, which then scales their part of d, and in nothing else; a search needs one lr. Defaults are the
     authors'; the rates they chose lie between 0.001 and 0.5, and λ = 1 is often too much (see the docs).
 
-    solver: "lu"; "cholesky", half the work (of a caller's Q, it solves with Q + 1e-6·I); "auto" takes Cholesky for
+    solver: "lu"; "cholesky", of a symmetric system (of a caller's Q, with Q + 1e-6·I); "auto" takes Cholesky for
     squared errors and LU else. line_search: on the same batch, a forward pass a try; "armijo" starts from 1.5 times
     the last step, "conservative" from the last one, "goldstein" can grow within a step. Where momentum's direction
     does not descend, the plain one is searched. adaptive_damping: "trust_region" writes λ into the groups after each
-    step, by ρ; no step is taken back. solve_dtype: of K and the solve.
+    step, by ρ on the batch; no step is taken back, and on small noisy batches λ can shrink until the run diverges (see
+    the docs). solve_dtype: of K and the solve.
     chunk: examples differentiated together. memory_bytes: bound on one block of J and on one chunk's Jacobian, 1 GiB.
     max_rows: largest bc. process_group: the ranks that hold the batch together, from the same weights; None is this
     process alone, with or without torchrun. Every rank calls `step` and takes the same step, that of one process with
@@ -79,8 +82,9 @@ class EGN(torch.optim.Optimizer):
 
     State: d elements with momentum, else nothing. Time O(b²c²d + (bc)³) and b·c backward passes of one example; memory
     3 (bc)² of solve_dtype, and J in blocks. Ranks exchange J once, split the product, and solve alike.
-    Not for language-model heads or large batches (bc is limited), noisy targets without tuning of λ and α, or sharded
-    (DTensor) parameters, which are refused. `InputError` for bad input, `TypeError` for a loss without curvature,
+    Not for language-model heads or large batches (bc is limited), noisy targets or classes without tuning of λ and α,
+    or sharded (DTensor) parameters, which are refused. With more rows than weights and λ < 1e-4, Jᵀz loses digits in
+    float32: take float64 weights. `InputError` for bad input, `TypeError` for a loss without curvature,
     `NonFiniteError` where loss, J or the new loss is not finite; the weights then are as they were.
 
     >>> x = torch.tensor([[1.0, 0.0, 2.0], [0.0, 1.0, 1.0]])
