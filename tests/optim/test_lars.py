@@ -1,4 +1,4 @@
-"""LARS does what the paper says of it: steps by norms, free of the gradient's scale, blind to how a weight is written."""
+"""LARS does what the paper says: steps by norms, free of the gradient's scale, blind to how a weight is written."""
 
 import numpy as np
 import pytest

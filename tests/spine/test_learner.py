@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import math
 import statistics
@@ -10,6 +11,7 @@ from torch import nn
 
 from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate
+from batchlab.optim.by_name import names
 from batchlab.spine.learner import Learner
 from batchlab.workloads.digits import digits
 from tests.spine.jobs import squared_error, toy_job, toy_plan
@@ -46,6 +48,32 @@ def test_64_as_1x64_2x32_and_7_plus_57_give_the_same_parameters(optimizer):
         cut.update()
     torch.testing.assert_close(halves, whole, rtol=0, atol=1e-10)
     torch.testing.assert_close(_weights(cut), whole, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("micro_batch", [64, 5])
+def test_gradients_in_groups_of_equal_weight_are_the_whole_batchs(micro_batch):
+    """VRGD whose multiplier is held at 1 is its base; the batch is taken in eight pieces and more."""
+    job, plan = toy_job(), toy_plan(64, micro_batch=64, optimizer="sgd", hyperparameters={"momentum": 0.9})
+    whole = _weights(_trained(job, plan))
+    settings = {"momentum": 0.9, "gamma": 1.0}
+    ours = dataclasses.replace(plan, optimizer="vrsgd", micro_batch=micro_batch, hyperparameters=settings)
+    learner = _trained(job, ours)
+    torch.testing.assert_close(_weights(learner), whole, rtol=0, atol=1e-10)
+    assert len(learner._pieces(64)) >= 8 and learner.noise is None
+    weighed = dataclasses.replace(ours, hyperparameters={"momentum": 0.9})
+    assert (_weights(_trained(job, weighed)) - whole).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("optimizer", names())
+def test_every_optimizer_trains_saves_and_goes_on(optimizer):
+    job = toy_job()
+    plan = toy_plan(64, micro_batch=64, optimizer=optimizer, learning_rate=0.01, hyperparameters={})
+    learner = _trained(job, plan, steps=3)
+    resumed = Learner(job, plan, device="cpu")
+    resumed.load_state_dict(copy.deepcopy(learner.state_dict()))
+    for _ in range(2):
+        assert learner.update().loss == resumed.update().loss
+    assert torch.equal(_weights(learner), _weights(resumed))
 
 
 @settings(max_examples=15)

@@ -134,6 +134,15 @@ def test_learning_rate_is_the_rules_from_the_base():
     assert sgd.hyperparameters["momentum"] == 0.9
 
 
+def test_batchlabs_own_optimizers_are_planned_by_their_rules():
+    slow = made({"optimizer": "ademamix"}, {"batch_size": 256})
+    assert (slow.hyperparameters["alpha_warmup"], slow.hyperparameters["beta3_warmup"]) == (slow.steps, slow.steps)
+    assert slow.learning_rate_rule == "saturating_sqrt" and slow.reasons["alpha"].source == "batchlab"
+    muon = made({"optimizer": "muon"}, {"batch_size": 256})
+    assert muon.hyperparameters["weight_decay"] != 0.1 and muon.reasons["weight_decay"].source.startswith("Bergsma")
+    assert made({"optimizer": "lars"}, {"batch_size": 256}).hyperparameters["weight_decay"] == 5e-4
+
+
 def test_at_the_base_nothing_moves():
     result = made({}, {"batch_size": 32})
     assert result.learning_rate == 1e-3 and result.warmup_examples == 0

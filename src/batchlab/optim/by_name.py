@@ -80,6 +80,11 @@ def defaults(name: str) -> dict[str, Any]:
     return own | dict(_OPTIMIZERS[name].ours)
 
 
+def is_torchs(name: str) -> bool:
+    """Whether the optimizer is torch's own class."""
+    return _OPTIMIZERS[check_name(name)].where.startswith("torch.")
+
+
 def groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two parameter groups: tensors of two or more dimensions with `weight_decay`, biases and norm scales without.
 
@@ -113,7 +118,7 @@ def create(name: str, model: nn.Module, **hyperparameters: Any) -> torch.optim.O
     parameter_groups = _split(name, model, decay)
     if not parameter_groups:
         raise InputError("the model has no parameter that requires a gradient")
-    if name in _TORCHS and not {"fused", "foreach", "capturable", "differentiable"} & settings.keys():
+    if is_torchs(name) and not {"fused", "foreach", "capturable", "differentiable"} & settings.keys():
         settings["fused"] = "fused" in accepted and _fused_is_faster(name, parameter_groups)
         if not settings["fused"]:
             del settings["fused"]
@@ -151,9 +156,6 @@ def step_alone(optimizer: torch.optim.Optimizer) -> None:
             parameter.grad = torch.zeros_like(parameter)
         cast(Any, optimizer).add_group()
     optimizer.step()
-
-
-_TORCHS = frozenset(name for name, known in _OPTIMIZERS.items() if known.where.startswith("torch."))
 
 
 def _class(name: str) -> Callable[..., Any]:

@@ -12,16 +12,18 @@ from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate, Facts
 from batchlab.core.job import Job
 from batchlab.core.plan import FrontierRow, Plan, Reason
-from batchlab.optim.by_name import defaults
+from batchlab.optim.by_name import defaults, is_torchs
 from batchlab.planner import batch as goals
 from batchlab.planner import cadence
 from batchlab.planner.frontier_rows import device_grid, frontier, size_grid, size_range
 from batchlab.planner.prediction import Prediction
 from batchlab.rules import learning_rate as lr_rules
 from batchlab.rules import weight_decay as decay_rules
+from batchlab.rules.optimizer_family import decay_kind
 
 AVERAGE = "Shamir and Zhang 2013, arXiv 1212.1824"
 MCCANDLISH, POWER_LINES = "McCandlish et al. 2018, arXiv 1812.06162", "Bergsma et al. 2025, arXiv 2505.13738"
+ADEMAMIX = "Pagliardini et al. 2024, arXiv 2409.03137"
 MEASURED, OURS, USER, TORCH = "measured", "batchlab", "user", "torch default"
 KEPT = {"betas": "kept as in the reference run: beta^k holds only far below the noise scale (rules.adam)"}
 SPLIT_COST = 1.05
@@ -67,7 +69,7 @@ def plan(
     size = _size(why, facts, prediction, rows, chosen, goal=None if batch_size else goal)
     layout = _layout(why, facts, chosen)
     length = _length(why, facts, prediction, chosen, layout)
-    optimizer = _optimizer(why, facts, prediction, chosen)
+    optimizer = _optimizer(why, facts, prediction, chosen, length["steps"])
     why.keep("frontier", len(rows), "S(B)·t(B, n), and n times it, for each batch size and number of devices", OURS)
     return Plan(
         job=job.name,
@@ -202,7 +204,7 @@ def _noise_every(why: _Reasons, facts: Facts, steps: float, layout: Mapping[str,
     return int(why.keep("noise_every", every, rule, OURS, noise_seconds=extra, step_seconds=step_seconds))
 
 
-def _optimizer(why: _Reasons, facts: Facts, prediction: Prediction, chosen: FrontierRow) -> dict[str, Any]:
+def _optimizer(why: _Reasons, facts: Facts, prediction: Prediction, chosen: FrontierRow, steps: int) -> dict[str, Any]:
     base, size, rate = facts.base_batch_size, chosen.batch_size, facts.base_learning_rate
     noise = {"noise_scale": prediction.b_crit} if prediction.noise_known else {}
     choice = lr_rules.for_optimizer(facts.optimizer, rate, base, size, **noise)
@@ -212,10 +214,13 @@ def _optimizer(why: _Reasons, facts: Facts, prediction: Prediction, chosen: Fron
     why.keep("warmup_examples", warmup, "as many examples as in the reference run", OURS)
     if power is not None:
         why.keep("average_power", power, "as in the reference run: it means the same at any batch size", AVERAGE)
-    settings = defaults(facts.optimizer)
+    settings, of_torch = defaults(facts.optimizer), is_torchs(facts.optimizer)
     for name, value in settings.items():
-        why.keep(name, value, KEPT.get(name, "kept as in the reference run"), TORCH)
-    if facts.optimizer == "adamw":
+        why.keep(name, value, KEPT.get(name, "kept as in the reference run"), TORCH if of_torch else OURS)
+    for name in ("alpha_warmup", "beta3_warmup"):
+        if name in settings:
+            settings[name] = why.keep(name, steps, "the whole run, as in the papers", ADEMAMIX)
+    if decay_kind(facts.optimizer) == "decoupled" and settings.get("weight_decay"):
         settings["weight_decay"] = _weight_decay(
             why, facts, prediction, chosen, choice.learning_rate, settings["weight_decay"]
         )
