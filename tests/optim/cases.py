@@ -2,17 +2,25 @@
 
 from functools import partial
 
+import torch
+
 from batchlab.optim.ademamix import AdEMAMix
+from batchlab.optim.came import CAME
 from batchlab.optim.lamb import LAMB
 from batchlab.optim.lars import LARS
+from batchlab.optim.learned import LearnedOptimizer
+from batchlab.optim.learned_weights import fresh_weights
 from batchlab.optim.lion import Lion
 from batchlab.optim.mars import MARS
 from batchlab.optim.mt_adamw import MTAdamW
+from batchlab.optim.muon import DMuon, Muon
 from batchlab.optim.signum import Signum
 from batchlab.optim.vrgd_optimizers import VRLAMB, VRLARS, VRSGD, VRAdam
 from tests.optim.grouped import in_groups, in_turn
 
 LISTED = {
+    "muon": partial(Muon, lr=0.01, use_muon="matrices", ns_dtype=torch.float64),
+    "dmuon": partial(DMuon, lr=0.01, ns_dtype=torch.float64),
     "mt_adamw": partial(in_turn(MTAdamW), lr=0.01, ratios={"a": 0.25, "b": 0.75}, weights={"a": 2.0, "b": 1.0}),
     "vr_sgd": partial(in_groups(VRSGD), lr=0.05, momentum=0.9),
     "vr_adam": partial(in_groups(VRAdam), lr=0.01, weight_decay=0.1),
@@ -30,4 +38,8 @@ LISTED = {
     "lamb": partial(LAMB, lr=0.01, weight_decay=0.1),
     "lamb_clipped": partial(LAMB, lr=0.01, max_grad_norm=0.1, exclude_vectors=False, clamp=(0.0, 1.0)),
 }
-CASES = dict(LISTED)
+CASES = {
+    **LISTED,
+    "came": partial(CAME, lr=1e-3, weight_decay=0.1),
+    "learned": partial(LearnedOptimizer, weights=fresh_weights(0)),
+}
