@@ -429,6 +429,14 @@ def test_the_damping_follows_a_model_that_is_right(momentum):
         assert optimizer.last.damping == 0.5 ** (step - 1)
 
 
+def test_the_ratio_is_that_of_the_shortened_step():
+    """An exact model, and a rate that the search has to cut: ρ is still 1."""
+    model, (x, y) = nn.Linear(4, 2).double(), batch("mse", b=9, c=2)
+    optimizer = EGN(model, "half_mse", lr=20.0, line_search="armijo", adaptive_damping="trust_region")
+    optimizer.step(x, y)
+    assert optimizer.last.share < 0.5 and optimizer.last.ratio == pytest.approx(1.0, abs=1e-6)
+
+
 def test_a_step_the_wrong_way_raises_the_damping():
     """On the same exact model, from a direction put into the momentum that leads up."""
     model, (x, y) = nn.Linear(4, 2).double(), batch("mse", b=9, c=2)
