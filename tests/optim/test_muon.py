@@ -158,6 +158,8 @@ def test_dmuon_is_moonlights_recipe():
     assert torch.equal(optimizer.state[short]["momentum_buffer"], short.grad)
     np.testing.assert_allclose(b.detach(), 1 - 0.1 * 0.1 - 0.1 * b.grad.sign(), atol=1e-6)  # 1 - ηλ - η of Adam's first
     ours, theirs = small_model(), small_model()
+    groups = [{"params": [tall], "use_muon": True}]  # as `muon_groups` makes them
+    assert not DMuon(groups).is_orthogonalised(tall.shape, groups[0] | {"rows_below": 10_000})
     a = trained(DMuon(ours.parameters(), lr=0.01), ours, range(4))
     options = {"use_muon": "matrices", "momentum_form": "sum", "adamw_betas": (0.8, 0.999)}
     same(a, trained(Muon(theirs.parameters(), lr=0.01, **options), theirs, range(4)))
@@ -196,6 +198,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing():
         ({"momentum": 1.0}, r"momentum must lie in \(0, 1\), got 1.0"),
         ({"ns_steps": 0}, "ns_steps must be an integer of at least 1, got 0"),
         ({"ns_coefficients": (1.0, 2.0)}, r"ns_coefficients must be three finite numbers, got \(1.0, 2.0\)"),
+        ({"ns_coefficients": 3.0}, "ns_coefficients must be three finite numbers, got 3.0"),
         ({"ns_dtype": torch.float16}, "ns_dtype must be one of .*, got torch.float16"),
         ({"scale": "original"}, r"scale must be one of \('match_rms_adamw', 'jordan', None\), got 'original'"),
         ({"momentum_form": "mean"}, r"momentum_form must be one of \('ema', 'sum'\), got 'mean'"),

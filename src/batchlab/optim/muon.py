@@ -127,10 +127,10 @@ class Muon(RuleOptimizer):
     lr: η of both; AdamW's with the default scale. weight_decay: λ. momentum: μ. nesterov, momentum_form, scale: see the
     module. ns_steps, ns_coefficients, ns_dtype: of `NewtonSchulz`; by default bfloat16, and float64 for parameters in
     it. On CPUs without bfloat16 products (AMX, AVX512-BF16) float32 may be faster. use_muon: of a group. True: all its
-    tensors must be matrices. False: AdamW with adamw_betas (the paper's) and adamw_eps. "matrices": tensors of two or
-    more dimensions and fewer than `rows_below` rows are orthogonalised, the rest take AdamW. check_finite: refuse
-    gradients that are not, before anything moves: one wait for the device a step; without it a matrix with one NaN
-    turns to NaN. foreach: batches the products of matrices of one shape. Others: `RuleOptimizer`.
+    tensors must be matrices. "matrices": those that are none take AdamW. False: all do, with adamw_betas (the paper's)
+    and adamw_eps. rows_below: matrices of that many rows or more take AdamW too. check_finite: refuse gradients that
+    are not, before anything moves: one wait for the device a step; without it a matrix with one NaN turns to NaN.
+    foreach: batches the products of matrices of one shape. Others: `RuleOptimizer`.
 
     The defaults are those of torch.optim.Muon but for `scale`, which is "jordan" there. Not for embeddings and output
     heads, nor for small batches or fine-tuning of a model that AdamW trained. A fused QKV weight is one matrix here:
@@ -180,7 +180,7 @@ class Muon(RuleOptimizer):
     ) -> None:
         defaults: Numbers = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "nesterov": nesterov}
         defaults |= {"momentum_form": momentum_form, "scale": scale, "use_muon": use_muon, "rows_below": rows_below}
-        defaults |= {"ns_steps": ns_steps, "ns_coefficients": tuple(ns_coefficients), "ns_dtype": ns_dtype, "eps": eps}
+        defaults |= {"ns_steps": ns_steps, "ns_coefficients": ns_coefficients, "ns_dtype": ns_dtype, "eps": eps}
         defaults |= {"adamw_betas": adamw_betas, "adamw_eps": adamw_eps, "check_finite": check_finite}
         options: dict[str, Any] = {"foreach": foreach, "fused": fused, "maximize": maximize}
         super().__init__(params, defaults, **options, differentiable=differentiable, state_dtype=state_dtype)
@@ -205,7 +205,7 @@ class Muon(RuleOptimizer):
     def check_parameter(self, name: str, parameter: Tensor, group: dict[str, Any]) -> None:
         """Refuses a tensor that is no matrix in a group that takes matrices alone."""
         super().check_parameter(name, parameter, group)
-        if group["use_muon"] is True and parameter.ndim < 2:
+        if group["use_muon"] not in (False, "matrices") and parameter.ndim < 2:
             raise InputError(
                 f"Muon takes tensors of two or more dimensions, got {name} of shape {tuple(parameter.shape)}: give it "
                 "to a group with use_muon=False, or use batchlab.optim.create('muon', model)"
@@ -213,9 +213,9 @@ class Muon(RuleOptimizer):
 
     def is_orthogonalised(self, shape: Sequence[int], group: dict[str, Any]) -> bool:
         """Whether a tensor of a group goes through Newton-Schulz; if not AdamW has it."""
-        if group["use_muon"] != "matrices":
-            return bool(group["use_muon"])
-        return len(shape) >= 2 and (group["rows_below"] is None or shape[0] < group["rows_below"])
+        if not group["use_muon"] or len(shape) < 2:
+            return False
+        return group["rows_below"] is None or shape[0] < group["rows_below"]
 
     def new_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         """A momentum for Muon's tensors, two averages for AdamW's."""
@@ -282,12 +282,24 @@ class DMuon(Muon):
         nesterov: bool = True,
         *,
         rows_below: int | None = 10_000,
+        ns_steps: int = 5,
+        ns_dtype: torch.dtype | None = None,
         adamw_betas: tuple[float, float] = (0.8, 0.999),
-        **options: Any,
+        adamw_eps: float = 1e-8,
+        check_finite: bool = True,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        maximize: bool = False,
+        differentiable: bool = False,
+        state_dtype: StateDtype = None,
     ) -> None:
-        recipe: dict[str, Any] = {"momentum_form": "sum", "scale": "match_rms_adamw", "use_muon": "matrices"}
-        recipe |= {"rows_below": rows_below, "adamw_betas": adamw_betas} | options
-        super().__init__(params, lr, weight_decay, momentum, nesterov, **recipe)
+        recipe: Numbers = {"momentum_form": "sum", "scale": "match_rms_adamw", "use_muon": "matrices"}
+        recipe |= {"rows_below": rows_below, "adamw_betas": adamw_betas, "adamw_eps": adamw_eps}
+        recipe |= {"ns_steps": ns_steps, "ns_dtype": ns_dtype, "check_finite": check_finite}
+        options: Numbers = {"foreach": foreach, "fused": fused, "maximize": maximize, "state_dtype": state_dtype}
+        super().__init__(
+            params, lr, weight_decay, momentum, nesterov, **recipe, **options, differentiable=differentiable
+        )
 
 
 def muon_groups(
