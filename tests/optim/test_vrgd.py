@@ -708,10 +708,11 @@ def classified(kind, rate, seed, *, batch=718, k=8, epochs=60):
 
 @pytest.mark.slow
 def test_miniature_of_large_batches_of_noisy_digits():
-    """Five rates, five seeds. The gap is smaller in all seeds where steps are long, and too large a rate harms less.
+    """Five rates, five seeds. The gap is smaller in all seeds at 1 and 3, and the accuracy higher at 3, past the best.
 
-    At a rate of 0.3 the gaps are equal within 0.003, twice the standard error, so no sign is claimed there. The gap is
-    no smaller at equal train loss: r acts as a shorter step.
+    At 0.3 the gaps are equal within 0.003, twice the standard error. At 10 and 30 accuracies spread by 0.1 over seeds,
+    more than they differ (0.70 against 0.73, 0.75 against 0.71). So no sign is claimed there. The gap is no smaller at
+    equal train loss: r acts as a shorter step.
     """
     found = {
         (kind, rate): np.array([classified(kind, rate, seed) for seed in range(5)])
@@ -722,8 +723,7 @@ def test_miniature_of_large_batches_of_noisy_digits():
         print(kind.__name__, rate, each.mean(0).round(3), each.round(3).tolist())
     wider = {rate: found[VRSGD, rate][:, 1] - found[torch.optim.SGD, rate][:, 1] for rate in (0.3, 1.0, 3.0)}
     assert abs(wider[0.3].mean()) < 0.005 and (wider[1.0] < 0).all() and (wider[3.0] < 0).all()
-    for rate in (3.0, 10.0):
-        assert found[VRSGD, rate][:, 0].mean() > found[torch.optim.SGD, rate][:, 0].mean()
+    assert found[VRSGD, 3.0][:, 0].mean() > found[torch.optim.SGD, 3.0][:, 0].mean() + 0.01
 
 
 def fitted(kind, rate, seed, loss, *, batch=2048, k=64, steps=100):

@@ -133,11 +133,11 @@ class VRLARS(InGroups, LARS):
 def vr_lamb_(
     w: Tensor, g: Tensor, p: Tensor, b: Tensor, m: Tensor, v: Tensor, *, raw: bool, beta2: float, **numbers: Any
 ) -> Rule:
-    """`lamb_` with g = ghat. p, b: of which ghat = (p/b)·gbar. raw: v of gbar."""
+    """`lamb_` with g = ghat. p, b: of which ghat = (p/b)·gbar. raw: v of gbar, whose part is then done here."""
     if raw:
         h = (g * b).div_(p)
         v.mul_(beta2).addcmul_(h, h, value=1 - beta2)
-    return (yield from lamb_(w, g, m, v, beta2=1.0 if raw else beta2, **numbers))
+    return lamb_(w, g, m, v, beta2=1.0 if raw else beta2, **numbers)
 
 
 def vr_lamb_foreach_(
@@ -158,7 +158,7 @@ def vr_lamb_foreach_(
         torch._foreach_div_(hs, ps)
         torch._foreach_mul_(vs, beta2)
         torch._foreach_addcmul_(vs, hs, hs, 1 - beta2)
-    return (yield from lamb_foreach_(ws, gs, ms, vs, beta2=1.0 if raw else beta2, **numbers))
+    return lamb_foreach_(ws, gs, ms, vs, beta2=1.0 if raw else beta2, **numbers)
 
 
 class _Smoothed(InGroups, RuleOptimizer):
