@@ -176,7 +176,7 @@ def main() -> None:
     about = {
         "algorithm": "small_fc_lopt (arXiv 2203.11860)",
         "trained_by": "batchlab's scripts/meta_train_optimizer.py: evolution strategies from an Adam-like start",
-        "trained_on": "MLPs on digits and random teachers, 90 to 2,700 parameters, batches of 16 to 64",
+        "trained_on": "MLPs on digits and random teachers, 90 to 2,410 parameters, batches of 16 to 64",
         "settings": str({key: getattr(given, key) for key in SETTINGS}),
         **{key: str(value) for key, value in done.items()},
     }

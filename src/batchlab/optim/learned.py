@@ -119,7 +119,7 @@ class LearnedOptimizer(RuleOptimizer):
     State: 4 numbers a parameter and 3 for each row and column of matrices, 7 of vectors, in float32 at least. Work:
     some 4,700 flops a parameter and step, whatever the batch: `batchlab.planner.optimizer_overhead` gives the batch
     from which on that is a small share. It sees no batch size, and nothing is scaled with it. Not for tasks far from
-    those it was trained on (the weights that ship: MLPs of at most 2,700 parameters, 100 steps, batches of 16 to 64):
+    those it was trained on (the weights that ship: MLPs of at most 2,410 parameters, 100 steps, batches of 16 to 64):
     it may stall or diverge there. Numbers (0 dimensions) count as vectors of one. Time is counted by tensor and stays
     with its state.
 
@@ -249,10 +249,8 @@ class LearnedOptimizer(RuleOptimizer):
         """The seven decays and the layers where and as a tensor is."""
         key = (like.device, like.dtype)
         if key not in self._placed:
-            every = (self.weights.deltas.to(torch.float64), *self.weights.layers)
-            betas, *layers = (each.to(like.device) for each in every)
-            decays = OptimizerWeights((), betas).betas()
-            self._placed[key] = tuple(each.to(like.dtype) for each in (decays, *layers))
+            decays = OptimizerWeights((), self.weights.deltas.to("cpu", torch.float64)).betas()
+            self._placed[key] = tuple(each.to(like.dtype).to(like.device) for each in (decays, *self.weights.layers))
         return self._placed[key]
 
 
