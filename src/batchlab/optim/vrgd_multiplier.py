@@ -47,10 +47,10 @@ def multiplier_(
         r.clamp_(max=cap)
     agreed = r >= (groups * torch.finfo(r.dtype).eps) ** -2
     r.masked_fill_(agreed, 0.0)
-    total, spared = yield Sum(torch.stack([r.sum(), agreed.sum().to(r.dtype)]))
+    total, spared = yield Sum(torch.stack([r.sum(), torch.count_nonzero(agreed).to(r.dtype)]))
     mean = total / (count - spared)
     r.div_(torch.where(mean == 0, 1.0, mean)).masked_fill_(agreed, 1.0).clamp_(gamma, 1.0)
-    total, lowest = yield Sum(torch.stack([r.sum(), (r <= gamma).sum().to(r.dtype)]))
+    total, lowest = yield Sum(torch.stack([r.sum(), torch.count_nonzero(r <= gamma).to(r.dtype)]))
     return {"multiplier": total / count, "at_gamma": lowest / count}
 
 
