@@ -48,9 +48,11 @@ def came_(
     shape: Sequence[int],
 ) -> Rule:
     """One step on one tensor of two or more dimensions. residues: R' and C', or none for steps by M alone."""
+    last, (rows, columns) = g.ndim - 1, (max(shape[-2], 1), max(shape[-1], 1))
     u = g.square()
-    yield from _averages_(r, c, u, betas[1], eps[0], shape)
-    rho = yield from _relative(r, shape)
+    _average_(r, (yield Sum(u.sum(-1), over=(last,))), columns, betas[1], eps[0])
+    _average_(c, (yield Sum(u.sum(-2), over=(last - 1,))), rows, betas[1], eps[0])
+    rho = r * (rows / (yield Sum(r.sum(-1, keepdim=True), over=(last - 1,))))
     u_sq = (yield Sum((u @ c.reciprocal().unsqueeze(-1)).squeeze(-1).div_(rho).sum())).div(max(math.prod(shape), 1))
     shrunk = u_sq.sqrt().div(clip).clamp(min=1.0)
     torch.mul(g, (rho.rsqrt() / shrunk).unsqueeze(-1), out=u).mul_(c.rsqrt().unsqueeze(-2))
@@ -59,8 +61,10 @@ def came_(
         w.mul_(1 - lr * weight_decay)
     if residues:
         rq, cq = residues
-        yield from _averages_(rq, cq, u.sub_(m).square_(), betas[2], eps[1], shape)
-        rho = yield from _relative(rq, shape)
+        u.sub_(m).square_()
+        _average_(rq, (yield Sum(u.sum(-1), over=(last,))), columns, betas[2], eps[1])
+        _average_(cq, (yield Sum(u.sum(-2), over=(last - 1,))), rows, betas[2], eps[1])
+        rho = rq * (rows / (yield Sum(rq.sum(-1, keepdim=True), over=(last - 1,))))
         w.addcmul_(m, torch.mul(rho.rsqrt().unsqueeze(-1), (cq.rsqrt() * -lr).unsqueeze(-2), out=u))
     else:
         w.sub_(torch.mul(m, lr, out=u))
@@ -190,16 +194,6 @@ def _either(w: Tensor, g: Tensor, *state: Tensor, **numbers: Any) -> Rule:
     return came_(w, g, *state, **numbers) if w.ndim > 1 else came_vector_(w, g, *state, **numbers)
 
 
-def _averages_(r: Tensor, c: Tensor, squares: Tensor, beta: float, eps: float, shape: Sequence[int]) -> Any:
-    """R and C take the means of squares + ε along rows and columns of the whole tensor."""
-    last = squares.ndim - 1
-    rows = yield Sum(squares.sum(-1), over=(last,))
-    r.lerp_(rows.div(max(shape[-1], 1)).add_(eps), 1 - beta)
-    columns = yield Sum(squares.sum(-2), over=(last - 1,))
-    c.lerp_(columns.div(max(shape[-2], 1)).add_(eps), 1 - beta)
-
-
-def _relative(r: Tensor, shape: Sequence[int]) -> Any:
-    """R/⟨R⟩ along the rows of the whole tensor."""
-    total = yield Sum(r.sum(-1, keepdim=True), over=(r.ndim - 1,))
-    return r * (max(shape[-2], 1) / total)
+def _average_(average: Tensor, sums: Tensor, count: int, beta: float, eps: float) -> None:
+    """The average takes the means, of `count` squares each, plus ε."""
+    average.lerp_(sums.div(count).add_(eps), 1 - beta)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from batchlab.core.checks import check_count, check_inside, check_not_negative, check_positive, holds
 from batchlab.core.errors import InputError
 from batchlab.optim.lamb import lamb_, lamb_foreach_
-from batchlab.optim.moments import bias_corrections, check_betas
+from batchlab.optim.moments import adam_numbers, check_betas
 from batchlab.optim.newton_schulz import JORDAN, NewtonSchulz, orthogonalised, orthogonality_error
 from batchlab.optim.shell import Form, Leaf, Numbers, Rule, RuleOptimizer, Sum
 from batchlab.optim.state_dtype import StateDtype, state_like
@@ -58,7 +58,8 @@ def muon_(
     (o,), errors = yield Whole([u.to(how.dtype)], shape, partial(updates, how=how, watch=watch), notes=int(watch))
     if weight_decay != 0:
         w.mul_(1 - lr * weight_decay)
-    w.sub_(o.to(w.dtype).mul_(lr * scale))
+    step = torch.as_tensor(-lr * scale, dtype=w.dtype, device=w.device)
+    w.addcmul_(o.to(w.dtype, memory_format=torch.contiguous_format), step)
     return {"orthogonality_error": errors} if watch else None
 
 
@@ -245,10 +246,9 @@ class Muon(RuleOptimizer):
 
     def arguments(self, leaf: Leaf, group: dict[str, Any]) -> tuple[tuple[Tensor, ...], Numbers]:
         """Tensors and numbers of `muon_`, or AdamW's."""
-        numbers = {"lr": group["lr"], "weight_decay": group["weight_decay"]}
+        numbers: Numbers = {"lr": group["lr"], "weight_decay": group["weight_decay"]}
         if not self.is_orthogonalised(leaf.shape, group):
-            (beta1, beta2), (c1, c2) = group["adamw_betas"], bias_corrections(group["adamw_betas"], leaf.t)
-            numbers |= {"beta1": beta1, "beta2": beta2, "eps": group["adamw_eps"], "c1": c1, "c2": c2}
+            numbers = adam_numbers(leaf.w, **numbers, betas=group["adamw_betas"], eps=group["adamw_eps"], t=leaf.t)
             numbers |= {"clamp": None, "max_ratio": None, "adapt": False, "orthogonal": False}
             return (leaf.w, leaf.g, leaf.state["exp_avg"], leaf.state["exp_avg_sq"]), numbers
         dtype = group["ns_dtype"] or (torch.float64 if leaf.w.dtype == torch.float64 else torch.bfloat16)
