@@ -1,4 +1,3 @@
-import copy
 import dataclasses
 import math
 import statistics
@@ -9,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from batchlab.core.checkpoint import load_checkpoint, save_checkpoint
 from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate
 from batchlab.optim.by_name import names
@@ -65,12 +65,12 @@ def test_gradients_in_groups_of_equal_weight_are_the_whole_batchs(micro_batch):
 
 
 @pytest.mark.parametrize("optimizer", names())
-def test_every_optimizer_trains_saves_and_goes_on(optimizer):
+def test_every_optimizer_trains_saves_and_goes_on(optimizer, tmp_path):
     job = toy_job()
     plan = toy_plan(64, micro_batch=64, optimizer=optimizer, learning_rate=0.01, hyperparameters={})
     learner = _trained(job, plan, steps=3)
     resumed = Learner(job, plan, device="cpu")
-    resumed.load_state_dict(copy.deepcopy(learner.state_dict()))
+    resumed.load_state_dict(load_checkpoint(save_checkpoint(tmp_path, 3, learner.state_dict())))
     for _ in range(2):
         assert learner.update().loss == resumed.update().loss
     assert torch.equal(_weights(learner), _weights(resumed))

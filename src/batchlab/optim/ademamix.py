@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from batchlab.core.checks import check_count, check_not_negative
-from batchlab.optim.moments import bias_corrections, check_betas
+from batchlab.optim.moments import adam_numbers, bias_corrections, check_betas, scalar
 from batchlab.optim.shell import Form, Leaf, Numbers, RuleOptimizer
 from batchlab.optim.state_dtype import StateDtype
 
@@ -28,23 +28,26 @@ def ademamix_(
     m2: Tensor,
     v: Tensor,
     *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    beta3: float,
-    alpha: float,
+    rate: Tensor,
+    share1: float,
+    keep2: float,
+    share2: float,
+    share3: Tensor,
+    alpha: Tensor,
     eps: float,
-    weight_decay: float,
-    c1: float,
-    c2: float,
+    keep: float,
 ) -> None:
-    """One step on one tensor. beta3, alpha: of this step. c1, c2: 1 - βᵗ."""
-    m1.lerp_(g, 1 - beta1)
-    m2.add_((g - m2).mul_(1 - beta3))
-    v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-    scale = v.sqrt().div_(c2**0.5).add_(eps)
-    u = (m2 * alpha).add_(m1 / c1).div_(scale)
-    w.mul_(1 - lr * weight_decay).sub_(u.mul_(lr))
+    """One step on one tensor.
+
+    share1, share2, share3: 1 - β, β₃ of this step. With k = (1 - β₁ᵗ)/√(1 - β₂ᵗ): rate η/k, eps ε·√(1 - β₂ᵗ), alpha
+    α(t)·(1 - β₁ᵗ), so that m₁ needs no division. keep: 1 - ηλ.
+    """
+    m1.lerp_(g, share1)
+    m2.lerp_(g, share3)
+    v.mul_(keep2).addcmul_(g, g, value=share2)
+    u = torch.addcmul(m1, m2, alpha)
+    u.div_(v.sqrt().add_(eps))
+    w.mul_(keep).addcmul_(u, rate, value=-1)
 
 
 def ademamix_foreach_(
@@ -54,29 +57,27 @@ def ademamix_foreach_(
     m2s: list[Tensor],
     vs: list[Tensor],
     *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    beta3: float,
-    alpha: float,
+    rate: Tensor,
+    share1: float,
+    keep2: float,
+    share2: float,
+    share3: Tensor,
+    alpha: Tensor,
     eps: float,
-    weight_decay: float,
-    c1: float,
-    c2: float,
+    keep: float,
 ) -> None:
     """`ademamix_` on lists of tensors."""
-    torch._foreach_lerp_(m1s, gs, 1 - beta1)
-    torch._foreach_lerp_(m2s, gs, 1 - beta3)
-    torch._foreach_mul_(vs, beta2)
-    torch._foreach_addcmul_(vs, gs, gs, 1 - beta2)
+    torch._foreach_lerp_(m1s, gs, share1)
+    torch._foreach_lerp_(m2s, gs, [share3] * len(gs))
+    torch._foreach_mul_(vs, keep2)
+    torch._foreach_addcmul_(vs, gs, gs, share2)
     scales = list(torch._foreach_sqrt(vs))
-    torch._foreach_div_(scales, c2**0.5)
     torch._foreach_add_(scales, eps)
     us = list(torch._foreach_mul(m2s, alpha))
-    torch._foreach_add_(us, list(torch._foreach_div(m1s, c1)))
+    torch._foreach_add_(us, m1s)
     torch._foreach_div_(us, scales)
-    torch._foreach_mul_(ws, 1 - lr * weight_decay)
-    torch._foreach_mul_(us, lr)
+    torch._foreach_mul_(ws, keep)
+    torch._foreach_mul_(us, rate)
     torch._foreach_sub_(ws, us)
 
 
@@ -151,11 +152,14 @@ class AdEMAMix(RuleOptimizer):
     def arguments(self, leaf: Leaf, group: dict[str, Any]) -> tuple[tuple[Tensor, ...], Numbers]:
         """Tensors and numbers of `ademamix_`."""
         (beta1, beta2, beta3), t, rise = group["betas"], leaf.t, group["alpha_warmup"]
-        c1, c2 = bias_corrections((beta1, beta2), t)
-        numbers = {name: group[name] for name in ("lr", "eps", "weight_decay")}
-        numbers |= {"beta1": beta1, "beta2": beta2, "c1": c1, "c2": c2}
-        numbers["beta3"] = beta3_at(t, beta1=beta1, beta3=beta3, warmup=group["beta3_warmup"])
-        numbers["alpha"] = group["alpha"] * (min(t / rise, 1.0) if rise else 1.0)
+        given = {"lr": group["lr"], "betas": (beta1, beta2), "eps": group["eps"]}
+        numbers = adam_numbers(leaf.w, **given, weight_decay=0.0, t=t)
+        numbers = {name: numbers[name] for name in ("rate", "share1", "keep2", "share2", "eps")}
+        alpha = group["alpha"] * (min(t / rise, 1.0) if rise else 1.0) * bias_corrections((beta1,), t)[0]
+        share3 = 1 - beta3_at(t, beta1=beta1, beta3=beta3, warmup=group["beta3_warmup"])
+        kind = leaf.w.dtype, leaf.w.device
+        numbers |= {"alpha": scalar(alpha, *kind), "share3": scalar(share3, *kind)}
+        numbers["keep"] = 1 - group["lr"] * group["weight_decay"]
         return (leaf.w, leaf.g, *(leaf.state[name] for name in self.STATE)), numbers
 
 

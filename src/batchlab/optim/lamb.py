@@ -19,7 +19,7 @@ from torch import Tensor
 from batchlab.core.checks import check_not_negative, check_positive, check_share
 from batchlab.core.errors import InputError
 from batchlab.optim.lars import adapted
-from batchlab.optim.moments import bias_corrections, check_betas
+from batchlab.optim.moments import adam_numbers, check_betas
 from batchlab.optim.shell import Form, Leaf, Numbers, Rule, RuleOptimizer, squares, squares_of_lists, total_norm
 from batchlab.optim.state_dtype import StateDtype
 
@@ -30,29 +30,31 @@ def lamb_(
     m: Tensor,
     v: Tensor,
     *,
-    lr: float,
-    beta1: float,
-    beta2: float,
+    rate: Tensor,
+    share1: float,
+    keep2: float,
+    share2: float,
     eps: float,
-    weight_decay: float,
-    c1: float,
-    c2: float,
+    decay: Tensor,
+    decays: bool,
+    k: float,
     clamp: tuple[float, float] | None,
     max_ratio: float | None,
     adapt: bool,
 ) -> Rule:
-    """One step on one tensor. c1, c2: 1 - βᵗ, or 1 without bias correction. adapt: false takes a ratio of 1."""
-    m.lerp_(g, 1 - beta1)
-    v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-    u = v.sqrt().mul_(c1 / c2**0.5).add_(eps * c1)
+    """One step on one tensor, by the numbers of `adam_numbers`; u is k times u. adapt: false takes a ratio of 1."""
+    m.lerp_(g, share1)
+    v.mul_(keep2).addcmul_(g, g, value=share2)
+    u = v.sqrt().add_(eps)
     torch.div(m, u, out=u)
-    u.add_(w, alpha=weight_decay)
+    if decays:
+        u.addcmul_(w, decay)
     if not adapt:
-        w.sub_(u.mul_(lr))
+        w.addcmul_(u, rate, value=-1)
         return None
     norms = yield squares(w, u)
-    ratio = _ratio(*norms.sqrt(), clamp=clamp, max_ratio=max_ratio)
-    w.sub_(u.mul_(ratio * lr))
+    ratio = _ratio(*norms.sqrt(), k=k, clamp=clamp, max_ratio=max_ratio)
+    w.addcmul_(u, ratio * rate, value=-1)
     return {"trust_ratio": ratio}
 
 
@@ -62,33 +64,34 @@ def lamb_foreach_(
     ms: list[Tensor],
     vs: list[Tensor],
     *,
-    lr: float,
-    beta1: float,
-    beta2: float,
+    rate: Tensor,
+    share1: float,
+    keep2: float,
+    share2: float,
     eps: float,
-    weight_decay: float,
-    c1: float,
-    c2: float,
+    decay: Tensor,
+    decays: bool,
+    k: float,
     clamp: tuple[float, float] | None,
     max_ratio: float | None,
     adapt: bool,
 ) -> Rule:
     """`lamb_` on lists of tensors."""
-    torch._foreach_lerp_(ms, gs, 1 - beta1)
-    torch._foreach_mul_(vs, beta2)
-    torch._foreach_addcmul_(vs, gs, gs, 1 - beta2)
+    torch._foreach_lerp_(ms, gs, share1)
+    torch._foreach_mul_(vs, keep2)
+    torch._foreach_addcmul_(vs, gs, gs, share2)
     us = list(torch._foreach_sqrt(vs))
-    torch._foreach_mul_(us, c1 / c2**0.5)
-    torch._foreach_add_(us, eps * c1)
+    torch._foreach_add_(us, eps)
     us = list(torch._foreach_div(ms, us))
-    torch._foreach_add_(us, ws, alpha=weight_decay)
+    if decays:
+        torch._foreach_add_(us, list(torch._foreach_mul(ws, decay)))
     if not adapt:
-        torch._foreach_mul_(us, lr)
+        torch._foreach_mul_(us, rate)
         torch._foreach_sub_(ws, us)
         return None
     norms = yield squares_of_lists(ws, us)
-    ratios = _ratio(*norms.sqrt(), clamp=clamp, max_ratio=max_ratio)
-    torch._foreach_mul_(us, list((ratios * lr).unbind()))
+    ratios = _ratio(*norms.sqrt(), k=k, clamp=clamp, max_ratio=max_ratio)
+    torch._foreach_mul_(us, list((ratios * rate).unbind()))
     torch._foreach_sub_(ws, us)
     return {"trust_ratio": ratios}
 
@@ -118,6 +121,7 @@ class LAMB(RuleOptimizer):
 
     STATE = ("exp_avg", "exp_avg_sq")
     SQUARES = ("exp_avg_sq",)
+    OWN = ("max_grad_norm",)
 
     def __init__(
         self,
@@ -169,11 +173,10 @@ class LAMB(RuleOptimizer):
 
     def arguments(self, leaf: Leaf, group: dict[str, Any]) -> tuple[tuple[Tensor, ...], Numbers]:
         """Tensors and numbers of `lamb_`."""
-        adapt, (beta1, beta2) = adapted(leaf, group), group["betas"]
-        c1, c2 = bias_corrections(group["betas"], leaf.t) if group["bias_correction"] else (1.0, 1.0)
-        numbers = {name: group[name] for name in ("lr", "eps", "clamp", "max_ratio")}
-        numbers |= {"beta1": beta1, "beta2": beta2, "c1": c1, "c2": c2, "adapt": adapt}
-        numbers["weight_decay"] = group["weight_decay"] if adapt else 0.0
+        adapt, given = adapted(leaf, group), {name: group[name] for name in ("lr", "betas", "eps", "bias_correction")}
+        decay = group["weight_decay"] if adapt else 0.0
+        numbers = adam_numbers(leaf.w, **given, weight_decay=decay, t=leaf.t)
+        numbers |= {"clamp": group["clamp"], "max_ratio": group["max_ratio"], "adapt": adapt}
         return (leaf.w, leaf.g, leaf.state["exp_avg"], leaf.state["exp_avg_sq"]), numbers
 
 
@@ -204,9 +207,11 @@ def lamb_schedule(
     return LambRecipe(ref_lr * math.sqrt(batch / ref_batch), warmup)
 
 
-def _ratio(w_norm: Tensor, u_norm: Tensor, *, clamp: tuple[float, float] | None, max_ratio: float | None) -> Tensor:
+def _ratio(
+    w_norm: Tensor, u_norm: Tensor, *, k: float, clamp: tuple[float, float] | None, max_ratio: float | None
+) -> Tensor:
     length = w_norm if clamp is None else w_norm.clamp(*clamp)
-    ratio = length / u_norm
+    ratio = k * length / u_norm
     if max_ratio is not None:
         ratio = ratio.clamp(max=max_ratio)
     return torch.where((w_norm == 0) | (u_norm == 0), torch.ones_like(ratio), ratio)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from batchlab.core.checks import check_inside, check_not_negative, check_positive
+from batchlab.optim.moments import rate_of
 from batchlab.optim.shell import Form, Leaf, Numbers, Rule, RuleOptimizer, squares, squares_of_lists
 from batchlab.optim.state_dtype import StateDtype
 
@@ -25,7 +26,7 @@ def lars_(
     g: Tensor,
     v: Tensor,
     *,
-    lr: float,
+    rate: Tensor,
     momentum: float,
     weight_decay: float,
     trust: float,
@@ -34,16 +35,21 @@ def lars_(
     adapt: bool,
     lr_in_momentum: bool,
 ) -> Rule:
-    """One step on one tensor. adapt: false takes λ = 1 and no decay."""
+    """One step on one tensor. rate: γ. adapt: false takes λ = 1 and no decay."""
     if not adapt:
-        v.mul_(momentum).add_(g * lr if lr_in_momentum else g)
-        w.sub_(v if lr_in_momentum else v * lr)
+        v.mul_(momentum)
+        if lr_in_momentum:
+            w.sub_(v.addcmul_(g, rate))
+        else:
+            w.addcmul_(v.add_(g), rate, value=-1)
         return None
     norms = yield squares(w, g)
-    ratio = _ratio(*norms.sqrt(), weight_decay=weight_decay, trust=trust, eps=eps, limit=lr if clip else None)
-    decayed = g.add(w, alpha=weight_decay).mul_(ratio * lr if lr_in_momentum else ratio)
-    v.mul_(momentum).add_(decayed)
-    w.sub_(v if lr_in_momentum else v * lr)
+    ratio = _ratio(*norms.sqrt(), weight_decay=weight_decay, trust=trust, eps=eps, limit=rate if clip else None)
+    v.mul_(momentum).addcmul_(g.add(w, alpha=weight_decay), ratio * rate if lr_in_momentum else ratio)
+    if lr_in_momentum:
+        w.sub_(v)
+    else:
+        w.addcmul_(v, rate, value=-1)
     return {"trust_ratio": ratio}
 
 
@@ -52,7 +58,7 @@ def lars_foreach_(
     gs: list[Tensor],
     vs: list[Tensor],
     *,
-    lr: float,
+    rate: Tensor,
     momentum: float,
     weight_decay: float,
     trust: float,
@@ -66,13 +72,13 @@ def lars_foreach_(
     ratios = None
     if adapt:
         norms = yield squares_of_lists(ws, gs)
-        ratios = _ratio(*norms.sqrt(), weight_decay=weight_decay, trust=trust, eps=eps, limit=lr if clip else None)
+        ratios = _ratio(*norms.sqrt(), weight_decay=weight_decay, trust=trust, eps=eps, limit=rate if clip else None)
         gs = list(torch._foreach_add(gs, ws, alpha=weight_decay))
-        torch._foreach_mul_(gs, list((ratios * lr if lr_in_momentum else ratios).unbind()))
+        torch._foreach_mul_(gs, list((ratios * rate if lr_in_momentum else ratios).unbind()))
     elif lr_in_momentum:
-        gs = list(torch._foreach_mul(gs, lr))
+        gs = list(torch._foreach_mul(gs, rate))
     torch._foreach_add_(vs, gs)
-    torch._foreach_sub_(ws, vs if lr_in_momentum else list(torch._foreach_mul(vs, lr)))
+    torch._foreach_sub_(ws, vs if lr_in_momentum else list(torch._foreach_mul(vs, rate)))
     return None if ratios is None else {"trust_ratio": ratios}
 
 
@@ -137,8 +143,9 @@ class LARS(RuleOptimizer):
 
     def arguments(self, leaf: Leaf, group: dict[str, Any]) -> tuple[tuple[Tensor, ...], Numbers]:
         """Tensors and numbers of `lars_`."""
-        names = ("lr", "momentum", "weight_decay", "trust", "eps", "clip", "lr_in_momentum")
+        names = ("momentum", "weight_decay", "trust", "eps", "clip", "lr_in_momentum")
         numbers = {name: group[name] for name in names} | {"adapt": adapted(leaf, group)}
+        numbers["rate"] = rate_of(group["lr"], leaf.w)
         return (leaf.w, leaf.g, leaf.state["momentum_buffer"]), numbers
 
 
@@ -148,7 +155,7 @@ def adapted(leaf: Leaf, group: dict[str, Any]) -> bool:
 
 
 def _ratio(
-    w_norm: Tensor, g_norm: Tensor, *, weight_decay: float, trust: float, eps: float, limit: float | None
+    w_norm: Tensor, g_norm: Tensor, *, weight_decay: float, trust: float, eps: float, limit: Tensor | None
 ) -> Tensor:
     ratio = trust * w_norm / (g_norm + weight_decay * w_norm + eps)
     if limit is not None:

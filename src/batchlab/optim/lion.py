@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 
 from batchlab.core.checks import check_not_negative
-from batchlab.optim.moments import check_betas
+from batchlab.optim.moments import check_betas, rate_of
 from batchlab.optim.shell import Form, Leaf, Numbers, RuleOptimizer
 from batchlab.optim.signs import sign, signs
 from batchlab.optim.state_dtype import StateDtype
 
 
-def lion_(w: Tensor, g: Tensor, m: Tensor, *, lr: float, beta1: float, beta2: float, weight_decay: float) -> None:
-    """One step on one tensor."""
-    direction = sign(m.lerp(g, 1 - beta1))
-    m.lerp_(g, 1 - beta2)
-    w.mul_(1 - lr * weight_decay).sub_(direction.mul_(lr))
+def lion_(w: Tensor, g: Tensor, m: Tensor, *, rate: Tensor, share1: float, share2: float, keep: float) -> None:
+    """One step on one tensor. rate: η. share1, share2: 1 - β. keep: 1 - ηλ."""
+    direction = sign(m.lerp(g, share1))
+    m.lerp_(g, share2)
+    w.mul_(keep).addcmul_(direction, rate, value=-1)
 
 
 def lion_foreach_(
@@ -31,16 +31,16 @@ def lion_foreach_(
     gs: list[Tensor],
     ms: list[Tensor],
     *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    weight_decay: float,
+    rate: Tensor,
+    share1: float,
+    share2: float,
+    keep: float,
 ) -> None:
     """`lion_` on lists of tensors."""
-    directions = signs(list(torch._foreach_lerp(ms, gs, 1 - beta1)))
-    torch._foreach_lerp_(ms, gs, 1 - beta2)
-    torch._foreach_mul_(ws, 1 - lr * weight_decay)
-    torch._foreach_mul_(directions, lr)
+    directions = signs(list(torch._foreach_lerp(ms, gs, share1)))
+    torch._foreach_lerp_(ms, gs, share2)
+    torch._foreach_mul_(ws, keep)
+    torch._foreach_mul_(directions, rate)
     torch._foreach_sub_(ws, directions)
 
 
@@ -93,5 +93,6 @@ class Lion(RuleOptimizer):
     def arguments(self, leaf: Leaf, group: dict[str, Any]) -> tuple[tuple[Tensor, ...], Numbers]:
         """Tensors and numbers of `lion_`."""
         beta1, beta2 = group["betas"]
-        numbers = {"lr": group["lr"], "beta1": beta1, "beta2": beta2, "weight_decay": group["weight_decay"]}
+        numbers = {"rate": rate_of(group["lr"], leaf.w), "share1": 1 - beta1, "share2": 1 - beta2}
+        numbers["keep"] = 1 - group["lr"] * group["weight_decay"]
         return (leaf.w, leaf.g, leaf.state["exp_avg"]), numbers

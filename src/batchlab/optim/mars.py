@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from batchlab.core.checks import check_not_negative
-from batchlab.optim.moments import bias_corrections, check_betas
+from batchlab.optim.moments import adam_numbers, check_betas
 from batchlab.optim.shell import Form, Leaf, Numbers, Rule, RuleOptimizer, squares, squares_of_lists
 from batchlab.optim.state_dtype import StateDtype
 
@@ -26,30 +26,32 @@ def mars_(
     m: Tensor,
     v: Tensor,
     *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    gamma: float,
+    rate: Tensor,
+    share1: float,
+    keep2: float,
+    share2: float,
     eps: float,
-    weight_decay: float,
-    c1: float,
-    c2: float,
+    gain: float,
+    keep: float,
     correct: bool,
 ) -> Rule:
-    """One step on one tensor. c1, c2: 1 - βᵗ. correct: false takes c = g, which is AdamW."""
+    """One step on one tensor, by the numbers of `adam_numbers`. gain: γβ₁/(1 - β₁). keep: 1 - ηλ.
+
+    correct: false takes c = g, which is AdamW.
+    """
     c, found = g, None
     if correct:
-        c = (g - before).mul_(gamma * beta1 / (1 - beta1)).add_(g)
+        c = (g - before).mul_(gain).add_(g)
         before.copy_(g)
         norm_sq = yield squares(c)
         shrunk = norm_sq[0].sqrt().clamp(min=1.0)
         c.div_(shrunk)
         found = {"clip_ratio": 1 / shrunk}
-    m.lerp_(c, 1 - beta1)
-    v.mul_(beta2).addcmul_(c, c, value=1 - beta2)
-    u = v.sqrt().div_(c2**0.5).add_(eps)
+    m.lerp_(c, share1)
+    v.mul_(keep2).addcmul_(c, c, value=share2)
+    u = v.sqrt().add_(eps)
     torch.div(m, u, out=u)
-    w.mul_(1 - lr * weight_decay).sub_(u.mul_(lr / c1))
+    w.mul_(keep).addcmul_(u, rate, value=-1)
     return found
 
 
@@ -60,36 +62,34 @@ def mars_foreach_(
     ms: list[Tensor],
     vs: list[Tensor],
     *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    gamma: float,
+    rate: Tensor,
+    share1: float,
+    keep2: float,
+    share2: float,
     eps: float,
-    weight_decay: float,
-    c1: float,
-    c2: float,
+    gain: float,
+    keep: float,
     correct: bool,
 ) -> Rule:
     """`mars_` on lists of tensors."""
     cs, found = gs, None
     if correct:
         cs = list(torch._foreach_sub(gs, befores))
-        torch._foreach_mul_(cs, gamma * beta1 / (1 - beta1))
+        torch._foreach_mul_(cs, gain)
         torch._foreach_add_(cs, gs)
         torch._foreach_copy_(befores, gs)
         norms_sq = yield squares_of_lists(cs)
         shrunk = norms_sq[0].sqrt().clamp(min=1.0)
         torch._foreach_div_(cs, list(shrunk.unbind()))
         found = {"clip_ratio": 1 / shrunk}
-    torch._foreach_lerp_(ms, cs, 1 - beta1)
-    torch._foreach_mul_(vs, beta2)
-    torch._foreach_addcmul_(vs, cs, cs, 1 - beta2)
+    torch._foreach_lerp_(ms, cs, share1)
+    torch._foreach_mul_(vs, keep2)
+    torch._foreach_addcmul_(vs, cs, cs, share2)
     us = list(torch._foreach_sqrt(vs))
-    torch._foreach_div_(us, c2**0.5)
     torch._foreach_add_(us, eps)
     us = list(torch._foreach_div(ms, us))
-    torch._foreach_mul_(ws, 1 - lr * weight_decay)
-    torch._foreach_mul_(us, lr / c1)
+    torch._foreach_mul_(ws, keep)
+    torch._foreach_mul_(us, rate)
     torch._foreach_sub_(ws, us)
     return found
 
@@ -159,9 +159,10 @@ class MARS(RuleOptimizer):
         """Tensors and numbers of `mars_`."""
         correct = len(leaf.shape) > 1
         betas = group["betas" if correct else "vector_betas"]
-        c1, c2 = bias_corrections(betas, leaf.t)
-        numbers = {name: group[name] for name in ("eps", "weight_decay", "gamma")}
-        numbers |= {"lr": group["lr"] if correct else group["lr"] * group["vector_lr"], "correct": correct}
-        numbers |= {"beta1": betas[0], "beta2": betas[1], "c1": c1, "c2": c2}
+        lr = group["lr"] if correct else group["lr"] * group["vector_lr"]
+        numbers = adam_numbers(leaf.w, lr=lr, betas=betas, eps=group["eps"], weight_decay=0.0, t=leaf.t)
+        numbers = {name: numbers[name] for name in ("rate", "share1", "keep2", "share2", "eps")}
+        numbers |= {"gain": group["gamma"] * betas[0] / (1 - betas[0]), "keep": 1 - lr * group["weight_decay"]}
+        numbers["correct"] = correct
         before = leaf.state["previous_grad"] if correct else leaf.g
         return (leaf.w, leaf.g, before, leaf.state["exp_avg"], leaf.state["exp_avg_sq"]), numbers

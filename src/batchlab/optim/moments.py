@@ -1,8 +1,13 @@
-"""Adam's two averages: what the optimizers that keep them share."""
+"""Numbers of Adam and its like, worked out before a rule runs: a compiled rule would do it at every element."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from batchlab.core.errors import InputError
 
@@ -14,6 +19,43 @@ def bias_corrections(betas: Sequence[float], t: int) -> tuple[float, ...]:
     (0.75, 0.18999999999999995)
     """
     return tuple(1 - beta**t for beta in betas)
+
+
+def adam_numbers(
+    like: Tensor,
+    *,
+    lr: float | Tensor,
+    betas: Sequence[float],
+    eps: float,
+    weight_decay: float,
+    t: int,
+    bias_correction: bool = True,
+) -> dict[str, Any]:
+    """What `lamb_` takes of Adam's step t: with k = (1 - β₁ᵗ)/√(1 - β₂ᵗ), ε' = ε·√(1 - β₂ᵗ), λ' = λk, η' = η/k
+
+      m ← m + a₁(g - m);   v ← b₂v + a₂g²;   w ← w - η'·[m/(√v + ε') + λ'w]  =  w - η·[m̂/(√v̂ + ε) + λw]
+
+    rate and decay, η' and λ', are tensors of `like`'s kind: they move from step to step, and a compiled rule would be
+    compiled anew for numbers. decays: whether λ is not 0.
+    """
+    c1, c2 = bias_corrections(betas, t) if bias_correction else (1.0, 1.0)
+    k = c1 / c2**0.5
+    numbers: dict[str, Any] = {"share1": 1 - betas[0], "keep2": betas[1], "share2": 1 - betas[1], "eps": eps * c2**0.5}
+    decay = scalar(weight_decay * k, like.dtype, like.device)
+    return numbers | {"rate": rate_of(lr, like, by=k), "decay": decay, "decays": weight_decay != 0, "k": k}
+
+
+def rate_of(lr: float | Tensor, like: Tensor, *, by: float = 1.0) -> Tensor:
+    """η divided by a number, as a tensor of `like`'s kind."""
+    if isinstance(lr, Tensor):
+        return lr.to(like.device, like.dtype) / by
+    return scalar(lr / by, like.dtype, like.device)
+
+
+@lru_cache(maxsize=256)
+def scalar(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A number as a tensor without dimensions, the same one for the same number: nobody may change it."""
+    return torch.tensor(value, dtype=dtype, device=device)
 
 
 def check_betas(betas: Sequence[float], count: int = 2) -> None:

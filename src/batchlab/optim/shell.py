@@ -19,14 +19,15 @@ import torch
 from torch import Tensor
 
 from batchlab.core.errors import InputError
-from batchlab.optim.state_dtype import StateDtype, check_state_dtype, dense, put_back, state_like
+from batchlab.optim.state_dtype import StateDtype, check_state_dtype, in_dtype, state_like
 from batchlab.parallel.owners import Whole, at_owners
-from batchlab.parallel.shards import is_spread, share
+from batchlab.parallel.shards import share
 from batchlab.parallel.sums import Layout, layout_of, sums_over
 
 Rule = Generator[Any, Any, "dict[str, Tensor] | None"]
 Form = Callable[..., "Rule | None"]  # a rule that needs no sum is a plain function
 Numbers = dict[str, Any]
+SMALL = 16384  # elements up to which a CPU takes a list of tensors faster than one by one
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ class Leaf:
     """One parameter at one step: what this rank holds of it, in the dtype of the arithmetic.
 
     w, g: weights and gradient (its negative under `maximize`). state: by the names of `RuleOptimizer.STATE`. t: the
-    steps this parameter has taken, this one included. shape: of the whole tensor. layout: how it is spread.
+    steps this parameter has taken, this one included. shape: of the whole tensor. layout: how it is spread. rounded:
+    what is kept in another dtype, beside its value here, which is rounded to it after the step.
     """
 
     name: str
@@ -60,11 +62,12 @@ class Leaf:
     t: int
     shape: torch.Size
     layout: Layout
+    rounded: list[tuple[Tensor, Tensor]]
 
 
 def squares(*tensors: Tensor) -> Sum:
     """The request for Σx² of each tensor."""
-    return Sum(torch.stack([each.square().sum() for each in tensors]))
+    return Sum(torch.stack([torch.linalg.vector_norm(each) for each in tensors]).square())
 
 
 def squares_of_lists(*lists: Sequence[Tensor]) -> Sum:
@@ -79,14 +82,16 @@ class RuleOptimizer(torch.optim.Optimizer):
     lists (`multi`), and gives their arguments. Half-precision parameters are updated in float32 and rounded once; their
     state is float32. Sums over a tensor are exact under FSDP2 and tensor parallelism: one collective a round.
 
-    foreach: the form for lists; by default on GPUs, where there is one, for on CPUs it is slower than the plain loop.
-    fused: compiles the rule at the first step (seconds; needs a C++ compiler); spread tensors go the other way.
+    foreach: the form for lists; by default on GPUs, and on CPUs for tensors of up to 16,384 elements: for larger ones
+    it is slower there than the plain loop. fused: compiles the rule at the first step (seconds; needs a C++ compiler),
+    on CPUs for the larger tensors; spread tensors go the other way.
     state_dtype: see `batchlab.optim.state_dtype`. differentiable: refused if true.
     """
 
     STATE: ClassVar[tuple[str, ...]] = ()
     SQUARES: ClassVar[tuple[str, ...]] = ()  # of STATE: averages of squares, never negative
     LOW_BITS: ClassVar[bool] = True  # whether the rule allows a state in fewer than 32 bits
+    OWN: ClassVar[tuple[str, ...]] = ()  # attributes of a subclass that a copy of the optimizer has too
     FLAT: ClassVar[bool] = True  # whether the rule is blind to a tensor's shape
 
     def __init__(
@@ -181,35 +186,42 @@ class RuleOptimizer(torch.optim.Optimizer):
             loose += self._run(group, each)
         for (_, each), found in zip(loose, side_by_side([rule for rule, _ in loose], _layouts(loose)), strict=True):
             self._note(each, found)
-        for group, each in leaves:
-            for leaf in each:
-                self._put_back(leaf, group)
+        for coarse, value in [pair for _, each in leaves for leaf in each for pair in leaf.rounded]:
+            coarse.copy_(value)
         if self._watched:
             self._note_sizes([leaf for _, each in leaves for leaf in each], kept)
         return loss
 
+    def listed(self, leaf: Leaf, group: dict[str, Any]) -> bool:
+        """Whether a tensor goes by the form for lists: as asked, else on GPUs, and on CPUs where it is small.
+
+        There a call's own time counts and not the memory that lists take.
+        """
+        if self.forms(group)[1] is None:
+            return False
+        on_gpu = leaf.w.device.type == "cuda"
+        if group["foreach"] is not None and not (group["fused"] and not on_gpu):
+            return bool(group["foreach"])
+        return on_gpu or (self.FLAT and leaf.w.numel() <= SMALL)
+
     def _run(self, group: dict[str, Any], leaves: list[Leaf]) -> list[tuple[Rule, list[Leaf]]]:
         """Runs the rules of plain tensors; returns those that must run side by side, for they sum over ranks."""
-        single, multi = self.forms(group)
+        forms = self.forms(group)
         loose: list[tuple[Rule, list[Leaf]]] = []
-        for bucket, form in _buckets(self, group, leaves, single, multi):
-            tensors, numbers = self._joined(bucket, group, listed=form is multi)
+        for bucket, given, listed in _buckets(self, group, leaves):
+            form, numbers = cast(Form, forms[listed]), given[0][1]
+            tensors: Sequence[Any] = given[0][0]
+            if listed:
+                tensors = [list(column) for column in zip(*(each for each, _ in given), strict=True)]
             if bucket[0].layout.mesh is not None:
                 rule = form(*tensors, **numbers)
                 loose += [] if rule is None else [(rule, bucket)]
-            elif group["fused"]:
-                given = tensors if form is multi or not self.FLAT else _flat(tensors)
-                self._note(bucket, self._compiled_form(form)(*given, **numbers))
+            elif group["fused"] and (not listed or bucket[0].w.device.type == "cuda"):
+                tensors = _flat(tensors) if self.FLAT and not listed else tensors
+                self._note(bucket, self._compiled_form(form)(*tensors, **numbers))
             else:
                 self._note(bucket, alone(form, *tensors, **numbers))
         return loose
-
-    def _joined(self, bucket: list[Leaf], group: dict[str, Any], *, listed: bool) -> tuple[Sequence[Any], Numbers]:
-        each = [self.arguments(leaf, group) for leaf in bucket]
-        numbers = each[0][1]
-        if listed:
-            return [list(column) for column in zip(*(tensors for tensors, _ in each), strict=True)], numbers
-        return each[0][0], numbers
 
     def _compiled_form(self, form: Form) -> Callable[..., Any]:
         if form not in self._compiled:
@@ -231,14 +243,6 @@ class RuleOptimizer(torch.optim.Optimizer):
             state["step"] += 1
             leaves.append(_leaf(name, parameter, gradient, state, maximize=group["maximize"]))
         return leaves
-
-    def _put_back(self, leaf: Leaf, group: dict[str, Any]) -> None:
-        part = share(leaf.parameter.detach()).part
-        if part.dtype != leaf.w.dtype:
-            part.copy_(leaf.w)
-        state = self.state[leaf.parameter]
-        for name, fine in leaf.state.items():
-            put_back(state[name], fine)
 
     def _note(self, leaves: list[Leaf], found: dict[str, Tensor] | None) -> None:
         for what, values in (found or {}).items():
@@ -274,6 +278,9 @@ class RuleOptimizer(torch.optim.Optimizer):
                 held = self.state[parameter].get(name)
                 if isinstance(value, Tensor) and isinstance(held, Tensor) and held.dtype != value.dtype:
                     self.state[parameter][name] = value.detach().clone().to(parameter.device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {name: self.__dict__[name] for name in self.OWN}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -332,16 +339,20 @@ def _layouts(loose: Sequence[tuple[Rule, list[Leaf]]]) -> list[Layout]:
 
 
 def _leaf(name: str, parameter: Tensor, gradient: Tensor, state: Mapping[str, Any], *, maximize: bool) -> Leaf:
-    held = share(parameter.detach()).part
-    if is_spread(parameter) and cast(Any, gradient).placements != cast(Any, parameter).placements:
-        gradient = cast(Any, gradient).redistribute(placements=cast(Any, parameter).placements)
+    kept = {key: value for key, value in state.items() if key != "step" and isinstance(value, Tensor)}
+    held, layout = parameter.detach(), layout_of(parameter)
+    if layout.mesh is not None:
+        if cast(Any, gradient).placements != cast(Any, parameter).placements:
+            gradient = cast(Any, gradient).redistribute(placements=cast(Any, parameter).placements)
+        held, gradient = share(held).part, share(gradient).part
+        kept = {key: share(value).part for key, value in kept.items()}
     dtype = torch.promote_types(held.dtype, torch.float32)
-    g = share(gradient).part.to(dtype)
-    fine = {key: dense(value, dtype) for key, value in state.items() if key != "step" and isinstance(value, Tensor)}
+    w, g = held.to(dtype), gradient.to(dtype)
+    fine = {key: in_dtype(value, dtype) for key, value in kept.items()}
+    pairs = [(held, w), *((kept[key], value) for key, value in fine.items())]
+    rounded = [(coarse, value) for coarse, value in pairs if coarse is not value]
     step = int(state["step"].item())
-    return Leaf(
-        name, parameter, held.to(dtype), g.neg() if maximize else g, fine, step, parameter.shape, layout_of(parameter)
-    )
+    return Leaf(name, parameter, w, g.neg() if maximize else g, fine, step, parameter.shape, layout, rounded)
 
 
 def _flat(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -367,23 +378,20 @@ def names_of(group: Mapping[str, Any]) -> list[str]:
     return [f"parameter {index} of shape {tuple(p.shape)}" for index, p in enumerate(group["params"])]
 
 
-def _buckets(
-    optimizer: RuleOptimizer,
-    group: dict[str, Any],
-    leaves: list[Leaf],
-    single: Form,
-    multi: Form | None,
-) -> list[tuple[list[Leaf], Form]]:
-    """Leaves that one call takes: all alike in device, dtype, layout and numbers for the form for lists, else one."""
-    on_gpu = all(leaf.w.device.type == "cuda" for leaf in leaves)
-    listed = group["foreach"] if group["foreach"] is not None else on_gpu
-    if group["fused"] and not on_gpu:
-        listed = False
-    if multi is None or not listed:
-        return [([leaf], single) for leaf in leaves]
-    found: dict[Any, list[Leaf]] = {}
+def _buckets(optimizer: RuleOptimizer, group: dict[str, Any], leaves: list[Leaf]) -> list[_Bucket]:
+    """Those for lists hold what is alike in device, dtype, layout and numbers."""
+    found: dict[Any, _Bucket] = {}
+    singles: list[_Bucket] = []
     for leaf in leaves:
-        numbers = optimizer.arguments(leaf, group)[1]
-        key = (leaf.w.device, leaf.w.dtype, leaf.layout, tuple(numbers.items()))
-        found.setdefault(key, []).append(leaf)
-    return [(bucket, multi) for bucket in found.values()]
+        given = optimizer.arguments(leaf, group)
+        if optimizer.listed(leaf, group):
+            key = (leaf.w.device, leaf.w.dtype, leaf.layout, tuple(given[1].items()))
+            bucket = found.setdefault(key, ([], [], True))
+            bucket[0].append(leaf)
+            bucket[1].append(given)
+        else:
+            singles.append(([leaf], [given], False))
+    return singles + list(found.values())
+
+
+_Bucket = tuple[list[Leaf], list[tuple[tuple[Tensor, ...], Numbers]], bool]  # leaves, arguments, for the form for lists

@@ -15,18 +15,17 @@ from torch import Tensor
 
 from batchlab.core.checks import check_inside, check_not_negative
 from batchlab.core.errors import InputError
+from batchlab.optim.moments import rate_of
 from batchlab.optim.shell import Form, Leaf, Numbers, RuleOptimizer
 from batchlab.optim.signs import sign, signs
 from batchlab.optim.state_dtype import StateDtype
 
 
-def signum_(
-    w: Tensor, g: Tensor, b: Tensor, *, lr: float, momentum: float, weight_decay: float, nesterov: bool
-) -> None:
-    """One step on one tensor."""
+def signum_(w: Tensor, g: Tensor, b: Tensor, *, rate: Tensor, momentum: float, keep: float, nesterov: bool) -> None:
+    """One step on one tensor. rate: η. keep: 1 - ηλ."""
     b.mul_(momentum).add_(g)
     direction = sign(g.add(b, alpha=momentum) if nesterov else b)
-    w.mul_(1 - lr * weight_decay).sub_(direction.mul_(lr))
+    w.mul_(keep).addcmul_(direction, rate, value=-1)
 
 
 def signum_foreach_(
@@ -34,17 +33,17 @@ def signum_foreach_(
     gs: list[Tensor],
     bs: list[Tensor],
     *,
-    lr: float,
+    rate: Tensor,
     momentum: float,
-    weight_decay: float,
+    keep: float,
     nesterov: bool,
 ) -> None:
     """`signum_` on lists of tensors."""
     torch._foreach_mul_(bs, momentum)
     torch._foreach_add_(bs, gs)
     directions = signs(list(torch._foreach_add(gs, bs, alpha=momentum)) if nesterov else bs)
-    torch._foreach_mul_(ws, 1 - lr * weight_decay)
-    torch._foreach_mul_(directions, lr)
+    torch._foreach_mul_(ws, keep)
+    torch._foreach_mul_(directions, rate)
     torch._foreach_sub_(ws, directions)
 
 
@@ -101,5 +100,6 @@ class Signum(RuleOptimizer):
 
     def arguments(self, leaf: Leaf, group: dict[str, Any]) -> tuple[tuple[Tensor, ...], Numbers]:
         """Tensors and numbers of `signum_`."""
-        names = ("lr", "momentum", "weight_decay", "nesterov")
-        return (leaf.w, leaf.g, leaf.state["momentum_buffer"]), {name: group[name] for name in names}
+        numbers = {"rate": rate_of(group["lr"], leaf.w), "keep": 1 - group["lr"] * group["weight_decay"]}
+        numbers |= {"momentum": group["momentum"], "nesterov": group["nesterov"]}
+        return (leaf.w, leaf.g, leaf.state["momentum_buffer"]), numbers

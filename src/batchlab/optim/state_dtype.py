@@ -44,14 +44,18 @@ def state_like(parameter: Tensor, state_dtype: StateDtype, *, squares: bool) -> 
     return torch.zeros_like(parameter, dtype=state_dtype, requires_grad=False)
 
 
-def dense(state: Tensor, dtype: torch.dtype) -> Tensor:
-    """This rank's part in the dtype of the arithmetic: the state itself where it is in it already."""
-    part = share(state).part
+def in_dtype(part: Tensor, dtype: torch.dtype) -> Tensor:
+    """In the dtype of the arithmetic: the tensor itself where it is in it already."""
     return part.dequantize().to(dtype) if hasattr(part, "codes") else part.to(dtype)
 
 
+def dense(state: Tensor, dtype: torch.dtype) -> Tensor:
+    """This rank's part of a state that may be spread, in the dtype of the arithmetic."""
+    return in_dtype(share(state).part, dtype)
+
+
 def put_back(state: Tensor, fine: Tensor) -> None:
-    """Rounds the state to the dtype it is kept in; does nothing where it was changed in place."""
+    """Rounds what `dense` gave to the dtype that is kept; does nothing where it was changed in place."""
     part = share(state).part
     if hasattr(part, "codes") or part.dtype != fine.dtype:
         part.copy_(fine)

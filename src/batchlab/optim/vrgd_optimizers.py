@@ -21,7 +21,7 @@ from batchlab.core.errors import InputError
 from batchlab.optim.in_groups import InGroups
 from batchlab.optim.lamb import LAMB, lamb_, lamb_foreach_
 from batchlab.optim.lars import LARS
-from batchlab.optim.moments import bias_corrections, check_betas
+from batchlab.optim.moments import adam_numbers, check_betas
 from batchlab.optim.shell import Form, Leaf, Numbers, Rule, RuleOptimizer, names_of
 
 SecondMoment = Literal["scaled", "raw"]
@@ -130,14 +130,13 @@ class VRLARS(InGroups, LARS):
         self._start(groups, process_group)
 
 
-def vr_lamb_(
-    w: Tensor, g: Tensor, p: Tensor, b: Tensor, m: Tensor, v: Tensor, *, raw: bool, beta2: float, **numbers: Any
-) -> Rule:
+def vr_lamb_(w: Tensor, g: Tensor, p: Tensor, b: Tensor, m: Tensor, v: Tensor, *, raw: bool, **numbers: Any) -> Rule:
     """`lamb_` with g = ghat. p, b: of which ghat = (p/b)·gbar. raw: v of gbar, whose part is then done here."""
     if raw:
         h = (g * b).div_(p)
-        v.mul_(beta2).addcmul_(h, h, value=1 - beta2)
-    return lamb_(w, g, m, v, beta2=1.0 if raw else beta2, **numbers)
+        v.mul_(numbers["keep2"]).addcmul_(h, h, value=numbers["share2"])
+        numbers |= {"keep2": 1.0, "share2": 0.0}
+    return lamb_(w, g, m, v, **numbers)
 
 
 def vr_lamb_foreach_(
@@ -149,16 +148,16 @@ def vr_lamb_foreach_(
     vs: list[Tensor],
     *,
     raw: bool,
-    beta2: float,
     **numbers: Any,
 ) -> Rule:
     """`vr_lamb_` on lists of tensors."""
     if raw:
         hs = list(torch._foreach_mul(gs, bs))
         torch._foreach_div_(hs, ps)
-        torch._foreach_mul_(vs, beta2)
-        torch._foreach_addcmul_(vs, hs, hs, 1 - beta2)
-    return lamb_foreach_(ws, gs, ms, vs, beta2=1.0 if raw else beta2, **numbers)
+        torch._foreach_mul_(vs, numbers["keep2"])
+        torch._foreach_addcmul_(vs, hs, hs, numbers["share2"])
+        numbers |= {"keep2": 1.0, "share2": 0.0}
+    return lamb_foreach_(ws, gs, ms, vs, **numbers)
 
 
 class _Smoothed(InGroups, RuleOptimizer):
@@ -238,9 +237,8 @@ class VRAdam(_Smoothed):
 
     def arguments(self, leaf: Leaf, group: dict[str, Any]) -> tuple[tuple[Tensor, ...], Numbers]:
         """Tensors and numbers of `vr_lamb_`, with a ratio of 1."""
-        c1, c2 = bias_corrections(group["betas"], leaf.t) if group["bias_correction"] else (1.0, 1.0)
-        numbers = {name: group[name] for name in ("lr", "eps", "weight_decay")}
-        numbers |= {"beta1": group["betas"][0], "beta2": group["betas"][1], "c1": c1, "c2": c2}
+        given = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay", "bias_correction")}
+        numbers = adam_numbers(leaf.w, **given, t=leaf.t)
         numbers |= {"clamp": None, "max_ratio": None, "adapt": False, "raw": group["second_moment"] == "raw"}
         return self._tensors(leaf), numbers
 

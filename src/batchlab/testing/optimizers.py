@@ -85,6 +85,15 @@ def state_goes_round(make: Make) -> None:
         same(trained(resumed, fresh, range(STEPS, 2 * STEPS)), whole)
 
 
+def copies_are_equal(make: Make) -> None:
+    """A deep copy of optimizer and model goes on equal bit for bit."""
+    model = small_model()
+    both = (make(model.parameters()), model)
+    trained(*both, range(2))
+    again = copy.deepcopy(both)
+    same(trained(*again, range(2, STEPS)), trained(*both, range(2, STEPS)))
+
+
 def state_is_plain(make: Make) -> None:
     """`state_dict` holds tensors, numbers, texts and containers of them: it can be saved without pickling objects."""
 
@@ -213,17 +222,19 @@ def lists_equal_the_loop(make: Make) -> None:
 
 
 def compiled_equals_the_loop(make: Make) -> None:
-    """`fused=True` takes the loop's steps, to 1e-12 in float64, under a rate that moves."""
-    loop, compiled = small_model(), small_model()
+    """`fused=True` takes the loop's steps, to 1e-12 in float64, under a rate that moves; on large tensors too."""
     ends = []
-    for model, fused in ((loop, False), (compiled, True)):
-        optimizer = make(model.parameters(), fused=fused)
+    for fused in (False, True):
+        parameters = [*small_model().parameters(), nn.Parameter(torch.ones(150, 150, dtype=torch.float64))]
+        optimizer = make(parameters, fused=fused)
         schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
-        for step in range(STEPS):
-            gradients_for(model, step)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(STEPS):
+            for parameter in parameters:
+                parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             optimizer.step()
             schedule.step()
-        ends.append([parameter.detach() for parameter in model.parameters()])
+        ends.append([parameter.detach() for parameter in parameters])
     same(ends[1], ends[0], 1e-12)
 
 
@@ -240,6 +251,7 @@ def refused(call: Callable[[], Any], word: str) -> None:
 CHECKS: tuple[Callable[[Make], None], ...] = (
     it_trains,
     state_goes_round,
+    copies_are_equal,
     state_is_plain,
     closures_count,
     frozen_and_late,
