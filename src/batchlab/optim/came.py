@@ -9,7 +9,7 @@ For a tensor [..., n, m] (arXiv 2307.02047), with means ⟨·⟩ᵣ along the la
   W ← W - η(M/√S + λW)
 
 Tensors of one dimension keep a full V and step by M. Nothing corrects for the averages' start from zero: see `CAME`.
-The paper's sums instead of means give the same V and S.
+The paper's sums instead of means give the same V and S. came-pytorch 0.1.3 is met within 3e-15 in float64, 200 steps.
 """
 
 from __future__ import annotations
@@ -122,7 +122,8 @@ class CAME(RuleOptimizer):
     matrices has one clip. The factored averages stay in float32 whatever state_dtype; only M follows it. On GPUs TF32
     products, where they are allowed, round the clip to a thousandth.
     With the batch: as AdamW; the paper trained BERT with it at batch 32,768, for the memory that it leaves to the
-    batch. Not where AdamW's state fits easily and speed counts, nor without a warm-up.
+    batch. Not where AdamW's state fits easily and speed counts, nor without a warm-up, nor for runs much shorter than
+    1/(1 - β₃): after 300 updates it was 0.46 nats behind AdamW (`benchmarks/came_against_adamw.py`).
 
     Raises `InputError` for hyperparameters out of range, and for sparse or complex tensors by name; warns of β₃ ≤ β₂.
 
