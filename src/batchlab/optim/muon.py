@@ -58,7 +58,7 @@ def muon_(
     (o,), errors = yield Whole([u.to(how.dtype)], shape, partial(updates, how=how, watch=watch), notes=int(watch))
     if weight_decay != 0:
         w.mul_(1 - lr * weight_decay)
-    step = torch.as_tensor(-lr * scale, dtype=w.dtype, device=w.device)
+    step = w.new_ones(()) * (-lr * scale)  # torch.as_tensor of a rate that moves would be kept by compiled rules
     w.addcmul_(o.to(w.dtype, memory_format=torch.contiguous_format), step)
     return {"orthogonality_error": errors} if watch else None
 
