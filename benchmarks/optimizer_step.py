@@ -2,9 +2,9 @@
 torch's fused AdamW; in the plain loop they are no slower than the fastest peer either.
 
 Parameter lists by shape alone, random gradients, a rate of 0, so that the work stays the same: a ResNet-50 (161
-tensors, 25.6 million weights) and a GPT-2 of width 512 with 6 layers (76 tensors, 27 million). Peers as they are by default and
-with `foreach` off where they have it; timm (clip off) and pytorch_optimizer if they are installed. Other rules of
-batchlab stand beside torch's AdamW. Every ratio is the median over pairs of steps in turn.
+tensors, 25.6 million weights) and a GPT-2 of width 512 with 6 layers (76 tensors, 27 million). Peers as they are by
+default and with `foreach` off where they have it; timm (clip off) and pytorch_optimizer if they are installed. Other
+rules of batchlab stand beside torch's AdamW. Every ratio is the median over pairs of steps in turn.
 """
 
 import statistics

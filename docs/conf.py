@@ -52,6 +52,8 @@ myst_substitutions = {
     "benchmarks": prose.benchmark_tables(RESULTS),
     "five_jobs": prose.result_table((p for p in VERIFIED if not p.stem.endswith("_plain")), FIVE_JOBS),
     "five_jobs_plain": prose.result_table((p for p in VERIFIED if p.stem.endswith("_plain")), FIVE_JOBS),
+    "optimizers": prose.optimizer_tables(RESULTS / "optimizers.json"),
+    "optimizer_steps": prose.step_table(RESULTS / "optimizer_step.json"),
     "estimators": prose.result_table(RESULTS.glob("estimators.json"), ESTIMATORS),
 }
 

@@ -186,3 +186,43 @@ def _inline(text: str) -> str:
 
 def _escape(text: str) -> str:
     return re.sub(r"([\\|*_`])", r"\\\1", text)
+
+
+def optimizer_tables(path: Path) -> str:
+    """A table for each job and batch size of the optimizer benchmark, the least loss first."""
+    if not path.is_file():
+        return ""
+    parts, cells = [], {}
+    for row in json.loads(path.read_text("utf-8"))["rows"]:
+        cells.setdefault((row["job"], row["batch_size"], row["examples"]), []).append(row)
+    for (job, batch, examples), rows in cells.items():
+        parts.append(f"### {job}, batch {batch}, {examples:,} examples\n")
+        parts.append("| optimizer | rate | loss, mean of seeds | spread | diverged | steps to target | state | ms |")
+        parts.append("| --- " * 8 + "|")
+        for row in sorted(rows, key=lambda each: _last(each["mean_loss"])):
+            rate = f"{row['learning_rate' if 'learning_rate' in row else 'rate']:.3g}{' (edge)' if row['edge'] else ''}"
+            lost = f"{row['diverged']} of {len(row['losses'])}, {row['trials_diverged']} of {row['trials']} trials"
+            shown = (row["mean_loss"], row["spread"], lost, row["steps_to_target"], row["state"], row["step_ms"])
+            parts.append("| " + " | ".join([row["optimizer"], rate, *map(_cell, shown)]) + " |")
+        parts.append("")
+    return "\n".join(parts)
+
+
+def step_table(path: Path) -> str:
+    """Times of optimizer steps as ratios to torch's fused AdamW, from the committed benchmark."""
+    if not path.is_file():
+        return ""
+    rows = json.loads(path.read_text("utf-8"))["rows"]
+    lists = list(dict.fromkeys(row["parameters"] for row in rows))
+    found = {(row["optimizer"], row["parameters"]): row for row in rows}
+    head = ["| step | " + " | ".join(lists) + " |", "| --- " * (len(lists) + 1) + "|"]
+    for name in dict.fromkeys(row["optimizer"] for row in rows):
+        ratios = (
+            f"{row['ratio']:.2f} [{row['low']:.2f}, {row['high']:.2f}]" for row in (found[name, k] for k in lists)
+        )
+        head.append("| " + " | ".join([name, *ratios]) + " |")
+    return "\n".join(head)
+
+
+def _last(loss: float | str) -> float:
+    return float(loss)

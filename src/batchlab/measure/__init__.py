@@ -39,6 +39,12 @@ if TYPE_CHECKING:
     from batchlab.measure.memory.buckets import MicroBatchTable as MicroBatchTable
     from batchlab.measure.memory.micro_batch import find_micro_batch as find_micro_batch
     from batchlab.measure.memory.size_finder import MicroBatch as MicroBatch
+    from batchlab.measure.noise.batch_tests import BatchTest as BatchTest
+    from batchlab.measure.noise.batch_tests import augmented_inner_product_test as augmented_inner_product_test
+    from batchlab.measure.noise.batch_tests import inner_product_test as inner_product_test
+    from batchlab.measure.noise.batch_tests import norm_test as norm_test
+    from batchlab.measure.noise.batch_tests import orthogonality_test as orthogonality_test
+    from batchlab.measure.noise.batch_tests import pooled_variance as pooled_variance
     from batchlab.measure.noise.dual_norm import DualNormNoise as DualNormNoise
     from batchlab.measure.noise.dual_norm import dual_norm_noise as dual_norm_noise
     from batchlab.measure.noise.dual_norm import group_gradients as group_gradients
@@ -114,6 +120,12 @@ _HOME = {
     "tokens_to_loss": "runs.token_ratio",
     "pareto": "runs.token_ratio",
     "sfo_complexity": "runs.sfo",
+    "BatchTest": "noise.batch_tests",
+    "augmented_inner_product_test": "noise.batch_tests",
+    "inner_product_test": "noise.batch_tests",
+    "norm_test": "noise.batch_tests",
+    "orthogonality_test": "noise.batch_tests",
+    "pooled_variance": "noise.batch_tests",
     "SfoComplexity": "runs.sfo",
     "joint_critical_batch": "runs.sfo",
     "curvature": "hessian.curvature",

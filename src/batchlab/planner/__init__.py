@@ -45,6 +45,10 @@ if TYPE_CHECKING:
     from batchlab.planner.layouts.search import layout as layout
     from batchlab.planner.layouts.shape import ModelShape as ModelShape
     from batchlab.planner.layouts.step_time import Efficiency as Efficiency
+    from batchlab.planner.optimizer_overhead import least_accumulation as least_accumulation
+    from batchlab.planner.optimizer_overhead import least_batch as least_batch
+    from batchlab.planner.optimizer_overhead import optimizer_share as optimizer_share
+    from batchlab.planner.optimizer_overhead import state_elements as state_elements
     from batchlab.planner.recipes.recipe import Recipe as Recipe
     from batchlab.planner.recipes.recipe import read_recipe as read_recipe
     from batchlab.planner.recipes.rescale import Rescaled as Rescaled
@@ -92,6 +96,10 @@ _HOME = {
     "MeasuredBatch": "fine_tune.measured_batch",
     "BatchMemoryModel": "fine_tune.memory_model",
     "ThroughputModel": "fine_tune.throughput_model",
+    "least_accumulation": "optimizer_overhead",
+    "least_batch": "optimizer_overhead",
+    "optimizer_share": "optimizer_overhead",
+    "state_elements": "optimizer_overhead",
 }
 
 __all__ = [*_HOME]

@@ -29,6 +29,7 @@ from batchlab.data.stream import SampleStream
 from batchlab.measure.noise.gradient_noise import GradientNoise
 from batchlab.optim.average import WeightAverage
 from batchlab.optim.by_name import ADAM_LIKE, create, in_groups
+from batchlab.optim.watch import watched_step
 from batchlab.rules.learning_rate import rescale
 from batchlab.schedule.by_examples import lr_factor
 from batchlab.schedule.noise_scale_batch import NoiseScaleBatch
@@ -41,6 +42,7 @@ class Update:
 
     loss: mean over the batch's units before the update. grad_norm: of the batch gradient, before clipping.
     noise: the running noise scale, in examples. skipped: nothing was changed, for the loss or gradient was not finite.
+    tensors: what the step did to each tensor, where it was watched (`optim.watch`).
     """
 
     step: int
@@ -52,6 +54,7 @@ class Update:
     noise: Estimate | None
     skipped: bool
     seconds: float
+    tensors: dict[str, dict[str, float]] | None = None
 
 
 GROUPS = 8  # the fewest that make VRGD's variance worth having (Jiang et al. 2023, arXiv 2309.13681)
@@ -133,8 +136,10 @@ class Learner:
             wrapped.compile()
         return wrapped
 
-    def update(self, batch_size: int | None = None) -> Update:
+    def update(self, batch_size: int | None = None, *, watch: bool = False) -> Update:
         """One update with the next `batch_size` examples of the stream (the learner's own size if None).
+
+        watch: notes what it does to each tensor.
 
         The gradient is the exact mean over all units of the batch, whatever the micro-batches and ranks.
         """
@@ -149,8 +154,9 @@ class Learner:
         self.position += size
         learning_rate = self._set_learning_rate(size)
         finite = math.isfinite(loss) and math.isfinite(norm)
+        tensors = None
         if finite:
-            self._apply(norm, size)
+            tensors = self._apply(norm, size, watch=watch)
         else:
             self._undo(buffers)
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
@@ -159,7 +165,7 @@ class Learner:
         noise = self._last_noise if self.noise is not None else None
         if self.controller is not None:
             self.batch_size = self.controller.next_batch(noise if finite else None)
-        return Update(self.step, self.position, size, learning_rate, loss, norm, noise, not finite, seconds)
+        return Update(self.step, self.position, size, learning_rate, loss, norm, noise, not finite, seconds, tensors)
 
     def _backward(self, size: int) -> tuple[float, float]:
         """Leaves the mean gradient over `size` examples in `.grad`; returns the mean loss and the gradient's norm."""
@@ -230,14 +236,20 @@ class Learner:
             group["lr"] = peak * factor
         return peak * factor
 
-    def _apply(self, norm: float, size: int) -> None:
+    def _apply(self, norm: float, size: int, *, watch: bool) -> dict[str, dict[str, float]] | None:
         if self.noise is not None:
             self._last_noise = self.noise.step(grad_sq_norm=norm**2)
         if self.plan.clip_norm is not None and norm > self.plan.clip_norm:
             nn.utils.clip_grads_with_norm_(self._parameters, self.plan.clip_norm, torch.tensor(norm))
-        self.optimizer.step()
+        tensors = None
+        if watch:
+            named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+            tensors = watched_step(self.optimizer.step, self.optimizer, named)
+        else:
+            self.optimizer.step()
         if self.average is not None:
             self.average.update(self.model, size)
+        return tensors
 
     def _undo(self, buffers: list[Tensor]) -> None:
         """Puts back what a forward pass changed, and forgets the pieces it measured."""

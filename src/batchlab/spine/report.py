@@ -57,7 +57,9 @@ def _run_page(run: Run) -> tuple[str, str, list[Section]]:
     from batchlab.spine import chapters, study_chapters
     from batchlab.spine.columns import columns
     from batchlab.spine.scaling_chapter import where_more_batch_helps
+    from batchlab.spine.tensor_chapter import tensors, tensors_of
 
+    watched = tensors(tensors_of(run.steps()))
     plan, facts, study = run.plan, run.facts, _own_study(run)
     taken = columns(run.steps(), run.meta.get("initial"))
     sections = [
@@ -67,6 +69,7 @@ def _run_page(run: Run) -> tuple[str, str, list[Section]]:
         chapters.loss(run, taken),
         chapters.machine_limits(plan, facts),
         chapters.learning_rates(plan, facts),
+        *([] if watched is None else [watched]),
         chapters.reasons(plan),
         *(
             [chapters.not_verified()]

@@ -93,9 +93,10 @@ def _run(
     """Update, evaluate when due, write the line, save when due; until the target, the last step, or a signal."""
     plan = learner.plan
     while learner.step < plan.steps and status == "running":
-        update = learner.update()
+        evaluates = (learner.step + 1) % plan.evaluate_every == 0 or learner.step + 1 == plan.steps
+        update = learner.update(watch=evaluates)
         line = _line(update)
-        if update.step % plan.evaluate_every == 0 or update.step == plan.steps:
+        if evaluates:
             line["valid"] = learner.evaluate()
             status = _status(line["valid"], plan)
         folder.append(line)
@@ -155,6 +156,7 @@ def _line(update: Update) -> dict[str, Any]:
         "seconds": update.seconds,
         "examples_per_second": update.batch_size / update.seconds,
         "skipped": update.skipped,
+        **({} if update.tensors is None else {"tensors": update.tensors}),
     }
 
 

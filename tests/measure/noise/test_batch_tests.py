@@ -12,7 +12,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
 from batchlab.core.errors import InputError
-from batchlab.measure.batch_tests import (
+from batchlab.measure.noise.batch_tests import (
     augmented_inner_product_test,
     batch_moments,
     inner_product_test,
