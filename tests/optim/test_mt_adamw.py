@@ -380,6 +380,6 @@ def test_miniature_of_unmixed_batches():
             by_rate[lr] = scores.mean(0)
             print(way, lr, by_rate[lr].round(3), scores.round(3).tolist(), flush=True)
         found[way] = max(by_rate.values(), key=np.prod)
-    assert found["unmixed"][2] > found["mixed"][2]
+    assert found["unmixed"][2] >= found["mixed"][2] + 0.01  # the margin stated beforehand; met by 0.001
     assert (found["weight 1"][:2] >= found["mixed"][:2]).all()
     assert found["weight 3"][2] > found["weight 1"][2]
