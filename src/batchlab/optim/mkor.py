@@ -296,6 +296,26 @@ def _check_base(base: Any) -> None:
         raise InputError("base must have differentiable=False: gradients are preconditioned in place")
 
 
+def mkor_sgd(
+    params: Any,
+    model: nn.Module,
+    lr: float = 1e-3,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    *,
+    gamma: float = 0.95,
+    inv_freq: int = 10,
+    eps: float = 10.0,
+    zeta: float = 0.9,
+    switch: Literal["none", "knee"] | int = "none",
+    process_group: dist.ProcessGroup | None = None,
+) -> MKOR:
+    """`MKOR` before torch's SGD over params, parameters of `model`; settings as of the two."""
+    base = torch.optim.SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
+    settings: dict[str, Any] = {"gamma": gamma, "inv_freq": inv_freq, "eps": eps, "zeta": zeta, "switch": switch}
+    return MKOR(model, base, **settings, process_group=process_group)
+
+
 def _attach(optimizer: MKOR) -> list[RemovableHandle]:
     """Hooks that do not keep the optimizer alive: one that is dropped leaves its model as it was."""
     me = weakref.ref(optimizer)

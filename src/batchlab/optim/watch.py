@@ -37,7 +37,7 @@ def watched_step(
         step()
     found = {name: {"update_ratio": _ratio(p, before[name])} for name, p in watched.items()}
     noted: Any = getattr(optimizer, "report", dict)()
-    for name, values in noted.items():
+    for name, values in noted.items() if isinstance(noted, Mapping) else ():
         if name in found:
             found[name] |= {
                 what: value for what, value in values.items() if what not in ("update_ratio", "weight_norm")

@@ -44,6 +44,7 @@ _KINDS: dict[str, Kind] = {
     "sgdw": Kind("sgd", f"{_LINEAR}; decoupled decay has a rule of its own"),
     "asgd": Kind("sgd", f"{_LINEAR}; averaging the weights changes no step"),
     "sgdschedulefree": Kind("sgd", f"{_LINEAR}; {_UNTESTED}"),
+    "mkor": Kind("sgd", f"{_LINEAR}, in length, before SGD; its factors are of mean vectors; {_UNTESTED}"),
     "vrsgd": Kind("sgd", f"{_LINEAR}, times a share that agreement gives; its paper mostly takes √B"),
     "kfac": Kind("sgd", f"{_LINEAR}: Fisher factors are those of single examples; {_UNTESTED}"),
     "adam": Kind("adam", f"{_MOMENTS}; {_SDE}"),
@@ -109,7 +110,6 @@ _KINDS: dict[str, Kind] = {
 
 _WITHOUT: dict[str, str] = {
     "egn": "its step solves for the batch's own curvature, and its damping moves it more than its rate",
-    "mkor": "it hands its direction to another optimizer: name that one",
     "agvm": "it gives factors to the rates of another optimizer: name that one",
     "diloco": "its inner optimizer has one, and its own is rules.batch.diloco_law",
     "adadelta": "it makes its step from the size of its own last steps",
@@ -128,7 +128,7 @@ _DECAYS: dict[Decay, tuple[str, ...]] = {
         *("adamw", "sgdw", "lion", "muon", "adafactor", "came", "sophia", "ademamix"),
         *("dmuon", "signum", "mars", "vradam", "mtadamw", "adagradnorm"),
     ),
-    "l2": ("sgd", "nag", "vrsgd"),
+    "l2": ("sgd", "nag", "vrsgd", "mkor"),
     "adaptive_l2": ("adam", "adamax", "nadam", "radam", "rmsprop", "adagrad", "adadelta"),
     "normalised": ("lamb", "lars", "vrlamb", "vrlars"),
 }

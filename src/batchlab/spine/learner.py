@@ -100,7 +100,7 @@ class Learner:
         self.stream = SampleStream(len(job.train), derive_seed(seed, "stream"))
         reseed(derive_seed(seed, "weights"))
         self.model = make_model(job).to(self.device).train()
-        self.optimizer = create(plan.optimizer, self.model, lr=plan.learning_rate, **plan.hyperparameters)
+        self.optimizer = self._made()
         self._groups = self._grouped()
         averages = {"half_life": plan.ema_half_life, "power": plan.average_power}
         self.average = WeightAverage(self.model, **averages) if any(v is not None for v in averages.values()) else None
@@ -114,12 +114,19 @@ class Learner:
         self._has_buffers = any(True for _ in self.model.buffers())
         self._forward = self._wrapped(_Loss(job, self.model))
 
+    def _made(self) -> torch.optim.Optimizer:
+        settings: dict[str, Any] = dict(self.plan.hyperparameters)
+        if self.plan.optimizer == "mkor" and self.world > 1:
+            settings["process_group"] = dist.group.WORLD
+        return create(self.plan.optimizer, self.model, lr=self.plan.learning_rate, **settings)
+
     def _grouped(self) -> int | None:
         """How many pieces this rank takes a batch in at least, for an optimizer that weighs them by their agreement."""
         if not in_groups(self.optimizer):
             return None
         optimizer: Any = self.optimizer
-        optimizer.gradient.process_group = dist.group.WORLD if self.world > 1 else None
+        if self.world > 1:
+            optimizer.gradient.process_group = dist.group.WORLD
         return math.ceil(GROUPS / self.world)
 
     def _measuring(self, in_geometry: bool) -> GradientNoise:

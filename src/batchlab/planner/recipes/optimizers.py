@@ -62,6 +62,7 @@ _TRAITS = {
     "ademamix": Traits(_ADAM, 3, (1,), True),
     "mars": Traits(_ADAM, 2, (1,), True),
     "dmuon": Traits(("momentum", "weight_decay")),
+    "mkor": Traits(("momentum", "weight_decay")),
     "vrsgd": Traits(("momentum", "weight_decay")),
     "vradam": Traits(_ADAM, 2, (1,), True),
     "vrlars": Traits(("momentum", "weight_decay")),
