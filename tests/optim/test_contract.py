@@ -2,7 +2,7 @@
 
 import pytest
 
-from batchlab.testing.optimizers import CHECKS, lists_equal_the_loop
+from batchlab.testing.optimizers import CHECKS, compiled_equals_the_loop, lists_equal_the_loop
 from tests.optim.cases import CASES, LISTED
 
 
@@ -15,3 +15,9 @@ def test_the_contract(name, check):
 @pytest.mark.parametrize("name", LISTED)
 def test_the_form_for_lists(name):
     lists_equal_the_loop(LISTED[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LISTED)
+def test_the_compiled_form(name):
+    compiled_equals_the_loop(LISTED[name])

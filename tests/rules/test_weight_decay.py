@@ -209,7 +209,7 @@ def test_power_lines_gives_the_timescale_of_the_trainer_that_uses_it(batch, toke
         ({"optimizer": "lars"}, "got 'lars': its weight_decay joins before the step is rescaled"),
         ({"optimizer": "LAMB"}, "got 'LAMB': its weight_decay joins before the step is rescaled"),
         ({"optimizer": "nag"}, "got 'nag': its weight_decay is an L2 penalty in the gradient"),
-        ({"optimizer": "signum"}, "got 'signum': how its weight_decay enters is not known here"),
+        ({"optimizer": "yogi"}, "got 'yogi': how its weight_decay enters is not known here"),
         ({"optimizer": "garbage"}, "optimizer must be one of .*got 'garbage'"),
     ],
 )

@@ -136,7 +136,7 @@ def test_decay_without_a_rule():
     )
     plain = {"betas": None, "eps": None}
     assert said("no rule says how lars's moves", changes=plain | {"optimizer": "lars"})
-    assert said("no rule says how signum's moves", changes=plain | {"optimizer": "signum"})
+    assert said("no rule says how yogi's moves", changes=plain | {"optimizer": "yogi"})
     sgd = plain | {"optimizer": "sgd"}
     assert "penalty" not in str(warnings(changes=sgd, rule="linear"))
     line = said("the L2 penalty goes to 0.1414", changes=sgd, rule="sqrt")

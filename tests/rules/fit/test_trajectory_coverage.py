@@ -42,6 +42,7 @@ def check(held, width, studies, widest):
     assert (width > 0.8).all() and (width < widest).all()
 
 
+@pytest.mark.slow
 def test_sixteen_runs_that_each_err_as_a_whole():
     """Four sizes, four batches: 0.5 % of a run, which no number of its checkpoints averages away."""
     few = {"sizes": SIZES[:4], "batches": BATCHES[::2], "steps": tuple(np.geomspace(300, 3e5, 40).tolist())}
@@ -49,6 +50,7 @@ def test_sixteen_runs_that_each_err_as_a_whole():
     check(held, width, STUDIES, 1.9)
 
 
+@pytest.mark.slow
 def test_the_sheets_study_with_noise_at_each_point():
     held, width = simulated(2, STUDIES, noise=0.005, steps=STEPS[::2])
     check(held, width, STUDIES, 1.6)
