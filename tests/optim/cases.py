@@ -4,6 +4,7 @@ from functools import partial
 
 import torch
 
+from batchlab.optim.adagrad_norm import AdaGradNorm
 from batchlab.optim.ademamix import AdEMAMix
 from batchlab.optim.came import CAME
 from batchlab.optim.lamb import LAMB
@@ -19,6 +20,7 @@ from batchlab.optim.vrgd_optimizers import VRLAMB, VRLARS, VRSGD, VRAdam
 from tests.optim.grouped import in_groups, in_turn
 
 LISTED = {
+    "adagrad_norm": partial(AdaGradNorm, lr=0.5),
     "muon": partial(Muon, lr=0.01, use_muon="matrices", ns_dtype=torch.float64),
     "dmuon": partial(DMuon, lr=0.01, ns_dtype=torch.float64),
     "mt_adamw": partial(in_turn(MTAdamW), lr=0.01, ratios={"a": 0.25, "b": 0.75}, weights={"a": 2.0, "b": 1.0}),
