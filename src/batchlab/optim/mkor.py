@@ -41,7 +41,7 @@ class MKOR(torch.optim.Optimizer):
     """Preconditions the gradients of `model`'s Linear and Conv2d layers, then steps `base`.
 
     Of a layer with weight W (out, in), its bias taken as the weight of one more input that is 1, input rows a_n and
-    gradients g_n of its output rows, every `inv_freq` steps (and at each of the first `warmup_steps`)::
+    gradients g_n of its output rows, every `inv_freq` steps (and at each of the first `warmup_steps`):
 
         ā = mean of a_n;  ḡ = mean of N·g_n = Σ g_n             over the N rows: examples x tokens or positions
         A⁻¹ ← (γA + (1-γ)āāᵀ)⁻¹;  G⁻¹ ← (γG + (1-γ)ḡḡᵀ)⁻¹       Sherman-Morrison, O(d²), both start at I
