@@ -13,7 +13,6 @@ import dataclasses
 import math
 import statistics
 import time
-import warnings
 from typing import Any
 
 import optuna
@@ -145,7 +144,6 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    warnings.filterwarnings("ignore")
     claim, rows = " ".join((__doc__ or "").split("\n\n")[0].split()), []
     for name in given.jobs:
         make, epochs, target = JOBS[name]
