@@ -1,0 +1,198 @@
+"""What every rule that moves the batch along a run has in common: facts in, a batch size out, and what holds it still.
+
+A rule says what it wants; `BatchController.next_batch` decides, and is the same for all rules. Sizes are global, over
+all ranks and micro-batches of one update.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import Any, final
+
+import torch.distributed as dist
+
+from batchlab.core.checks import check_count, holds, is_count
+from batchlab.core.errors import InputError
+from batchlab.core.facts import Estimate
+from batchlab.measure.noise.batch_tests import Moments, Placement, place_batch
+from batchlab.parallel.agree import agree_min
+
+_NEARLY = 1e-9  # a float that is a whole number but for rounding counts as that number
+
+
+@dataclass(frozen=True)
+class StepFacts:
+    """What is known after an update. Whatever was not measured is None.
+
+    seen: examples (or tokens) so far, this update included. batch: of this update, in the controller's unit.
+    loss: mean over the batch, before the update. noise_scale: the running estimate, in the unit of `batch`.
+    batch_test: of this update's gradients (`measure.noise.batch_tests.batch_moments`). seconds: of this update.
+    skipped: nothing was changed, for the loss or a gradient was not finite.
+
+    Every rank must make the same decision, so it must have the same facts; `agreed` sees to what the clock told.
+    """
+
+    seen: int
+    batch: int
+    loss: float | None = None
+    noise_scale: Estimate | None = None
+    batch_test: Moments | None = None
+    seconds: float | None = None
+    skipped: bool = False
+
+    def agreed(self, process_group: dist.ProcessGroup | None = None) -> StepFacts:
+        """With the slowest rank's `seconds`, and `skipped` where any rank skipped; every rank must call.
+
+        Outside a process group it changes nothing. The other facts must be equal already: sums over ranks are.
+        """
+        untold = -1.0 if self.seconds is None else self.seconds
+        seconds, skipped = (-least for least in agree_min([-untold, -float(self.skipped)], process_group))
+        return replace(self, seconds=None if self.seconds is None else seconds, skipped=bool(skipped))
+
+
+class BatchController(ABC):
+    """The batch size of the next update, from what was measured so far. A subclass gives `wanted`, and only that.
+
+        facts = StepFacts(seen, batch, loss=loss, noise_scale=noise.step())
+        batch = controller.next_batch(step, facts)
+
+    batch_size: where it starts. minimum, maximum: bounds. multiple_of: sizes are rounded down to a multiple of it,
+        never below the minimum; the start and both bounds must be multiples (micro-batch x ranks, where those are
+        fixed). growth: the most one change multiplies or divides by, at least 1; one `multiple_of` is always allowed.
+    deadband: nothing changes while the wanted size is within this factor of the present one.
+    patience: updates from one change (or the start) to the next, for what is measured needs time to follow.
+
+    It never reacts to a skipped update, to a loss that is not finite, or to a wish that is None, NaN, infinite or <= 0;
+    a skipped update does not count for patience either. `needs` names the facts that a rule reads, beyond `seen` and
+    `batch`, so that a loop need not measure others. Given equal facts, all ranks decide alike: see `StepFacts.agreed`.
+
+    A rule that remembers something overrides `note`, `rule_state` and `load_rule_state`.
+    """
+
+    needs: frozenset[str] = frozenset()
+
+    def __init__(
+        self,
+        batch_size: int,
+        *,
+        maximum: int,
+        minimum: int = 1,
+        multiple_of: int = 1,
+        growth: float = 2.0,
+        deadband: float = 1.0,
+        patience: int = 1,
+    ) -> None:
+        check_count(batch_size=batch_size, minimum=minimum, maximum=maximum, multiple_of=multiple_of, patience=patience)
+        if not minimum <= batch_size <= maximum:
+            raise InputError(
+                f"sizes must satisfy 1 <= minimum <= batch_size <= maximum, got {minimum}, {batch_size}, {maximum}"
+            )
+        for name, value in (("batch_size", batch_size), ("maximum", maximum)):
+            if value % multiple_of:
+                raise InputError(f"{name} must be a multiple of multiple_of {multiple_of}, got {value}")
+        for name, factor in (("growth", growth), ("deadband", deadband)):
+            if not holds(lambda each: each >= 1, factor):
+                raise InputError(f"{name} must be at least 1, got {factor!r}")
+        self.batch_size = int(batch_size)
+        self.minimum, self.maximum, self.multiple_of = int(minimum), int(maximum), int(multiple_of)
+        self.growth, self.deadband, self.patience = float(growth), float(deadband), int(patience)
+        self._waited = 0
+
+    @abstractmethod
+    def wanted(self, step: int, facts: StepFacts) -> float | None:
+        """The rule: the size it would have now, without bounds or rounding; None if it has no opinion."""
+
+    def note(self, step: int, facts: StepFacts) -> None:
+        """What a rule remembers of an update that was not skipped; called before `wanted`."""
+
+    def rule_state(self) -> dict[str, Any]:
+        """What `note` left, as plain numbers."""
+        return {}
+
+    def load_rule_state(self, state: dict[str, Any]) -> None:
+        """Takes over what `rule_state` gave."""
+
+    @final
+    def next_batch(self, step: int, facts: StepFacts) -> int:
+        """The size of the next update. step: updates so far, the one that the facts are of included."""
+        if facts.skipped or (facts.loss is not None and not math.isfinite(facts.loss)):
+            return self.batch_size
+        self._waited += 1
+        self.note(step, facts)
+        if self._waited < self.patience:
+            return self.batch_size
+        wanted = self.wanted(step, facts)
+        if wanted is None or not 0 < wanted < math.inf:
+            return self.batch_size
+        size = self._decided(min(max(float(wanted), self.minimum), self.maximum))
+        if size != self.batch_size:
+            self.batch_size, self._waited = size, 0
+        return self.batch_size
+
+    def _decided(self, wanted: float) -> int:
+        """Deadband, growth, rounding; `wanted` is in the bounds."""
+        ratio, unit = wanted / self.batch_size, self.multiple_of
+        if 1 / self.deadband < ratio < self.deadband:
+            return self.batch_size
+        if ratio >= 1:
+            size = math.floor(min(wanted, max(self.batch_size * self.growth, self.batch_size + unit)) / unit + _NEARLY)
+            return max(size * unit, self.batch_size)
+        least = math.ceil(min(self.batch_size / self.growth, self.batch_size - unit) / unit - _NEARLY)
+        size = max(math.floor(wanted / unit + _NEARLY), least) * unit
+        return self.batch_size if size < self.minimum else size
+
+    def place(self, *, workers: int = 1, max_micro_batch: int | None = None, accumulation: int = 1) -> Placement:
+        """The present size as micro_batch x workers x accumulation, rounded up; `batch_size` becomes that product.
+
+        max_micro_batch: the most examples a worker holds at once. accumulation: the least. The most that `maximum`
+        holds where rounding up would pass it (Lau, Liu and Kolar 2024; `place_batch`). Call it after `next_batch` in a
+        loop of equal micro-batches; one that takes a ragged last micro-batch has no need of it.
+        """
+        placed = place_batch(
+            self.batch_size,
+            self.maximum,
+            workers=workers,
+            max_micro_batch=max_micro_batch,
+            accumulation=accumulation,
+        )
+        if placed.batch % self.multiple_of:
+            raise InputError(
+                f"multiple_of must divide micro_batch x workers x accumulation = {placed.batch}, got {self.multiple_of}"
+            )
+        self.batch_size = placed.batch
+        return placed
+
+    @final
+    def state_dict(self) -> dict[str, Any]:
+        """The size, the updates since it last changed, and what the rule remembers: plain numbers, of any ranks."""
+        state = {"controller": type(self).__name__, "batch_size": self.batch_size, "waited": self._waited}
+        return state | self.rule_state()
+
+    @final
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over what `state_dict` gave. `InputError` where that was of another controller, or is incomplete.
+
+        Bounds and limits are this controller's own. A size outside its bounds, or no multiple (other ranks, a smaller
+        cap), becomes the nearest one below that is allowed, or the least, with a warning.
+        """
+        name = state.get("controller", type(self).__name__)  # batchlab once wrote no name
+        if name != type(self).__name__:
+            raise InputError(f"the state is of a {name}, this is a {type(self).__name__}")
+        if not is_count(state.get("batch_size")) or not is_count(state.get("waited"), 0):
+            raise InputError(f"the state must hold batch_size and waited, whole numbers, got {state!r:.80}")
+        self.load_rule_state(state)
+        self.batch_size, self._waited = self._allowed(int(state["batch_size"])), int(state["waited"])
+
+    def _allowed(self, size: int) -> int:
+        lowest = -(-self.minimum // self.multiple_of) * self.multiple_of
+        allowed = max(min(size, self.maximum) // self.multiple_of * self.multiple_of, lowest)
+        if allowed != size:
+            warnings.warn(
+                f"the state's batch_size {size} is not in {self.minimum}..{self.maximum} in multiples of "
+                f"{self.multiple_of}: going on with {allowed}",
+                stacklevel=3,
+            )
+        return allowed
