@@ -105,14 +105,14 @@ class BatchController(ABC):
     def wanted(self, step: int, facts: StepFacts) -> float | None:
         """The rule: the size it would have now, without bounds or rounding; None if it has no opinion."""
 
-    def note(self, step: int, facts: StepFacts) -> None:
+    def note(self, step: int, facts: StepFacts) -> None:  # noqa: B027
         """What a rule remembers of an update that was not skipped; called before `wanted`."""
 
     def rule_state(self) -> dict[str, Any]:
         """What `note` left, as plain numbers."""
         return {}
 
-    def load_rule_state(self, state: dict[str, Any]) -> None:
+    def load_rule_state(self, state: dict[str, Any]) -> None:  # noqa: B027
         """Takes over what `rule_state` gave."""
 
     @final

@@ -32,6 +32,7 @@ from batchlab.optim.by_name import ADAM_LIKE, create, in_groups
 from batchlab.optim.watch import watched_step
 from batchlab.rules.learning_rate import rescale
 from batchlab.schedule.by_examples import lr_factor
+from batchlab.schedule.controller import BatchController, StepFacts
 from batchlab.schedule.noise_scale_batch import NoiseScaleBatch
 from batchlab.spine.evaluate import evaluate, evaluating, scalar, units_of
 
@@ -171,7 +172,8 @@ class Learner:
         seconds = time.perf_counter() - started
         noise = self._last_noise if self.noise is not None else None
         if self.controller is not None:
-            self.batch_size = self.controller.next_batch(noise if finite else None)
+            told = StepFacts(self.position, size, loss, noise, seconds=seconds, skipped=not finite)
+            self.batch_size = self.controller.next_batch(self.step, told)
         return Update(self.step, self.position, size, learning_rate, loss, norm, noise, not finite, seconds, tensors)
 
     def _backward(self, size: int) -> tuple[float, float]:
@@ -323,7 +325,7 @@ class Learner:
             self.noise.close()
 
 
-def _controller(plan: Plan, examples: int, world: int) -> NoiseScaleBatch | None:
+def _controller(plan: Plan, examples: int, world: int) -> BatchController | None:
     if plan.batch_schedule == "fixed":
         return None
     if plan.noise_scale is None or not plan.noise_scale.defined:
