@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -74,13 +75,24 @@ class BatchSampler(Sampler[list[int]], ABC):
         if self.EQUAL_EPOCHS:
             length = self._length(0)
             return (0, batches) if length is None else divmod(batches, length)
-        while self._starts[-1] <= batches:
-            length = self._length(len(self._starts) - 1)
-            if length is None:
-                return len(self._starts) - 1, batches - self._starts[-1]
-            self._starts.append(self._starts[-1] + length)
-        epoch = max(at for at, start in enumerate(self._starts) if start <= batches)
+        while self._starts[-1] <= batches and self._extend():
+            pass
+        epoch = bisect_right(self._starts, batches) - 1
         return epoch, batches - self._starts[epoch]
+
+    def start_of(self, epoch: int) -> int:
+        """Batches of the run before the epoch."""
+        if self.EQUAL_EPOCHS:
+            return epoch * (self._length(0) or 0)
+        while len(self._starts) <= epoch and self._extend():
+            pass
+        return self._starts[epoch]
+
+    def _extend(self) -> bool:
+        length = self._length(len(self._starts) - 1)
+        if length is not None:
+            self._starts.append(self._starts[-1] + length)
+        return length is not None
 
     def _length(self, epoch: int) -> int | None:
         length = self.epoch_length(epoch)
@@ -106,12 +118,9 @@ class BatchSampler(Sampler[list[int]], ABC):
         check_count(0, epoch=epoch)
         if epoch == self.epoch:
             return
-        if self.EQUAL_EPOCHS:
-            self._taken = epoch * len(self)
-            return
-        while len(self._starts) <= epoch:
-            self.locate(self._starts[-1])
-        self._taken = self._starts[epoch]
+        if self.epoch_length(0) is None:
+            raise InputError(f"epoch must be 0, the only one of a {type(self).__name__} without end, got {epoch}")
+        self._taken = self.start_of(epoch)
 
     def state_dict(self, batches: int | None = None) -> dict[str, Any]:
         """The state after `batches` batches of the whole run, by default those handed out; JSON-able.
