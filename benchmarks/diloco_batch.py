@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from _paired import RESULTS, report
 
-from batchlab.optim.diloco import DiLoCo
+from batchlab.optim.diloco.diloco import DiLoCo
 from batchlab.workloads.examples import collate
 from batchlab.workloads.pystdlib import pystdlib
 

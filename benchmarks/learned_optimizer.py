@@ -24,8 +24,8 @@ import torch
 from _paired import report
 from torch import Tensor, nn
 
-from batchlab.optim.learned import LearnedOptimizer
-from batchlab.optim.learned_weights import OptimizerWeights, load_weights
+from batchlab.optim.learned.learned import LearnedOptimizer
+from batchlab.optim.learned.weights import OptimizerWeights, load_weights
 from batchlab.planner.optimizer_overhead import optimizer_share
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))

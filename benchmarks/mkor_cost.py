@@ -16,7 +16,7 @@ import torch
 from _paired import arguments, median_ratio, paired_seconds, report
 from torch import Tensor
 
-from batchlab.optim.mkor_factors import update_inverse_
+from batchlab.optim.mkor.factors import update_inverse_
 
 WIDTHS = (256, 384, 512, 768, 1024, 1536, 2048)
 ROWS, GAMMA, DAMPING, LIMIT = 512, 0.95, 1e-3, 2.3

@@ -25,8 +25,8 @@ import torch
 from optimizer_tasks import JUDGED_FROM, Tasks, draw_kind, draw_tasks, gradients
 from torch import Tensor
 
-from batchlab.optim.learned_features import FEATURES, features, row_factor, time_features
-from batchlab.optim.learned_weights import EXP_MULT, STEP_MULT, OptimizerWeights, betas, fresh_weights, save_weights
+from batchlab.optim.learned.features import FEATURES, features, row_factor, time_features
+from batchlab.optim.learned.weights import EXP_MULT, STEP_MULT, OptimizerWeights, betas, fresh_weights, save_weights
 
 MOMENTUM_OVER_ROOT = 6  # the place of m/√v with β₀ = 0.9 among the features
 MOST_LOSS = 2.0

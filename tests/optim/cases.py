@@ -9,14 +9,14 @@ from batchlab.optim.ademamix import AdEMAMix
 from batchlab.optim.came import CAME
 from batchlab.optim.lamb import LAMB
 from batchlab.optim.lars import LARS
-from batchlab.optim.learned import LearnedOptimizer
-from batchlab.optim.learned_weights import fresh_weights
+from batchlab.optim.learned.learned import LearnedOptimizer
+from batchlab.optim.learned.weights import fresh_weights
 from batchlab.optim.lion import Lion
 from batchlab.optim.mars import MARS
 from batchlab.optim.mt_adamw import MTAdamW
 from batchlab.optim.muon import DMuon, Muon
 from batchlab.optim.signum import Signum
-from batchlab.optim.vrgd_optimizers import VRLAMB, VRLARS, VRSGD, VRAdam
+from batchlab.optim.vrgd.optimizers import VRLAMB, VRLARS, VRSGD, VRAdam
 from tests.optim.grouped import in_groups, in_turn
 
 LISTED = {

@@ -11,8 +11,8 @@ from torch import nn
 from batchlab.core.errors import InputError
 from batchlab.optim.lamb import LAMB
 from batchlab.optim.lars import LARS
-from batchlab.optim.learned import LearnedOptimizer
-from batchlab.optim.learned_weights import fresh_weights
+from batchlab.optim.learned.learned import LearnedOptimizer
+from batchlab.optim.learned.weights import fresh_weights
 from batchlab.planner.optimizer_overhead import (
     STATE_ELEMENTS,
     learned_temporary_bytes,

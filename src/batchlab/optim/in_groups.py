@@ -1,4 +1,4 @@
-"""Optimizers whose step takes the gradient in groups: the half that those of VRGD share (see `vrgd_optimizers`)."""
+"""Optimizers whose step takes the gradient in groups: the half that those of VRGD share (see `vrgd.optimizers`)."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from batchlab.core.checks import check_inside
 from batchlab.optim.shell import RuleOptimizer, asks_for_state
-from batchlab.optim.vrgd import Settings, VRGradient
-from batchlab.optim.vrgd_multiplier import check_multiplier
+from batchlab.optim.vrgd.multiplier import check_multiplier
+from batchlab.optim.vrgd.vrgd import Settings, VRGradient
 
 
 class InGroups(torch.optim.Optimizer):

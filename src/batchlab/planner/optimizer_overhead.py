@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from batchlab.core.checks import check_count, check_inside, check_not_negative, check_positive
 from batchlab.core.errors import InputError
-from batchlab.optim.learned_features import FEATURES, factored_dims
+from batchlab.optim.learned.features import FEATURES, factored_dims
 
 STATE_ELEMENTS = {"sgd": 0, "sgd_momentum": 1, "lars": 1, "adam": 2, "adamw": 2, "lamb": 2}
 

@@ -1,0 +1,1 @@
+"""AGVM: rates of modules set by the variance of their gradients."""

@@ -1,0 +1,1 @@
+"""DiLoCo: inner steps on each replica, an outer step on their mean change."""

@@ -1,0 +1,1 @@
+"""Exact Gauss-Newton through the kernel of the batch."""

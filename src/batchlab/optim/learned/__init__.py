@@ -1,0 +1,1 @@
+"""A learned optimizer: a small network that writes the update."""

@@ -1,0 +1,1 @@
+"""MKOR: Kronecker factors inverted by rank-1 updates."""

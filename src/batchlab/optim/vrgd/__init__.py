@@ -1,0 +1,1 @@
+"""Variance-reduced gradients from the groups of a batch (VRGD)."""
