@@ -18,6 +18,7 @@ from batchlab.core.checks import check_count, holds, is_count
 from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate
 from batchlab.measure.noise.batch_tests import Moments, Placement, place_batch
+from batchlab.measure.noise.coordinate_test import CoordinateMoments
 from batchlab.parallel.agree import agree_min
 
 _NEARLY = 1e-9  # a float that is a whole number but for rounding counts as that number
@@ -29,7 +30,7 @@ class StepFacts:
 
     seen: examples (or tokens) so far, this update included. batch: of this update, in the controller's unit.
     loss: mean over the batch, before the update. noise_scale: the running estimate, in the unit of `batch`.
-    batch_test: of this update's gradients (`measure.noise.batch_tests.batch_moments`). seconds: of this update.
+    batch_test: of this update's gradients (`batch_moments`, `coordinate_moments`). seconds: of this update.
     skipped: nothing was changed, for the loss or a gradient was not finite.
 
     Every rank must make the same decision, so it must have the same facts; `agreed` sees to what the clock told.
@@ -39,7 +40,7 @@ class StepFacts:
     batch: int
     loss: float | None = None
     noise_scale: Estimate | None = None
-    batch_test: Moments | None = None
+    batch_test: Moments | CoordinateMoments | None = None
     seconds: float | None = None
     skipped: bool = False
 
@@ -60,7 +61,7 @@ class BatchController(ABC):
         batch = controller.next_batch(step, facts)
 
     batch_size: where it starts. minimum, maximum: bounds. multiple_of: sizes are rounded down to a multiple of it,
-        never below the minimum; the start and both bounds must be multiples (micro-batch x ranks, where those are
+        never below the minimum; the start and the maximum must be multiples (micro-batch x ranks, where those are
         fixed). growth: the most one change multiplies or divides by, at least 1; one `multiple_of` is always allowed.
     deadband: nothing changes while the wanted size is within this factor of the present one.
     patience: updates from one change (or the start) to the next, for what is measured needs time to follow.
@@ -141,8 +142,17 @@ class BatchController(ABC):
             size = math.floor(min(wanted, max(self.batch_size * self.growth, self.batch_size + unit)) / unit + _NEARLY)
             return max(size * unit, self.batch_size)
         least = math.ceil(min(self.batch_size / self.growth, self.batch_size - unit) / unit - _NEARLY)
-        size = max(math.floor(wanted / unit + _NEARLY), least) * unit
-        return self.batch_size if size < self.minimum else size
+        return max(max(math.floor(wanted / unit + _NEARLY), least) * unit, self._lowest)
+
+    @property
+    def _lowest(self) -> int:
+        """The least allowed size: the minimum, rounded up to a multiple."""
+        return -(-self.minimum // self.multiple_of) * self.multiple_of
+
+    @property
+    def due(self) -> bool:
+        """Whether the next `next_batch` may change the size: what is costly to measure can wait until then."""
+        return self._waited + 1 >= self.patience
 
     def place(self, *, workers: int = 1, max_micro_batch: int | None = None, accumulation: int = 1) -> Placement:
         """The present size as micro_batch x workers x accumulation, rounded up; `batch_size` becomes that product.
@@ -187,8 +197,7 @@ class BatchController(ABC):
         self.batch_size, self._waited = self._allowed(int(state["batch_size"])), int(state["waited"])
 
     def _allowed(self, size: int) -> int:
-        lowest = -(-self.minimum // self.multiple_of) * self.multiple_of
-        allowed = max(min(size, self.maximum) // self.multiple_of * self.multiple_of, lowest)
+        allowed = max(min(size, self.maximum) // self.multiple_of * self.multiple_of, self._lowest)
         if allowed != size:
             warnings.warn(
                 f"the state's batch_size {size} is not in {self.minimum}..{self.maximum} in multiples of "
