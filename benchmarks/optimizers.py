@@ -25,7 +25,7 @@ from batchlab.optim.by_name import create, step_alone
 from batchlab.spine.learner import Learner
 from batchlab.workloads import autoencoder, diabetes, digits
 
-JOBS = {"digits": (digits, 15, 0.12), "diabetes": (diabetes, 100, 0.55), "autoencoder": (autoencoder, 15, None)}
+JOBS = {"digits": (digits, 15, 0.12), "diabetes": (diabetes, 20, 0.6), "autoencoder": (autoencoder, 15, None)}
 USUAL = {
     **{"sgd": 0.1, "vrsgd": 0.1, "lars": 10.0, "vrlars": 10.0, "adagrad_norm": 1.0, "small_fc_lopt": 1.0},
     **{"lamb": 0.01, "vrlamb": 0.01, "lion": 3e-4, "signum": 3e-4, "muon": 3e-3, "dmuon": 3e-3},
