@@ -1,0 +1,242 @@
+"""Ghost batch normalisation: each small part of a large batch is normalised alone (Hoffer et al. 2017, 1705.08741).
+
+A batch of B examples in their order is k = ⌈B/g⌉ ghosts of g; each has its own mean μ_i and biased variance over its
+examples and places, all share γ and β. The running statistics take in one ghost after another,
+
+    run ← (1-η)·run + η·stat_i, i = 1..k,   that is   (1-η)^k·run + Σ_i η·(1-η)^(k-i)·stat_i
+
+with the variance's divisor n - 1, as PyTorch has it. The paper prints (1-η)^|B_S| before the old value, B_S the ghost
+size, and (1-η)^i with i from 1 before the i-th ghost: weights that do not add to 1 and forget all at every step.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from batchlab.core.checks import check_count
+from batchlab.core.errors import InputError
+from batchlab.nn.parts import OfParts, change_kind, parts_at_once
+
+Ragged = Literal["own", "merge", "refuse"]
+
+# Numbers in a ghost from which a call for each beats two copies: measured on a CPU with PyTorch's layouts (32 x 64 and
+# 8 x 16 x 8 x 8 below or at it, 32 x 16 x 4 x 4 above); on accelerators reckoned from 40 µs a call and 2 TB/s.
+_LOOP_FROM, _LOOP_FROM_ACCELERATED = 2**13, 2**21
+
+
+def ghost_batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    ghost_size: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    *,
+    num_batches_tracked: Tensor | None = None,
+    ragged: Ragged = "own",
+    interleaved: bool = False,
+    loop: bool | None = None,
+) -> Tensor:
+    """`F.batch_norm` over each ghost of the batch, of the input's shape (B, C, ...); without `training` the same as it.
+
+    running_mean, running_var: (C,), changed in place in training, or None. momentum: η; None for the plain mean over
+    all ghosts, which needs num_batches_tracked, an integer tensor; that counts ghosts and is raised by k where given.
+    ragged: of the B mod g examples that are left over, "own": they are a smaller ghost of their own, but with a single
+    value a channel, which has no variance, they join the ghost before it; "merge": they always join it; "refuse":
+    `InputError`. A batch smaller than a ghost is one ghost for the first two.
+    interleaved: among the full ghosts example i is in ghost i mod k, instead of ghosts in order. For shuffled batches
+    it is the same in distribution, and inputs in PyTorch's plain layout are then not copied. Not for channels_last.
+    loop: a call for each ghost, or one call for all; None takes the faster one by size and device. The results differ
+    by rounding. Under `torch.compile` it is one call.
+
+    >>> x = torch.arange(8.0).reshape(8, 1)
+    >>> ghost_batch_norm(x, None, None, 4, training=True).flatten().round(decimals=2)
+    tensor([-1.3400, -0.4500,  0.4500,  1.3400, -1.3400, -0.4500,  0.4500,  1.3400])
+    """
+    if not training:
+        return F.batch_norm(input, running_mean, running_var, weight, bias, False, eps=eps)
+    if (running_mean is None) != (running_var is None):
+        raise InputError("running_mean and running_var must both be given or both be None")
+    if running_mean is not None and momentum is None and num_batches_tracked is None:
+        raise InputError("momentum None needs num_batches_tracked, the ghosts that the running statistics hold")
+    full, rest = ghosts(len(input), ghost_size, input[:1, :1].numel(), ragged)
+    k = full + (rest > 0)
+    mean, var = (None if run is None else run.new_zeros(k, len(run)) for run in (running_mean, running_var))
+    at_once = full > 1 and (interleaved or not (_loops(input, ghost_size) if loop is None else loop))
+    outputs = []
+    if at_once:
+        first = None if mean is None else mean[:full], None if var is None else var[:full]
+        body = input[: full * ghost_size]
+        outputs = [parts_at_once(body, full, *first, weight, bias, 1.0, eps, interleaved=interleaved)]
+    for i in range(full if at_once else 0, k):
+        part = input[i * ghost_size : (i + 1) * ghost_size if i < full else len(input)]
+        own = None if mean is None else mean[i], None if var is None else var[i]
+        outputs.append(F.batch_norm(part, *own, weight, bias, True, 1.0, eps))  # momentum 1: the statistics themselves
+    for run, each in ((running_mean, mean), (running_var, var)):
+        if run is not None and each is not None:
+            _advance(run, each, num_batches_tracked, momentum)
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(k)
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def ghosts(batch: int, ghost_size: int, values: int, ragged: Ragged = "own") -> tuple[int, int]:
+    """How many full ghosts a batch has, and how many examples are in the one of another size after them (0: none).
+
+    values: of each channel in one example, 1 without places. Raises `InputError` where a ghost would have one value.
+
+    >>> ghosts(100, 32, 1), ghosts(97, 32, 1), ghosts(97, 32, 64), ghosts(100, 32, 1, "merge")
+    ((3, 4), (2, 33), (3, 1), (2, 36))
+    """
+    _check(ghost_size, ragged)
+    full, rest = divmod(batch, ghost_size)
+    if rest and ragged == "refuse":
+        raise InputError(f"the batch must be a multiple of ghost_size {ghost_size}, got {batch} examples")
+    if full and rest and (ragged == "merge" or rest * values < 2):
+        full, rest = full - 1, rest + ghost_size
+    if min(ghost_size if full else rest, rest or ghost_size) * values < 2:
+        raise InputError(
+            f"each ghost must have 2 values a channel, got {batch} examples of {values} and ghosts of {ghost_size}"
+        )
+    return full, rest
+
+
+def _check(ghost_size: int, ragged: Ragged) -> None:
+    check_count(ghost_size=ghost_size)
+    if ragged not in get_args(Ragged):
+        raise InputError(f"ragged must be one of {list(get_args(Ragged))}, got {ragged!r}")
+
+
+def _loops(x: Tensor, ghost_size: int) -> bool:
+    least = _LOOP_FROM if x.device.type == "cpu" else _LOOP_FROM_ACCELERATED
+    return not torch.compiler.is_compiling() and ghost_size * x[0].numel() >= least
+
+
+@torch.no_grad()
+def _advance(run: Tensor, stats: Tensor, tracked: Tensor | None, momentum: float | None) -> None:
+    """The running statistic after k ghosts in order; without a momentum, the mean over them and all before."""
+    k = len(stats)
+    if tracked is not None and momentum is None:
+        run.add_((stats.mean(0) - run) * (k / (tracked + k).to(run.dtype)))
+    elif momentum is not None:
+        age = torch.arange(k - 1, -1, -1, device=run.device, dtype=run.dtype)
+        run.mul_((1 - momentum) ** k).add_((momentum * (1 - momentum) ** age) @ stats)
+
+
+class _GhostBatchNorm(OfParts):
+    ghost_size: int
+    ragged: Ragged
+    interleaved: bool
+
+    def __init__(
+        self,
+        num_features: int,
+        ghost_size: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        ragged: Ragged = "own",
+        interleaved: bool = False,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        self._set(ghost_size, ragged, interleaved)
+
+    def _set(self, ghost_size: int, ragged: Ragged, interleaved: bool) -> None:
+        _check(ghost_size, ragged)
+        self.ghost_size, self.ragged, self.interleaved = ghost_size, ragged, interleaved
+
+    def _leave(self) -> None:
+        del self.ghost_size, self.ragged, self.interleaved
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Of the input's shape: by the ghosts' statistics in training, as `nn.BatchNorm` in evaluation."""
+        if not self.training:
+            return super().forward(input)
+        self._check_input_dim(input)  # type: ignore[no-untyped-call]
+        tracks = self.track_running_stats
+        return ghost_batch_norm(
+            input,
+            self.running_mean if tracks else None,
+            self.running_var if tracks else None,
+            self.ghost_size,
+            self.weight,
+            self.bias,
+            True,
+            self.momentum,
+            self.eps,
+            num_batches_tracked=self.num_batches_tracked if tracks else None,
+            ragged=self.ragged,
+            interleaved=self.interleaved,
+        )
+
+    def extra_repr(self) -> str:
+        """As of `nn.BatchNorm`, with the ghosts."""
+        more = ", interleaved=True" if self.interleaved else ""
+        plain = super().extra_repr()  # type: ignore[no-untyped-call]
+        return f"{plain}, ghost_size={self.ghost_size}, ragged={self.ragged!r}{more}"
+
+
+class GhostBatchNorm1d(_GhostBatchNorm, nn.BatchNorm1d):
+    """Ghost batch normalisation of (B, C) or (B, C, L); see `GhostBatchNorm2d`."""
+
+
+class GhostBatchNorm2d(_GhostBatchNorm, nn.BatchNorm2d):
+    """Ghost batch normalisation of (B, C, H, W): in training each `ghost_size` examples are normalised alone.
+
+    num_features, eps, momentum, affine, track_running_stats: as of `nn.BatchNorm2d`. ragged, interleaved: as of
+    `ghost_batch_norm`. State, names and evaluation are those of `nn.BatchNorm2d`: each loads the other's.
+
+    ghost_size: examples on this device, the batch at which the rest of the recipe was tuned (128 in the paper). With
+    DDP each rank has ghosts of its own share, and ranks together do what one would with the whole batch; buffers are
+    rank 0's, as DDP has it. Gradient accumulation by micro-batches of `ghost_size` gives the same with plain BatchNorm.
+    num_batches_tracked counts ghosts: at one momentum the running statistics move k times as fast as plain ones, and
+    the last ghost weighs most. Without running statistics evaluation is by the whole batch, as in `nn.BatchNorm2d`.
+
+    Not for batches in the order of their classes (a ghost sees one), nor where BatchNorm's statistics are too noisy
+    already: that is `nn.SyncBatchNorm`'s case, which joins what this divides, and
+    `nn.SyncBatchNorm.convert_sync_batchnorm` would make plain synchronised layers of these.
+
+    >>> layer = GhostBatchNorm2d(3, ghost_size=4)
+    >>> y = layer(torch.randn(10, 3, 5, 5))
+    >>> y[:4].mean().abs() < 1e-6, layer.num_batches_tracked
+    (tensor(True), tensor(3))
+    """
+
+
+class GhostBatchNorm3d(_GhostBatchNorm, nn.BatchNorm3d):
+    """Ghost batch normalisation of (B, C, D, H, W); see `GhostBatchNorm2d`."""
+
+
+_GHOST: dict[type[nn.Module], type[_GhostBatchNorm]] = {
+    nn.BatchNorm1d: GhostBatchNorm1d,
+    nn.BatchNorm2d: GhostBatchNorm2d,
+    nn.BatchNorm3d: GhostBatchNorm3d,
+}
+
+
+def convert_ghost_batchnorm(
+    model: nn.Module, ghost_size: int, *, ragged: Ragged = "own", interleaved: bool = False
+) -> nn.Module:
+    """Makes each BatchNorm of the model a ghost one, in place; returns the model.
+
+    The layers keep their parameters, statistics, hooks, modes and names, so that it may be called before or after an
+    optimizer is made, weights are loaded or the model is wrapped in DDP. Layers that have ghosts get the new settings.
+    A model without BatchNorm is left as it is. Raises `InputError` for SyncBatchNorm, lazy layers and subclasses with
+    ways of their own.
+
+    >>> convert_ghost_batchnorm(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), 32)[1].ghost_size
+    32
+    """
+    _check(ghost_size, ragged)
+    return change_kind(model, _GHOST, lambda layer: layer._set(ghost_size, ragged, interleaved))
