@@ -91,7 +91,8 @@ class NormTestBatch(BatchTestController):
             raise InputError(
                 f"batch_test must be of coordinate_moments where coordinate_wise, got {type(moments).__name__}"
             )
-        return moments.worst / self.eta**2
+        finite = math.isfinite(moments.trace) and math.isfinite(moments.grad_sq)
+        return moments.worst / self.eta**2 if finite else math.nan
 
 
 def asked_for(variance: float, signal: float, share: float) -> float:

@@ -44,7 +44,7 @@ class Spike:
 
 
 class SpikeRate(NamedTuple):
-    """Of the updates with low <= learning rate < high = 2·low. seen: what they saw. per_giga: spikes per 1e9 of that."""
+    """Of the updates with low <= learning rate < high = 2·low. seen: by them. per_giga: spikes per 1e9 of that."""
 
     low: float
     high: float
