@@ -137,7 +137,7 @@ def test_errors_name_what_is_wrong():
         rules.rescale(1e-3, 32, 64, rule="surge")
     with pytest.raises(InputError, match=r"rule must be one of \['linear', 'none', .*got 'cubic'"):
         rules.rescale(1e-3, 32, 64, rule="cubic")
-    with pytest.raises(InputError, match=r"the rule 'power' needs exponent, got None"):
+    with pytest.raises(InputError, match=r"the rule 'power' needs its exponent"):
         rules.rescale(1e-3, 32, 64, rule="power")
     with pytest.raises(InputError, match=r"exponent is too large for 64/32, got 1e\+300"):
         rules.power(1e-3, 32, 64, exponent=1e300)

@@ -306,6 +306,7 @@ def test_a_target_met_at_the_start_is_said(tmp_path):
     run = train(toy_job(), toy_plan(target=Target("loss", 1e9)), out=tmp_path / "r", device="cpu")
     assert run.summary["status"] == "reached" and run.summary["target_step"] == 0
     assert list(run.steps()) == []
+    assert len(checkpoints(run.path / "checkpoints")) == 1  # so that `probe --at` finds one
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
+import textwrap
 from collections.abc import Iterator
 from typing import IO, TYPE_CHECKING, Any
 
@@ -37,8 +39,33 @@ class Output:
         terminal = self._stream.isatty()
         console = Console(file=self._stream, width=None if terminal else PIPE_WIDTH, highlight=False, markup=False)
         for part in readable:
+            if terminal and isinstance(part, str):
+                part = "\n".join(folded(line, console.width) for line in part.split("\n"))
             console.print(part, soft_wrap=isinstance(part, str))
         self._stream.flush()
+
+
+def folded(line: str, width: int) -> str:
+    """A line in as many as it needs, those after the first under its last column that begins in the left two thirds.
+
+    Columns are what two spaces or more divide.
+
+    >>> print(folded("batch  8192  kept, in examples", 24))
+    batch  8192  kept, in
+                 examples
+    """
+    if len(line) <= width:
+        return line
+    begun = [match.end() for match in re.finditer(r"\s{2,}", line) if match.end() <= width * 2 // 3]
+    indent = " " * (begun[-1] if begun else 2)
+    return textwrap.fill(
+        line,
+        width,
+        subsequent_indent=indent,
+        break_on_hyphens=False,
+        break_long_words=False,
+        replace_whitespace=False,
+    )
 
 
 @contextlib.contextmanager

@@ -317,7 +317,9 @@ def rescale(
         return (linear if rule == "linear" else sqrt)(learning_rate, base_batch_size, batch_size)
     if rule == "power":
         if exponent is None:
-            raise InputError("the rule 'power' needs exponent, got None")
+            raise InputError(
+                "the rule 'power' needs its exponent: what a fit to learning rates tuned at several batches gave"
+            )
         return power(learning_rate, base_batch_size, batch_size, exponent=exponent)
     if rule not in OF_NOISE:
         raise InputError(f"rule must be one of {sorted(get_args(Rule))}, got {rule!r}")

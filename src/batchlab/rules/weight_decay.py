@@ -20,10 +20,8 @@ from typing import Literal, NamedTuple
 from batchlab.core.checks import check_not_negative, check_positive
 from batchlab.core.errors import InputError
 from batchlab.core.jsonio import JsonNoun
-from batchlab.rules.optimizer_family import DECAY, Decay, decay_kind
+from batchlab.rules.optimizer_family import Decay, decay_kind
 from batchlab.rules.published import law
-
-COUPLED = tuple(name for name, decay in DECAY.items() if decay in ("l2", "adaptive_l2"))
 
 
 def timescale(*, batch_size: float, learning_rate: float, weight_decay: float, total_examples: float) -> float:

@@ -72,6 +72,8 @@ def train(
                     initial = initial or learner.evaluate()
                     folder.note_initial(initial)
                     status = _status(initial, plan)
+                    if status == "reached":
+                        folder.save(learner)
                 try:
                     status = _run(learner, folder, signals, tuple(callbacks), status)
                 except (Interrupted, StorageError):

@@ -150,7 +150,7 @@ def test_without_prices_there_is_no_front():
         ({"prices": {"fast": -3.0}}, r"price_per_hour must be finite and > 0, got -3.0"),
         ({"step_time": {"fast": (0.1, 0.1)}}, r"step_time must be given for every device, got none for 'small'"),
         ({"overlap": 2.0}, r"overlap must lie in \[0, 1\], got 2.0"),
-        ({"strategies": ["zero3"]}, r"strategy must be one of"),
+        ({"strategies": ["zero9"]}, r"strategy must be one of"),
         ({"batches": [4096], "counts": [1]}, r"no cell of the grid can be; the first: does not fit: ddp on 1 fast at"),
     ],
 )

@@ -260,7 +260,7 @@ def test_numpy_numbers_are_numbers():
         ({"g_per_kwh": -1}, r"g_per_kwh must be finite and >= 0, or None, got -1"),
         ({"inter_node_bandwidth": 0}, r"inter_node_bandwidth must be finite and > 0, got 0"),
         ({"micro_batch": 0}, r"micro_batch must be an integer of at least 1, got 0"),
-        ({"strategy": "zero3"}, r"strategy must be one of"),
+        ({"strategy": "zero9"}, r"strategy must be one of"),
         ({"batch": 65}, r"takes 81 GB \(of 1e9 bytes\) a device, 1 GB more than there is"),
         ({"reserve": 0.9}, r"takes 24 GB \(of 1e9 bytes\) a device, 16 GB more than there is"),
     ],

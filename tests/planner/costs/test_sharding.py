@@ -107,13 +107,18 @@ def test_fsdp_sends_the_formula_and_gloo_an_all_reduce_for_each_scatter(tmp_path
             assert expected <= found[name] <= 1.002 * expected
 
 
+def test_other_names_of_the_strategies_are_known():
+    for name, strategy in (("fsdp", "full"), ("fsdp2", "full"), ("zero3", "full"), ("zero2", "grad_optimizer")):
+        assert state_bytes(1e9, name, 8) == state_bytes(1e9, strategy, 8)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: state_bytes(0, "ddp", 2), r"parameters must be finite and > 0, got 0"),
         (
             lambda: state_bytes(1e9, "zero", 2),
-            r"strategy must be one of \['ddp', 'full', 'grad_optimizer'\], got 'zero'",
+            r"strategy must be one of \['ddp', 'full', 'grad_optimizer'\] or \['fsdp', .*'zero3'\], got 'zero'",
         ),
         (lambda: state_bytes(1e9, "ddp", 0), r"ranks must be an integer of at least 1, got 0"),
         (lambda: communication_bytes(1e9, "ddp", 2, passes=1.5), r"passes must be an integer of at least 1, got 1.5"),

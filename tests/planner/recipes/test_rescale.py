@@ -295,7 +295,7 @@ def test_a_file_moved(tmp_path):
         ({"devices": 0}, "devices must be an integer of at least 1, got 0"),
         ({"rule": "cubic"}, r"rule must be one of \['linear', 'none', .*got 'cubic'"),
         ({"rule": "surge"}, "the rule 'surge' needs noise_scale, got None"),
-        ({"rule": "power"}, "the rule 'power' needs exponent, got None"),
+        ({"rule": "power"}, "the rule 'power' needs its exponent"),
         ({"exponent": 0.5}, 'exponent is for rule="power" alone, got 0.5 with rule=None'),
         ({"noise_scale": 0}, "noise_scale must be > 0, got 0"),
         ({"noise_scale": math.nan}, "noise_scale must be > 0, got nan"),

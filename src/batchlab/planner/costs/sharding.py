@@ -23,6 +23,7 @@ from batchlab.core.jsonio import JsonNoun
 
 Strategy = Literal["ddp", "grad_optimizer", "full"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
+_ALSO: dict[str, Strategy] = {"fsdp": "full", "fsdp2": "full", "zero3": "full", "zero2": "grad_optimizer"}
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,11 @@ class StateBytes(JsonNoun):
 
 
 def check_strategy(strategy: str) -> Strategy:
-    """`strategy` itself, if it is one."""
-    for known in STRATEGIES:
-        if strategy == known:
-            return known
-    raise InputError(f"strategy must be one of {sorted(STRATEGIES)}, got {strategy!r}")
+    """The strategy of that name: "fsdp", "fsdp2" and "zero3" are "full", "zero2" is "grad_optimizer"."""
+    known = {name: name for name in STRATEGIES} | _ALSO
+    if strategy not in known:
+        raise InputError(f"strategy must be one of {sorted(STRATEGIES)} or {sorted(_ALSO)}, got {strategy!r}")
+    return known[strategy]
 
 
 def state_bytes(parameters: float, strategy: str, ranks: int, *, each: StateBytes = StateBytes()) -> float:

@@ -15,7 +15,7 @@ from batchlab.core.jsonio import JsonNoun
 from batchlab.rules.fit.bowl import WITHIN, Optimum, check_bowl, timescale_optimum
 from batchlab.rules.fit.power_laws import PowerLaw, power_law
 from batchlab.rules.fit.table import RunTable
-from batchlab.rules.weight_decay import COUPLED
+from batchlab.rules.optimizer_family import decay_kind
 
 FEWEST_SWEEPS = 3
 
@@ -82,7 +82,7 @@ def _check_decay(table: RunTable) -> None:
     if not (table["weight_decay"] > 0).all():
         raise InputError("weight_decay must be > 0 in every row, got 0: its timescale is infinite")
     for optimizer in table.texts.get("optimizer", ()):
-        if optimizer.lower() in COUPLED:
+        if decay_kind(optimizer) in ("l2", "adaptive_l2", "normalised"):
             raise InputError(
                 f"optimizer must decay its weights apart from the gradient, as adamw does, got {optimizer!r}: the "
                 "timescale means nothing for an L2 penalty"
