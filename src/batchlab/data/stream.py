@@ -2,9 +2,10 @@
 
 Each epoch is a keyed permutation of 0..n-1: a balanced Feistel network over the smallest even number of bits
 that holds n, with cycle walking back into the range (Black and Rogaway 2002, "Ciphers with arbitrary finite
-domains"). The round function is the 64-bit finalizer of splitmix64. So short a network is no uniform permutation of a
-few elements: over 24,000 epochs of 5 examples orders came 19 % more or less often than others. Up to 64 examples are
-put in the order of their mixed numbers instead.
+domains"). The round function is the 64-bit finalizer of splitmix64. Over 2 or 4 bits so short a network is far from
+uniform: of the orders of 5 examples some came 19 % more often than others over 24,000 epochs. Up to 16 examples are put
+in the order of their mixed numbers instead. At 64 examples, pairs of positions are uniform to 5 %; beyond, no departure
+was found.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from batchlab.core.errors import InputError
 from batchlab.core.random import derive_seed
 
 _ROUNDS = 6
-_FEW = 64
+_FEW = 16
 _MOST = 2**62  # positions in an epoch, so that walking stays within 64 bits
-_BLOCK = 4096  # positions computed at a time: numpy's cost per call spread over many small batches
+_BLOCK = 16384  # positions computed at a time: numpy's cost per call spread over many small batches
 
 
 def _mix(value: NDArray[np.uint64], key: np.uint64) -> NDArray[np.uint64]:
@@ -44,7 +45,7 @@ class SampleStream:
 
     n: examples in the data set. seed: the stream's seed. The index at a position depends on nothing else: not on
     the batch size, the micro-batch, the number of workers or ranks, or what was asked before. Any position costs the
-    same, whatever n; nothing is stored but the last 4,096 indices. Not a source of secrets: the mixing is no cipher.
+    same, whatever n; nothing is stored but the last 16,384 indices. Not a source of secrets: the mixing is no cipher.
 
     >>> stream = SampleStream(5, seed=0)
     >>> sorted(stream.indices(0, 5).tolist()), sorted(stream.indices(5, 5).tolist())
@@ -61,17 +62,23 @@ class SampleStream:
         self.seed = seed
         self._half_bits = max(1, ((n - 1).bit_length() + 1) // 2)
         self._cached = (-1, -1, np.empty(0, dtype=np.int64))
+        self._end = 0  # of the last request
 
     def indices(self, start: int, count: int) -> NDArray[np.int64]:
         """The example indices at positions start .. start + count - 1; shape (count,)."""
         check_count(0, start=start, count=count)
+        ahead = 0 <= start - self._end < _BLOCK  # else it may be a single seek, or the share of one of many ranks
         parts, end = [], start + count
         while start < end:
             epoch, offset = divmod(start, self.n)
             first = offset - offset % _BLOCK
             size = min(end - start, self.n - offset, first + _BLOCK - offset)
-            parts.append(self._block(epoch, first)[offset - first : offset - first + size])
+            if ahead or self._cached[:2] == (epoch, first):
+                parts.append(self._block(epoch, first)[offset - first : offset - first + size])
+            else:
+                parts.append(self._within_epoch(epoch, offset, size))
             start += size
+        self._end = end
         return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
 
     def _block(self, epoch: int, first: int) -> NDArray[np.int64]:
@@ -82,11 +89,14 @@ class SampleStream:
     def _within_epoch(self, epoch: int, offset: int, count: int) -> NDArray[np.int64]:
         if self.n <= _FEW:
             key = np.uint64(derive_seed(self.seed, "stream", epoch))
-            return np.argsort(_mix(np.arange(self.n, dtype=np.uint64), key))
+            return np.argsort(_mix(np.arange(self.n, dtype=np.uint64), key))[offset : offset + count]
         keys = [np.uint64(derive_seed(self.seed, "stream", epoch, r)) for r in range(_ROUNDS)]
         value = _permute(np.arange(offset, offset + count, dtype=np.uint64), keys, self._half_bits)
-        outside = value >= self.n
-        while outside.any():
-            value[outside] = _permute(value[outside], keys, self._half_bits)
-            outside = value >= self.n
+        outside = np.flatnonzero(value >= self.n)
+        walking = value[outside]
+        while len(walking):
+            walking = _permute(walking, keys, self._half_bits)
+            inside = walking < self.n
+            value[outside[inside]] = walking[inside]
+            outside, walking = outside[~inside], walking[~inside]
         return value.astype(np.int64)
