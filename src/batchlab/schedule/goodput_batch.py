@@ -19,7 +19,6 @@ from typing import Any
 
 from batchlab.core.checks import check_count, check_positive
 from batchlab.core.errors import InputError
-from batchlab.rules.tradeoff import efficiency
 from batchlab.schedule.controller import BatchController, StepFacts
 
 KEPT, FEWEST, SIZES = 32, 5, 16
@@ -137,7 +136,7 @@ class GoodputBatch(BatchController):
 
 
 def step_time_line(seconds: Mapping[int, float]) -> tuple[float, float]:
-    """(t₀, t₁) by least squares with weights 1/t: the point estimates of `fit_step_time`, in plain floats, for every update.
+    """(t₀, t₁) by least squares with weights 1/t: the point estimates of `fit_step_time`, in plain floats.
 
     >>> step_time_line({1: 3.0, 2: 5.0, 4: 9.0})
     (1.0, 2.0)
@@ -169,7 +168,7 @@ def goodput(
     222.22
     """
     check_positive(batch=batch, noise_scale=noise_scale, fixed=fixed, per_example=per_example)
-    worth = 1 - efficiency(batch, noise_scale=noise_scale)  # φ/(φ + B)
+    worth = 1 / (1 + batch / noise_scale)
     if base_batch is not None:
         check_positive(base_batch=base_batch)
         worth *= 1 + base_batch / noise_scale

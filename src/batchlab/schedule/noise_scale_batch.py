@@ -20,9 +20,11 @@ class NoiseScaleBatch(BatchController):
     patience: updates between two changes, so that the noise average can follow (default 20). The three are batchlab's.
 
     Reads `noise_scale`. An undefined, non-finite or non-positive estimate changes nothing. √(r·𝓑) costs the least
-    S + E/r over a run, S updates and E examples, if the learning rate moves with the batch. The gain over the best
-    constant batch is small, 4 % where 𝓑 grows as √s (`rules.tradeoff.adaptive_gamma`); it buys not having to know 𝓑 in
-    advance. Not where 𝓑 cannot be measured (one piece an update), nor with a data set not much larger than 𝓑.
+    S + E/r over a run of S updates and E examples, if the learning rate moves with the batch. The gain over the best
+    constant batch is small: where 𝓑 grows as √s, 4 % of (S/S_min - 1)(E/E_min - 1), which is 1 % of S + E/r. A deadband
+    of √2 gives that 1 % away again, one of 1.1 keeps nine tenths of it but follows the estimate's own noise. What it
+    buys is that 𝓑 need not be known in advance. Not where 𝓑 cannot be measured (one piece an update), nor with a data
+    set not much larger than 𝓑.
 
     >>> from batchlab.core.facts import Estimate
     >>> control = NoiseScaleBatch(64, exchange_rate=64.0, minimum=8, maximum=512, patience=1)

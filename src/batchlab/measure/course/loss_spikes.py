@@ -27,7 +27,7 @@ GIGATOKEN = 1e9
 
 @dataclass
 class Spike:
-    """step: of its first update. height: of its highest loss over the median. updates: above the threshold so far.
+    """step: of its first update. height: of its highest loss over the median. updates: above the threshold.
 
     seen, batch, lr: of its first update, None where the caller did not tell. finite: False where a loss in it was NaN
     or infinite, and then the height is infinite. open: the loss has not come back.
@@ -63,8 +63,9 @@ class LossSpikes:
                 ...                              # a spike has begun: skip batches and rewind, cut the rate, or nothing
 
     window: w, the last losses that count, 100. deviations: k, 6. relative: r, 0.02. fewest: losses before any is
-    judged, 20. restart: after so many updates above the threshold it is no spike but a new level, and the window begins
-    anew; 100. The defaults are batchlab's.
+    judged, 20. apart: a loss above the threshold within so many updates of a spike's end belongs to that spike, whose
+    tail it is; 10. restart: after so many updates above the threshold it is no spike but a new level, and the window
+    begins anew; 100. The defaults are batchlab's.
 
     A spike's own losses stay out of the window. A loss that is not finite is a spike of infinite height. A sudden fall,
     as a doubled batch gives, is none. Give the loss of an update, a mean over its batch, the same on every rank;
@@ -82,16 +83,19 @@ class LossSpikes:
     deviations: float = 6.0
     relative: float = 0.02
     fewest: int = 20
+    apart: int = 10
     restart: int = 100
     spikes: list[Spike] = field(default_factory=list, init=False)
     _recent: deque[float] = field(default_factory=deque, init=False, repr=False)
     _sorted: list[float] = field(default_factory=list, init=False, repr=False)
     _told: dict[int, int] = field(default_factory=dict, init=False, repr=False)
     _seen: int = field(default=0, init=False, repr=False)
+    _quiet: int = field(default=0, init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_count(2, window=self.window, fewest=self.fewest)
         check_count(restart=self.restart)
+        check_count(0, apart=self.apart)
         check_positive(deviations=self.deviations)
         check_not_negative(relative=self.relative)
         if self.fewest > self.window:
@@ -120,17 +124,19 @@ class LossSpikes:
         finite = math.isfinite(loss)
         if finite and (threshold is None or loss <= threshold):
             self._close()
+            self._quiet += 1
             self._keep(loss)
             return False
         height = loss - median(self._sorted) if finite and self._sorted else math.inf
-        if self.spikes and self.spikes[-1].open:
+        quiet, self._quiet = self._quiet, 0
+        if self.spikes and (self.spikes[-1].open or quiet < self.apart):
             self._go_on(self.spikes[-1], height, finite)
             return False
         self.spikes.append(Spike(step, seen, height, 1, batch, lr, finite))
         return True
 
     def _go_on(self, spike: Spike, height: float, finite: bool) -> None:
-        spike.updates += 1
+        spike.updates, spike.open = spike.updates + 1, True
         spike.height, spike.finite = max(spike.height, height), spike.finite and finite
         if finite and spike.updates >= self.restart:
             self._close()
@@ -163,6 +169,7 @@ class LossSpikes:
             "spikes": [asdict(spike) for spike in self.spikes],
             "told": [[octave, seen] for octave, seen in self._told.items()],
             "seen": self._seen,
+            "quiet": self._quiet,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -171,7 +178,7 @@ class LossSpikes:
         self._sorted = sorted(self._recent)
         self.spikes = [Spike(**spike) for spike in state["spikes"]]
         self._told = {octave: seen for octave, seen in state["told"]}
-        self._seen = state["seen"]
+        self._seen, self._quiet = state["seen"], state["quiet"]
 
 
 def _octave(lr: float | None) -> int | None:
