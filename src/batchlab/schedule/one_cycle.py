@@ -55,7 +55,8 @@ def cycle_rate(
     if shape == "log":
         return floor
     rest = total - 2 * half
-    return base + (floor - base) * (min(seen - 2 * half, rest) / rest if rest else 0.0)
+    done = min(seen - 2 * half, rest) / rest if rest else 0.0
+    return base * (1 - done) + floor * done
 
 
 def cycle_momentum(
