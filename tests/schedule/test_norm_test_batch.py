@@ -57,6 +57,9 @@ def test_the_coordinate_wise_test_by_its_definition_and_however_the_batch_is_cut
     assert coordinate_moments(g).worst == pytest.approx(worst, rel=1e-12)
     pieces = list(zip(*(stack.split([3, 1, 6]) for stack in g), strict=True))
     assert coordinate_moments(*pieces) == pytest.approx(coordinate_moments(g), rel=1e-9)
+    named = [{"a": a, "b": b, "c": c} if turn else {"c": c, "a": a, "b": b} for turn, (a, b, c) in enumerate(pieces)]
+    assert coordinate_moments(*named).worst == pytest.approx(worst, rel=1e-9)
+    assert coordinate_moments(g, examples=4).worst == pytest.approx(4 * worst, rel=1e-12)
     assert coordinate_norm_test(g, eta=0.5).proposed == math.ceil(worst / 0.25)
     assert coordinate_norm_test(g, eta=0.5).proposed >= norm_test(g, eta=0.5).proposed  # the largest of ratios
 

@@ -12,13 +12,16 @@ n², so that any network of size asks for the cap at once. Take it for a handful
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from batchlab.core.checks import check_count, check_inside
-from batchlab.measure.noise.batch_tests import BatchTest, Stacks, _checked, _mean, batch_moments
+from batchlab.core.checks import check_inside
+from batchlab.measure.noise.batch_tests import BatchTest, Stacks, batch_moments
+from batchlab.parallel.agree import device_of
 
 
 class CoordinateMoments(NamedTuple):
@@ -59,18 +62,37 @@ def coordinate_norm_test(
 
 @torch.no_grad()
 def _worst(micro_batches: tuple[Stacks, ...], examples: int, group: dist.ProcessGroup | None) -> float:
-    check_count(examples=examples)
-    pieces = _checked(micro_batches)
-    means, rows = _mean(pieces, group)
-    worst = torch.zeros((), dtype=torch.float64, device=means[0].device)
-    for index, mean in enumerate(means):
-        squares = torch.zeros_like(mean)
-        for stacks in pieces:
-            squares += (stacks[index].detach().reshape(len(stacks[index]), -1).double() - mean).square().sum(0)
-        if group is not None:
-            dist.all_reduce(squares, group=group)
+    """Of stacks that `batch_moments` has checked: Σ(g_ic - ḡ_c)² over the rows, by two sums over ranks a tensor."""
+    rows = torch.tensor(float(sum(len(next(iter(_values(each)))) for each in micro_batches)))
+    if group is not None:
+        rows = rows.to(device_of(group))
+        dist.all_reduce(rows, group=group)
+    worst = 0.0
+    for stacks in _tensor_by_tensor(micro_batches):
+        parts = [stack.detach().reshape(len(stack), -1).double() for stack in stacks]
+        mean = _summed([part.sum(0) for part in parts], group) / float(rows)
+        squares = _summed([(part - mean).square().sum(0) for part in parts], group)
         if mean.numel():
             ratios = torch.where(squares == 0, torch.zeros_like(squares), squares / mean.square())
             ratios = torch.where(mean.isfinite() & squares.isfinite(), ratios, math.nan)
-            worst = torch.maximum(worst, ratios.max())
-    return float(worst) * examples / (rows - 1)
+            found = float(ratios.max())
+            worst = found if found > worst or math.isnan(found) else worst
+    return worst * examples / (float(rows) - 1)
+
+
+def _values(stacks: Stacks) -> list[Tensor]:
+    return list(stacks.values()) if isinstance(stacks, Mapping) else list(stacks)
+
+
+def _tensor_by_tensor(micro_batches: tuple[Stacks, ...]) -> Iterator[list[Tensor]]:
+    """The stacks of one tensor in all micro-batches, matched by name where they have names."""
+    first = micro_batches[0]
+    for key in first if isinstance(first, Mapping) else range(len(first)):
+        yield [each[key] for each in micro_batches]  # type: ignore[index]
+
+
+def _summed(parts: list[Tensor], group: dist.ProcessGroup | None) -> Tensor:
+    total = torch.stack(parts).sum(0)
+    if group is not None:
+        dist.all_reduce(total, group=group)
+    return total
