@@ -50,20 +50,6 @@ def test_decisions_are_the_tests_own(seed):
         assert decided(control, m) == next_batch(12, test.proposed, 500)
 
 
-def test_the_coordinate_wise_test_by_its_definition_and_however_the_batch_is_cut():
-    g = stacks(10)
-    rows = torch.cat([stack.reshape(10, -1) for stack in g], 1)
-    worst = (rows.var(0) / rows.mean(0).square()).max().item()
-    assert coordinate_moments(g).worst == pytest.approx(worst, rel=1e-12)
-    pieces = list(zip(*(stack.split([3, 1, 6]) for stack in g), strict=True))
-    assert coordinate_moments(*pieces) == pytest.approx(coordinate_moments(g), rel=1e-9)
-    named = [{"a": a, "b": b, "c": c} if turn else {"c": c, "a": a, "b": b} for turn, (a, b, c) in enumerate(pieces)]
-    assert coordinate_moments(*named).worst == pytest.approx(worst, rel=1e-9)
-    assert coordinate_moments(g, examples=4).worst == pytest.approx(4 * worst, rel=1e-12)
-    assert coordinate_norm_test(g, eta=0.5).proposed == math.ceil(worst / 0.25)
-    assert coordinate_norm_test(g, eta=0.5).proposed >= norm_test(g, eta=0.5).proposed  # the largest of ratios
-
-
 def test_one_coordinate_of_noise_takes_the_coordinate_wise_test_to_the_cap():
     g = torch.ones(8, 3, dtype=F64)
     g[:, 0] = torch.tensor([1.0, -1.0] * 4)
@@ -161,9 +147,6 @@ def test_batch_normalisation_is_refused_unless_rows_are_groups():
     [
         (lambda: NormTestBatch(8, maximum=64, eta=0.0), r"eta must lie in \(0, 1\), got 0.0"),
         (lambda: NormTestBatch(1, maximum=64), "batch_size must be an integer of at least 2, got 1"),
-        (lambda: InnerProductTestBatch(8, maximum=64, theta=1.5), r"theta must lie in \(0, 1\), got 1.5"),
-        (lambda: InnerProductTestBatch(8, maximum=64, nu=0), "nu must be finite and > 0, got 0"),
-        (lambda: InnerProductTestBatch(1, maximum=64), "batch_size must be an integer of at least 2, got 1"),
         (
             lambda: decided(NormTestBatch(8, maximum=64, coordinate_wise=True), Moments(8, 1.0, 1.0, 1.0, 1.0)),
             "batch_test must be of coordinate_moments where coordinate_wise, got Moments",
