@@ -45,7 +45,8 @@ class UnmixedTasks(BatchSampler):
 
     Each task's examples come without replacement, and begin anew, shuffled, where they end: within a batch if need be,
     which may then hold an example twice. drop_last: never so; what fills no batch sits its data's epoch out. Take it
-    for contrastive tasks, where a twin is a false negative. Gather features over ranks for their loss. All micro-batches of a step are of its task.
+    for contrastive tasks, where a twin is a false negative, and gather features over ranks for their loss. All
+    micro-batches of a step are of its task.
 
     Not where all tasks fit one batch and none needs the whole of it: mixed batches update each task at each step.
 
