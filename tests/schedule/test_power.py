@@ -238,6 +238,7 @@ def test_bad_settings_of_the_class_are_named():
 
 
 def test_at_no_tokens_it_is_the_cap():
+    assert power_rate(1e-300, batch=64, b=-400.0) == 0.02
     assert power_rate(0, batch=64) == 0.02 and power_rate(0, batch=64, warmup=10) == 0.0
     assert Power(small_optimizer([0.02]), batch=1, tokens_per_sequence=1).get_last_lr() == [0.02]
 

@@ -197,7 +197,8 @@ def test_an_optimizer_of_ones_own_is_vouched_for():
 @pytest.mark.parametrize(
     ("phases", "message"),
     [
-        ([], r"phases must hold at least one \(tokens, weight_decay\), got none"),
+        ([], r"phases must hold at least one \(tokens, weight_decay\) and nothing else, got \[\]"),
+        ([3], r"phases must hold at least one \(tokens, weight_decay\) and nothing else, got \[3\]"),
         ([(0, 0.1)], "tokens must be an integer of at least 1, got 0"),
         ([(10, -0.1)], "weight_decay of a phase must be finite and >= 0, got -0.1"),
         ([(10, math.nan)], "weight_decay of a phase must be finite and >= 0, got nan"),

@@ -1,5 +1,7 @@
 """Every schedule keeps the contract of `batchlab.testing.schedules`, and the contract notices what breaks it."""
 
+import copy
+
 import pytest
 import torch
 
@@ -104,15 +106,41 @@ def test_it_takes_its_turn_in_torchs_sequence():
         optimizer.step()
         sequence.step()
     assert found == pytest.approx([0.02 * x for x in (0, 0.25, 0.5, 1, 0.5**0.125, 0.5**0.25)], rel=1e-15)
-    again, resumed = make_two(pair)
-    again.load_state_dict(optimizer.state_dict())
-    resumed.load_state_dict(sequence.state_dict())
-    assert again.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
-    for _ in range(3):
-        for each, its in ((optimizer, sequence), (again, resumed)):
+
+
+@pytest.mark.parametrize("taken", [1, 5])
+def test_it_is_resumed_in_torchs_sequence(taken):
+    pair = [lambda o: WSD(o, batch=8, warmup=32), lambda o: Plain(o)]
+    both = optimizer, sequence = make_two(pair)
+    for _ in range(taken):
+        optimizer.step()
+        sequence.step()
+    for order in (0, 1):
+        again, resumed = make_two(pair)
+        for each, its in (((again, optimizer), (resumed, sequence)), ((resumed, sequence), (again, optimizer)))[order]:
+            each.load_state_dict(copy.deepcopy(its.state_dict()))
+        assert schedules.numbers(again) == schedules.numbers(optimizer)
+    for _ in range(4):
+        for each, its in (both, (again, resumed)):
             each.step()
             its.step()
         assert schedules.numbers(again) == schedules.numbers(optimizer)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("wsd", {"decided": [5]}, "decided must be the end and the length of a cool-down or None"),
+        ("wsd", {"lr": [0.1, float("nan")]}, "base_lrs and lr must be one finite rate >= 0 a group"),
+        ("wsd", {"base_lrs": [0.1]}, "base_lrs and lr must be one finite rate >= 0 a group"),
+        ("wsd", {"batch": 0}, "batch must be an integer of at least 1, got 0"),
+        ("regime", {"place": [1, 0]}, "place must be a numerator and a denominator"),
+    ],
+)
+def test_a_damaged_state_is_refused(name, damage, message):
+    schedule = CASES[name](schedules.small_optimizer())
+    with pytest.raises(ValueError, match=message):
+        schedule.load_state_dict({**schedule.state_dict(), **damage})
 
 
 @pytest.mark.parametrize(

@@ -141,8 +141,7 @@ class Cooled(Counted):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As `Counted`'s; a planned cool-down is the constructor's."""
         decided = taken(state_dict, "decided")
-        if decided is not None:
-            total, length = decided
-            check_count(total=total, decay=length)
-        self._decided = None if decided is None else (total, length)
+        if decided is not None and not holds(lambda pair: len(pair) == 2 and 1 <= pair[1] <= pair[0], decided):
+            raise InputError(f"decided must be the end and the length of a cool-down or None, got {decided!r}")
+        self._decided = None if decided is None else (decided[0], decided[1])
         super().load_state_dict(state_dict)

@@ -146,7 +146,7 @@ class Counted(Counting, LRScheduler, ABC):
             )
         if len(bases) != len(rates) or not all(map(_is_rate, [*bases, *rates])):
             raise InputError(f"base_lrs and lr must be one finite rate >= 0 a group, got {bases!r} and {rates!r}")
-        check_count(0, updates=updates)
+        check_count(-1, updates=updates)  # what waits in a SequentialLR has had none, not even its first
         self._take_counts(state_dict)
         self.base_lrs, self.last_epoch = [float(base) for base in bases], updates
         self._step_count = updates + 1

@@ -65,7 +65,12 @@ def power_rate(
 
 
 def _capped(tokens: float, amplitude: float, b: float, lr_max: float) -> float:
-    return min(lr_max, amplitude * float(tokens) ** b) if tokens > 0 else lr_max
+    if tokens == 0:
+        return lr_max
+    try:
+        return min(lr_max, amplitude * math.pow(tokens, b))
+    except OverflowError:
+        return lr_max
 
 
 def _check_law(a: float, b: float) -> None:

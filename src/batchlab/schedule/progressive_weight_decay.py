@@ -167,7 +167,7 @@ class ProgressiveWeightDecay(Counting):
                 phase.weight_decay,
                 tokens,
                 updates,
-                -min(shrunk, default=0.0) / tokens if tokens else 0.0,
+                abs(min(shrunk, default=0.0)) / tokens if tokens else 0.0,
                 tuple(shrunk),
             )
             for phase, tokens, updates, shrunk in zip(
@@ -210,9 +210,10 @@ class ProgressiveWeightDecay(Counting):
 
 
 def _checked(phases: Iterable[Phase | tuple[int, float]]) -> tuple[Phase, ...]:
-    found = tuple(Phase(*phase) for phase in phases)
-    if not found:
-        raise InputError("phases must hold at least one (tokens, weight_decay), got none")
+    given: list[Any] = list(phases)
+    if not given or not all(holds(lambda pair: len(pair) == 2, phase) for phase in given):
+        raise InputError(f"phases must hold at least one (tokens, weight_decay) and nothing else, got {given!r:.80}")
+    found = tuple(Phase(*phase) for phase in given)
     for phase in found:
         check_count(tokens=phase.tokens)
         if not holds(lambda value: 0 <= value < math.inf, phase.weight_decay):

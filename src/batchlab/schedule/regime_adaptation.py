@@ -214,5 +214,7 @@ class RegimeAdaptation(Counted):
         """As `Counted`'s."""
         since, place = taken(state_dict, "since"), taken(state_dict, "place")
         check_count(0, since=since)
+        if not holds(lambda pair: len(pair) == 2 and pair[0] >= 0 and pair[1] >= 1, place):
+            raise InputError(f"place must be a numerator and a denominator, got {place!r}")
         super().load_state_dict(state_dict)
         self._since, self._place = since, Fraction(*place)
