@@ -2,12 +2,22 @@
 
 import pytest
 
+from batchlab.data.bucket_batches import BucketBatchSampler
+from batchlab.data.length_buckets import LengthBuckets
 from batchlab.data.stream_batches import StreamBatches
 from batchlab.testing import samplers
 from batchlab.testing.samplers import Subject
 from tests.spine.forked import in_ranks
 
+
+def in_buckets(n, **given):
+    lengths = [3 + at * 7 % 31 for at in range(n)]
+    return BucketBatchSampler(lengths, LengthBuckets([10, 20, 33]), [7, 5, 3], **given)
+
+
 SUBJECTS = {
+    "buckets": Subject(in_buckets, huge=None),
+    "buckets, drop_last": Subject(lambda n, **given: in_buckets(n, drop_last=True, **given), "most", huge=None),
     "stream": Subject(lambda n, **given: StreamBatches(n, 16, **given)),
     "stream, ragged": Subject(lambda n, **given: StreamBatches(n, 17, **given), n=241),
     "stream, drop_last": Subject(lambda n, **given: StreamBatches(n, 17, drop_last=True, **given), visits="most"),
