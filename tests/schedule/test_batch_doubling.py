@@ -8,7 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchlab.core.errors import InputError
-from batchlab.schedule.batch_doubling import BatchDoubling, equivalent_lr, falcon2_doubling, noise_floor, temperature
+from batchlab.schedule.batch_doubling import (
+    BatchDoubling,
+    doubling_gain,
+    equivalent_lr,
+    falcon2_doubling,
+    noise_floor,
+    temperature,
+)
 
 
 def test_the_published_doublings():
@@ -19,6 +26,13 @@ def test_the_published_doublings():
     for reading, cut in (("adam", 4.0), ("sgd", 16.0)):
         now, then = temperature(1.0, 32768, reading=reading), temperature(1.0, 2048, reading=reading)
         assert then / now == pytest.approx(cut)
+
+
+@given(batch=st.floats(1.0, 1e6), noise=st.floats(1e-3, 1e9))
+def test_a_doubling_is_worth_between_one_update_and_two(batch, noise):
+    gain = doubling_gain(batch, noise)
+    assert 1 - 1e-12 <= gain <= 2 + 1e-12
+    assert gain == pytest.approx(2 * (batch + noise) / (2 * batch + noise), rel=1e-9)
 
 
 def descend(lr, batch, *, curvature=1.0, sigma=1.0, steps, chains, x=None, seed=0):

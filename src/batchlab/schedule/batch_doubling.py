@@ -20,6 +20,7 @@ from typing import Literal
 
 from batchlab.core.checks import check_count, check_positive, holds
 from batchlab.core.errors import InputError
+from batchlab.rules.tradeoff import steps_ratio
 from batchlab.schedule.milestones import Milestones
 from batchlab.schedule.scheduled_batch import LrRule, check_points
 
@@ -32,7 +33,7 @@ class BatchDoubling(Milestones):
         the loss for a larger step. See `ScheduledBatch.lr_factor`. A second moment with β₂ remembers twice the tokens
         after a doubling.
 
-    Worth doing where the noise scale is far above the batch; `NoiseScaleBatch` finds that out along the run.
+    Worth doing where the noise scale is far above the batch (`doubling_gain`); `NoiseScaleBatch` finds out by itself.
 
     >>> batch = BatchDoubling(2048, [10**9, 10**10], lr_rule="sqrt")
     >>> batch.at(10**9 - 1), batch.at(10**9), batch.at(10**12), round(batch.lr_factor(8192), 6)
@@ -97,6 +98,18 @@ def equivalent_lr(lr: float, batch_ratio: float, *, curvature: float = 0.0) -> f
         raise InputError(f"curvature must be >= 0 and below 2/lr = {2 / lr:g}, got {curvature!r}")
     f = lr / (batch_ratio * (2 - lr * curvature))
     return 2 * f / (1 + f * curvature)
+
+
+def doubling_gain(batch: float, noise_scale: float) -> float:
+    """How many updates at `batch` one at twice that is worth: 2 far below the noise scale, 1 far above it.
+
+    (1 + φ/B)/(1 + φ/(2B)), with the learning rate best for each (McCandlish et al. 2018). The tokens to a target grow
+    by 2 over this. Doubling pays in tokens nothing, and in updates much, where φ >> B: at φ = 8B it is 1.8.
+
+    >>> doubling_gain(64, 8 * 64), doubling_gain(64, 1e-9)
+    (1.8, 1.0)
+    """
+    return 1 / steps_ratio(2 * batch, batch, b_crit=noise_scale)
 
 
 def temperature(lr: float, batch: float, *, reading: Literal["adam", "sgd"]) -> float:

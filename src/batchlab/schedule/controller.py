@@ -33,7 +33,7 @@ class StepFacts:
     batch_test: of this update's gradients (`batch_moments`, `coordinate_moments`). seconds: of this update.
     skipped: nothing was changed, for the loss or a gradient was not finite.
 
-    Every rank must make the same decision, so it must have the same facts; `agreed` sees to what the clock told.
+    Every rank must make the same decision, so it must have the same facts: see `agreed`.
     """
 
     seen: int
@@ -44,14 +44,28 @@ class StepFacts:
     seconds: float | None = None
     skipped: bool = False
 
-    def agreed(self, process_group: dist.ProcessGroup | None = None) -> StepFacts:
-        """With the slowest rank's `seconds`, and `skipped` where any rank skipped; every rank must call.
+    def __post_init__(self) -> None:
+        check_count(0, seen=self.seen)
+        check_count(batch=self.batch)
+        if self.noise_scale is not None and not isinstance(self.noise_scale, Estimate):
+            raise InputError(f"noise_scale must be an Estimate or None, got {self.noise_scale!r}")
 
-        Outside a process group it changes nothing. The other facts must be equal already: sums over ranks are.
+    @property
+    def counts(self) -> bool:
+        """Whether the update changed anything: not skipped, and its loss not known to be NaN or infinite."""
+        return not self.skipped and (self.loss is None or math.isfinite(self.loss))
+
+    def agreed(self, process_group: dist.ProcessGroup | None = None) -> StepFacts:
+        """With the slowest rank's `seconds`, and `skipped` where any rank skipped or its loss is not finite.
+
+        Every rank must call. Outside a process group it changes nothing. The other facts must be equal already: what
+        was summed over ranks is.
         """
-        untold = -1.0 if self.seconds is None else self.seconds
-        seconds, skipped = (-least for least in agree_min([-untold, -float(self.skipped)], process_group))
-        return replace(self, seconds=None if self.seconds is None else seconds, skipped=bool(skipped))
+        told = self.seconds if self.seconds is not None and math.isfinite(self.seconds) else -1.0
+        slowest, skipped = (-least for least in agree_min([-told, -float(not self.counts)], process_group))
+        if process_group is None and not dist.is_initialized():
+            return self
+        return replace(self, seconds=slowest if slowest >= 0 else None, skipped=bool(skipped))
 
 
 class BatchController(ABC):
@@ -119,7 +133,7 @@ class BatchController(ABC):
     @final
     def next_batch(self, step: int, facts: StepFacts) -> int:
         """The size of the next update. step: updates so far, the one that the facts are of included."""
-        if facts.skipped or (facts.loss is not None and not math.isfinite(facts.loss)):
+        if not facts.counts:
             return self.batch_size
         self._waited += 1
         self.note(step, facts)

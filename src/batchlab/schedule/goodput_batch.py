@@ -31,7 +31,7 @@ class GoodputBatch(BatchController):
     timed with accumulation), and what still generalises.
     deadband √2, growth 2, patience 20: as in `NoiseScaleBatch`, and batchlab's. Goodput is flat at its top: at √2 from
     it, at most 3 % are lost.
-    explore: the line needs sizes this factor apart, at least, or the bounds; the default is 2.
+    explore: the line needs sizes this factor apart, or as far as the bounds let it move; the default is 2.
 
     Reads `noise_scale` and `seconds`. It times every update at the size it had; the first at another size than before
     is left out (buffers, compilation). The last 32 times of each of the 16 sizes last used are kept, and their medians
@@ -86,10 +86,10 @@ class GoodputBatch(BatchController):
         """Keeps the time of an update whose size is that of the one before."""
         if facts.seconds is None or not 0 < facts.seconds < math.inf:
             return
-        settled, self._before = facts.batch == self._before, facts.batch
+        size = int(facts.batch)
+        settled, self._before = size == self._before, size
         if settled:
-            kept = self._times.pop(facts.batch, [])
-            self._times[facts.batch] = [*kept, facts.seconds][-KEPT:]
+            self._times[size] = [*self._times.pop(size, []), float(facts.seconds)][-KEPT:]
             while len(self._times) > SIZES:
                 del self._times[next(iter(self._times))]
 
@@ -101,9 +101,12 @@ class GoodputBatch(BatchController):
         if not timed:
             return None
         low, high, noise = timed[0], timed[-1], facts.noise_scale.value
-        if high / low < min(self.explore, self.maximum / self._lowest):
-            upwards = high < self.maximum and (noise >= self.batch_size or low <= self._lowest)
-            return high * self.explore if upwards else low / self.explore
+        if high / low < self.explore:
+            up, down = high * self.deadband <= self.maximum, low / self.deadband >= self._lowest
+            if up and (noise >= self.batch_size or not down):
+                return high * self.explore
+            if down:
+                return low / self.explore
         if low == high:
             return None
         fixed, per_example = self.line()

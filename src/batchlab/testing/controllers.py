@@ -224,7 +224,7 @@ def states_of_other_bounds_come_into_them(make: Make) -> None:
 
 
 def ranks_decide_alike(make: Make) -> None:
-    """In every rank of a group, each with a clock of its own and one of them skipping: all go through equal sizes."""
+    """In every rank of a group: each has a clock of its own, one skips now and then, has no loss, or no time."""
     control, rank, seen = make(), dist.get_rank(), 0
     sizes = []
     for step in range(1, UPDATES + 1):
@@ -232,7 +232,15 @@ def ranks_decide_alike(make: Make) -> None:
         facts = imagined(control.batch_size, seen, step)
         assert facts.seconds is not None
         slower = facts.seconds * (1 + 0.5 * ((rank + step) % dist.get_world_size()))
-        facts = replace(facts, seconds=slower, skipped=step % 11 == 0 and rank == 0)
+        facts = replace(facts, seconds=slower)
+        if rank == 0 and step % 7 == 0:
+            ways: list[dict[str, Any]] = [
+                {"skipped": True},
+                {"loss": math.nan},
+                {"seconds": None},
+                {"seconds": math.nan},
+            ]
+            facts = replace(facts, **ways[step % 4])
         sizes.append(control.next_batch(step, facts.agreed()))
     least, most = agree_min(sizes), [-value for value in agree_min([-size for size in sizes])]
     assert least == most == sizes, "ranks went through different sizes"

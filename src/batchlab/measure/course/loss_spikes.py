@@ -65,7 +65,7 @@ class LossSpikes:
     window: w, the last losses that count, 100. deviations: k, 6. relative: r, 0.02. fewest: losses before any is
     judged, 20. apart: a loss above the threshold within so many updates of a spike's end belongs to that spike, whose
     tail it is; 10. restart: after so many updates above the threshold it is no spike but a new level, and the window
-    begins anew; 100. The defaults are batchlab's.
+    begins anew; 100. start: what was seen when it was made. The defaults are batchlab's.
 
     A spike's own losses stay out of the window. A loss that is not finite is a spike of infinite height. A sudden fall,
     as a doubled batch gives, is none. Give the loss of an update, a mean over its batch, the same on every rank;
@@ -85,6 +85,7 @@ class LossSpikes:
     fewest: int = 20
     apart: int = 10
     restart: int = 100
+    start: int = 0
     spikes: list[Spike] = field(default_factory=list, init=False)
     _recent: deque[float] = field(default_factory=deque, init=False, repr=False)
     _sorted: list[float] = field(default_factory=list, init=False, repr=False)
@@ -95,7 +96,8 @@ class LossSpikes:
     def __post_init__(self) -> None:
         check_count(2, window=self.window, fewest=self.fewest)
         check_count(restart=self.restart)
-        check_count(0, apart=self.apart)
+        check_count(0, apart=self.apart, start=self.start)
+        self._seen = self.start
         check_positive(deviations=self.deviations)
         check_not_negative(relative=self.relative)
         if self.fewest > self.window:
