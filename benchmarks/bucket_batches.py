@@ -9,7 +9,7 @@ lightest examples that it takes, an object with a duration.
 
 Speed: processor seconds of 50 batches in turn, after lhotse's buffers are filled and within one epoch; making the
 samplers is apart. Ours draws shuffles in blocks ahead, so that a whole epoch is slower than 50 batches of it: the claim
-is held against the whole epoch too. lhotse need not have its audio libraries: those that are missing are stood in for. --peers names the
+is held against the whole epoch too. lhotse's audio libraries are stood in for where they are missing. --peers names the
 folder that holds it. Padding: whole epochs, lhotse's over the batches that were timed. Tokens of input and output both.
 """
 
