@@ -3,11 +3,15 @@
 import math
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from batchlab.core.errors import InputError
-from batchlab.schedule.by_examples import lr_factor
+from batchlab.schedule.by_examples import lr_factor, momentum_at
+from batchlab.schedule.one_cycle import OneCycle
+from batchlab.schedule.power import Power
+from batchlab.schedule.wsd import WSD
 
 SCHEDULES = st.sampled_from(["constant", "linear", "cosine"])
 SHARES = st.floats(0.0, 1.0)
@@ -55,10 +59,58 @@ def test_without_a_warm_up_it_starts_at_the_peak_and_one_as_long_as_the_run_ends
 
 
 def test_an_unknown_schedule_is_named():
-    with pytest.raises(InputError, match='schedule must be "constant", "linear" or "cosine", got \'step\''):
+    with pytest.raises(InputError, match=r"schedule must be one of \['constant', 'linear', .*\], got 'step'"):
         lr_factor(5, total_examples=10, schedule="step")
 
 
 def test_a_wrong_name_is_refused_in_warm_up_too():
-    with pytest.raises(InputError, match='schedule must be "constant", "linear" or "cosine", got \'foo\''):
+    with pytest.raises(InputError, match=r"schedule must be one of .*, got 'foo'"):
         lr_factor(50, total_examples=100, warmup_examples=60, schedule="foo")
+
+
+@pytest.mark.parametrize(
+    ("schedule", "settings", "message"),
+    [
+        ("linear", {"floor": 0.1}, r"schedule_settings of 'linear' must be of \[\], got 'floor'"),
+        ("wsd", {"decay": 0.1}, r"schedule_settings of 'wsd' must be of \['decay_share', .*\], got 'decay'"),
+        ("wsd", {"decay_share": 1.5}, r"decay_share must lie in \[0, 1\], got 1.5"),
+        ("wsd", {"shape": "stairs"}, r"shape must be one of .*, got 'stairs'"),
+        ("power", {}, r'the schedule "power" needs schedule_settings\["knee_share"\]'),
+        ("power", {"knee_share": 0.0}, r"knee_share must be finite and > 0, got 0"),
+        ("one_cycle", {"ratio": 1.0}, r"ratio, the peak over the base, must be > 1, got 1.0"),
+    ],
+)
+def test_settings_that_it_has_not_are_named(schedule, settings, message):
+    with pytest.raises(InputError, match=message):
+        lr_factor(9, total_examples=10, schedule=schedule, settings=settings)
+
+
+def test_one_cycle_warms_up_by_itself():
+    with pytest.raises(InputError, match=r'"one_cycle" warms up by itself: warmup_examples must be 0, got 5'):
+        lr_factor(9, total_examples=10, warmup_examples=5, schedule="one_cycle")
+
+
+SPAN = {"batch": 10, "warmup": 100, "total": 1000}
+LAW = {"a": 0.5 / 10 * 200**0.51, "lr_max": 0.5, "tokens_per_sequence": 1}  # leaves its cap after 200
+OTHERS = [
+    ("wsd", {}, lambda o: WSD(o, **SPAN, decay=200)),
+    ("wsd", {"shape": "cosine", "floor": 0.1}, lambda o: WSD(o, **SPAN, decay=200, shape="cosine", floor=0.1)),
+    ("power", {"knee_share": 0.2, "decay_share": 0.1}, lambda o: Power(o, **SPAN, **LAW, decay=100)),
+    ("one_cycle", {}, lambda o: OneCycle(o, batch=10, total=1000)),
+]
+
+
+@pytest.mark.parametrize(("schedule", "settings", "make"), OTHERS)
+def test_a_plans_schedule_is_the_scheduler_of_that_name(schedule, settings, make):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5, momentum=0.9)
+    scheduler = make(optimizer)
+    warmup = 0 if schedule == "one_cycle" else 100
+    for update in range(100):
+        share = lr_factor(
+            10 * update, total_examples=1000, warmup_examples=warmup, schedule=schedule, settings=settings
+        )
+        assert 0.5 * share == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9), update
+        momentum = momentum_at(10 * update, total_examples=1000, schedule=schedule, settings=settings)
+        assert momentum is None or momentum == pytest.approx(optimizer.param_groups[0]["momentum"], rel=1e-12)
+        assert (momentum is None) == (schedule != "one_cycle")
+        scheduler.step()

@@ -28,14 +28,14 @@ def _trained(job, plan, steps=20, **options):
     return learner
 
 
-class _Cut(Learner):
+def _in_cuts(learner, cut):
     """Cuts each batch into the given pieces."""
 
-    cut = (7, 57)
+    def pieces(position, size, **_):
+        return [piece.tolist() for piece in torch.from_numpy(learner.stream.indices(position, size)).split(list(cut))]
 
-    def _pieces(self, size):
-        indices = self.stream.indices(self.position, size)
-        return [piece.tolist() for piece in torch.from_numpy(indices).split(list(self.cut))]
+    learner.gradient.pieces = pieces
+    return learner
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
@@ -43,7 +43,7 @@ def test_64_as_1x64_2x32_and_7_plus_57_give_the_same_parameters(optimizer):
     job, plan = toy_job(), toy_plan(micro_batch=64, optimizer=optimizer)
     whole = _weights(_trained(job, plan))
     halves = _weights(_trained(job, dataclasses.replace(plan, micro_batch=32)))
-    cut = _Cut(job, plan, device="cpu")
+    cut = _in_cuts(Learner(job, plan, device="cpu"), (7, 57))
     for _ in range(20):
         cut.update()
     torch.testing.assert_close(halves, whole, rtol=0, atol=1e-10)
@@ -59,7 +59,7 @@ def test_gradients_in_groups_of_equal_weight_are_the_whole_batchs(micro_batch):
     ours = dataclasses.replace(plan, optimizer="vrsgd", micro_batch=micro_batch, hyperparameters=settings)
     learner = _trained(job, ours)
     torch.testing.assert_close(_weights(learner), whole, rtol=0, atol=1e-10)
-    assert len(learner._pieces(64)) >= 8 and learner.noise is None
+    assert len(learner.gradient.pieces(0, 64, in_groups=True)) >= 8 and learner.noise is None
     weighed = dataclasses.replace(ours, hyperparameters={"momentum": 0.9})
     assert (_weights(_trained(job, weighed)) - whole).abs().max() > 1e-6
 

@@ -18,10 +18,13 @@ class Goal(StrEnum):
 
 
 class BatchSchedule(StrEnum):
-    """Whether the batch stays."""
+    """Whether the batch stays, or what moves it; those with settings of their own are chosen in the plan."""
 
     FIXED = "fixed"
     ADAPTIVE = "adaptive"
+    GOODPUT = "goodput"
+    NORM_TEST = "norm_test"
+    INNER_PRODUCT_TEST = "inner_product_test"
 
 
 class Precision(StrEnum):

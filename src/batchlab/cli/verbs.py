@@ -206,7 +206,8 @@ def train(
     device: Device = None,
     max_steps: MaxSteps = None,
     batch_schedule: Annotated[
-        BatchSchedule | None, typer.Option(help="adaptive follows the noise scale.", show_default="as planned")
+        BatchSchedule | None,
+        typer.Option(help="How the batch moves; adaptive follows the noise scale.", show_default="as planned"),
     ] = None,
     precision: Annotated[Precision | None, typer.Option(help="bf16 is autocast.", show_default="as planned")] = None,
     compile_: Annotated[bool, typer.Option("--compile", help="Through torch.compile.")] = False,
@@ -237,7 +238,7 @@ def train(
                 seed=seed,
                 resume=resume,
                 device=device,
-                callbacks=[lambda line: bar("train", line["step"] / chosen.steps)],
+                callbacks=[lambda line: bar("train", min(1.0, line["position"] / chosen.examples))],
             )
         out_.result({"run": folder, "summary": done.summary}, terminal_report(done), *done.plan.notes, f"Run: {folder}")
 

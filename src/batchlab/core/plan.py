@@ -12,6 +12,7 @@ from batchlab.core.job import Target
 from batchlab.core.jsonio import JsonNoun
 
 SCHEMA = 1
+BatchSchedule = Literal["fixed", "adaptive", "goodput", "norm_test", "inner_product_test", "ramp", "milestones"]
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,18 @@ class Plan(JsonNoun):
 
     batch_size: examples an update, over all devices. micro_batch: examples of one forward and backward pass.
     accumulation: such passes on one device for one update, the last one possibly smaller.
-    steps: the most updates to run. predicted_steps: updates to the target, with its interval.
+    steps: the most updates to run at `batch_size`; where the batch moves, the run ends after as many examples.
+    predicted_steps: updates to the target, with its interval.
     learning_rate: the peak. hyperparameters: the optimizer's others, by torch's names.
     warmup_examples: linear warm-up of the learning rate. schedule: what follows it, over `steps * batch_size`.
-    batch_schedule: "fixed", or "adaptive", which follows the measured noise scale between `min_batch_size`
-        and `max_batch_size` and moves the learning rate by `learning_rate_rule` ("sqrt", "linear", "surge",
-        "saturating" or "saturating_sqrt", evaluated at `noise_scale`).
+        schedule_settings: of "wsd", "power" and "one_cycle", where they are not `schedule.by_examples.SETTINGS`.
+    batch_schedule: "fixed"; "adaptive", which follows the measured noise scale; "goodput", which also times the
+        updates; "norm_test" and "inner_product_test", which grow the batch to what the gradients' spread asks for;
+        "ramp" and "milestones", of sizes settled beforehand. All stay between `min_batch_size` and `max_batch_size`.
+        batch_settings: what the controller of that name in `schedule` takes besides; "ramp" needs {"end", "over"},
+        "milestones" {"sizes": [[examples, size], ...]}.
+    learning_rate_rule: how the learning rate moves with the batch then: "none", "sqrt", "linear", or "surge",
+        "saturating" or "saturating_sqrt", evaluated at `noise_scale`.
     ema_half_life: half-life of the weights' moving average in examples, evaluated in place of the weights.
     average_power: in its place, the power p of an average that weighs the weights by (examples seen)^p: about the
         last 1/(p + 1) of the run, at any batch size and length (Shamir and Zhang 2013). Both None for no average.
@@ -81,8 +88,10 @@ class Plan(JsonNoun):
     predicted_step_seconds: float | None = None
     noise_scale: Estimate | None = None
     warmup_examples: int = 0
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    batch_schedule: Literal["fixed", "adaptive"] = "fixed"
+    schedule: Literal["constant", "linear", "cosine", "wsd", "power", "one_cycle"] = "constant"
+    schedule_settings: Mapping[str, Any] = field(default_factory=dict)
+    batch_schedule: BatchSchedule = "fixed"
+    batch_settings: Mapping[str, Any] = field(default_factory=dict)
     min_batch_size: int = 1
     max_batch_size: int | None = None
     learning_rate_rule: Literal["none", "sqrt", "linear", "surge", "saturating", "saturating_sqrt"] = "none"
@@ -137,6 +146,11 @@ class Plan(JsonNoun):
             raise InputError("plan ema_half_life and average_power are two averages: give one of them")
         if self.warmup_examples < 0:
             raise InputError(f"plan warmup_examples must not be negative, got {self.warmup_examples!r}")
+
+    @property
+    def examples(self) -> int:
+        """Of the whole run, which ends when as many were seen, in whatever batches."""
+        return self.steps * self.batch_size
 
     def explain(self) -> list[tuple[str, str, str, str]]:
         """Rows (name, value, rule with its inputs, source) of every number that has a reason."""

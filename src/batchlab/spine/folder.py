@@ -30,8 +30,10 @@ _SAME_ON_RESUME = (
     "hyperparameters",
     "batch_size",
     "batch_schedule",
+    "batch_settings",
     "warmup_examples",
     "schedule",
+    "schedule_settings",
     "ema_half_life",
     "average_power",
     "clip_norm",
@@ -193,7 +195,6 @@ def describe_again(plan: Plan, learner: Learner) -> dict[str, Any]:
 
 def _check_same(before: dict[str, Any], now: dict[str, Any]) -> None:
     for name in _SAME_ON_RESUME:
-        if before.get(name) != now[name]:
-            raise InputError(
-                f"cannot resume with another {name}: the run has {before.get(name)!r}, the plan says {now[name]!r}"
-            )
+        was = before.get(name, {} if name.endswith("_settings") else None)
+        if was != now[name]:
+            raise InputError(f"cannot resume with another {name}: the run has {was!r}, the plan says {now[name]!r}")

@@ -12,6 +12,23 @@ from batchlab.spine.words import aim, duration, figure, plural
 
 Line = tuple[str, str, str]  # name, value, remark
 CLOSE = 1.25
+MOVES = {
+    "fixed": "in each step",
+    "adaptive": "follows the measured noise scale during the run",
+    "goodput": "follows the noise scale and the time of the updates",
+    "norm_test": "grows as the norm test asks",
+    "inner_product_test": "grows as the inner-product test asks",
+    "ramp": "at the start, and then a ramp",
+    "milestones": "at the start, and then by milestones",
+}
+ENDS = {
+    "constant": "then constant",
+    "linear": "then falling linearly",
+    "cosine": "then falling as a cosine",
+    "wsd": "then constant, and down at the end",
+    "power": "then falling as a power of the examples",
+    "one_cycle": "one cycle up and down",
+}
 
 
 class Verdict(NamedTuple):
@@ -28,15 +45,14 @@ def settings(plan: Plan, unit: str = "example", units_per_example: float | None 
         if unit != "example" and units_per_example is not None
         else ""
     )
-    batch = "follows the measured noise scale during the run" if plan.batch_schedule == "adaptive" else "in each step"
+    batch = MOVES[plan.batch_schedule]
     passes = f"{plan.accumulation:,} pass{'' if plan.accumulation == 1 else 'es'}"
     devices = plural(plan.world_size, "device")
-    ends = {"constant": "then constant", "linear": "then falling linearly", "cosine": "then falling as a cosine"}
     warm = f"warm-up over {plural(plan.warmup_examples, 'example')}, " if plan.warmup_examples else "no warm-up, "
     return [
         ("Batch size", f"{plural(plan.batch_size, 'example')}{tokens}", batch),
         ("Micro-batch", f"{plan.micro_batch:,} × {plan.accumulation:,}", f"{passes} per step on {devices}"),
-        ("Learning rate", figure(plan.learning_rate), f"{plan.optimizer}; {warm}{ends[plan.schedule]}"),
+        ("Learning rate", figure(plan.learning_rate), f"{plan.optimizer}; {warm}{ENDS[plan.schedule]}"),
     ]
 
 

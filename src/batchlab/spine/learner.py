@@ -5,17 +5,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from batchlab.core.device import pick_device
 from batchlab.core.errors import InputError
@@ -26,15 +23,17 @@ from batchlab.core.plan import Plan
 from batchlab.core.random import derive_seed, reseed
 from batchlab.data.fetch import fetch, to_device
 from batchlab.data.stream import SampleStream
+from batchlab.measure.course.learning_rate import set_momentum
 from batchlab.measure.noise.gradient_noise import GradientNoise
 from batchlab.optim.average import WeightAverage
-from batchlab.optim.by_name import ADAM_LIKE, create, in_groups
+from batchlab.optim.by_name import create
 from batchlab.optim.watch import watched_step
 from batchlab.rules.learning_rate import rescale
-from batchlab.schedule.by_examples import lr_factor
-from batchlab.schedule.controller import BatchController, StepFacts
-from batchlab.schedule.noise_scale_batch import NoiseScaleBatch
-from batchlab.spine.evaluate import evaluate, evaluating, scalar, units_of
+from batchlab.schedule.by_examples import lr_factor, momentum_at
+from batchlab.schedule.controller import StepFacts
+from batchlab.spine.batch_control import make_controller
+from batchlab.spine.batch_gradient import BatchGradient
+from batchlab.spine.evaluate import evaluate, evaluating, scalar
 
 
 @dataclass(frozen=True)
@@ -56,21 +55,6 @@ class Update:
     skipped: bool
     seconds: float
     tensors: dict[str, dict[str, float]] | None = None
-
-
-GROUPS = 8  # the fewest that make VRGD's variance worth having (Jiang et al. 2023, arXiv 2309.13681)
-
-
-class _Loss(nn.Module):
-    """The job's loss as a module, so that DDP and the compiler see one forward and the job sees its own model."""
-
-    def __init__(self, job: Job, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self._loss = job.loss
-
-    def forward(self, batch: Any) -> Tensor:
-        return self._loss(self.model, batch)
 
 
 class Learner:
@@ -102,47 +86,27 @@ class Learner:
         reseed(derive_seed(seed, "weights"))
         self.model = make_model(job).to(self.device).train()
         self.optimizer = self._made()
-        self._groups = self._grouped()
         averages = {"half_life": plan.ema_half_life, "power": plan.average_power}
         self.average = WeightAverage(self.model, **averages) if any(v is not None for v in averages.values()) else None
-        in_geometry = plan.batch_schedule == "adaptive" if preconditioned is None else preconditioned
-        self.noise = self._measuring(in_geometry) if plan.measure_noise and self._groups is None else None
-        self.controller = _controller(plan, len(job.train), self.world)
+        self.controller = make_controller(plan, len(job.train), self.world)
+        needs = self.controller.needs if self.controller is not None else frozenset[str]()
+        in_geometry = "noise_scale" in needs if preconditioned is None else preconditioned
+        self._times = "seconds" in needs
+        self.gradient = BatchGradient(
+            job, plan, self.model, self.optimizer, self.stream, device=self.device, in_geometry=in_geometry, needs=needs
+        )
         self.step, self.position, self.batch_size = 0, 0, plan.batch_size
         self.skipped_in_a_row = 0
         self._last_noise: Estimate | None = None
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
         self._has_buffers = any(True for _ in self.model.buffers())
-        self._forward = self._wrapped(_Loss(job, self.model))
+        self._set_learning_rate(plan.batch_size)  # refuses a schedule's bad settings while nothing is written yet
 
     def _made(self) -> torch.optim.Optimizer:
         settings: dict[str, Any] = dict(self.plan.hyperparameters)
         if self.plan.optimizer == "mkor" and self.world > 1:
             settings["process_group"] = dist.group.WORLD
         return create(self.plan.optimizer, self.model, lr=self.plan.learning_rate, **settings)
-
-    def _grouped(self) -> int | None:
-        """How many pieces this rank takes a batch in at least, for an optimizer that weighs them by their agreement."""
-        if not in_groups(self.optimizer):
-            return None
-        optimizer: Any = self.optimizer
-        if self.world > 1:
-            optimizer.gradient.process_group = dist.group.WORLD
-        return math.ceil(GROUPS / self.world)
-
-    def _measuring(self, in_geometry: bool) -> GradientNoise:
-        every = self.plan.noise_every if self.plan.batch_schedule == "fixed" else 1
-        if in_geometry and self.plan.optimizer in ADAM_LIKE:
-            return GradientNoise(self.model, weighting="preconditioned", optimizer=self.optimizer, every=every)
-        return GradientNoise(self.model, every=every)
-
-    def _wrapped(self, loss: _Loss) -> nn.Module:
-        wrapped: nn.Module = loss
-        if self.world > 1:
-            wrapped = DistributedDataParallel(loss, device_ids=[self.device] if self.device.type == "cuda" else None)
-        if self.plan.compile:
-            wrapped.compile()
-        return wrapped
 
     def update(self, batch_size: int | None = None, *, watch: bool = False) -> Update:
         """One update with the next `batch_size` examples of the stream (the learner's own size if None).
@@ -157,7 +121,8 @@ class Learner:
             raise InputError(f"batch_size {size} is smaller than the {self.world} ranks: each needs an example")
         reseed(derive_seed(self.seed, "update", self.step, self.rank))
         buffers = [buffer.clone() for buffer in self.model.buffers()] if self._has_buffers else []
-        loss, norm = self._backward(size)
+        due = self.controller is None or self.controller.due
+        loss, norm, moments = self.gradient.backward(self.position, size, test=due)
         self.step += 1
         self.position += size
         learning_rate = self._set_learning_rate(size)
@@ -169,74 +134,27 @@ class Learner:
             self._undo(buffers)
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         self.optimizer.zero_grad(set_to_none=True)
+        if self.device.type == "cuda" and self._times:
+            torch.cuda.synchronize(self.device)
         seconds = time.perf_counter() - started
         noise = self._last_noise if self.noise is not None else None
         if self.controller is not None:
-            told = StepFacts(self.position, size, loss, noise, seconds=seconds, skipped=not finite)
-            self.batch_size = self.controller.next_batch(self.step, told)
+            told = StepFacts(self.position, size, loss, noise, moments, seconds, skipped=not finite)
+            self.batch_size = self.controller.next_batch(self.step, told.agreed() if self._times else told)
         return Update(self.step, self.position, size, learning_rate, loss, norm, noise, not finite, seconds, tensors)
 
-    def _backward(self, size: int) -> tuple[float, float]:
-        """Leaves the mean gradient over `size` examples in `.grad`; returns the mean loss and the gradient's norm."""
-        pieces = self._pieces(size)
-        batches = [to_device(fetch(self.job.train, piece, self.job.collate), self.device) for piece in pieces]
-        units = [units_of(self.job, batch, len(piece)) for batch, piece in zip(batches, pieces, strict=True)]
-        total = self._total_units(units, size)
-        loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        for index, (batch, piece) in enumerate(zip(batches, pieces, strict=True)):
-            with self._sync_only(index == len(pieces) - 1), self._observed(len(piece)):
-                part = self._forward_loss(batch) * (units[index] * self.world / total)
-                part.backward()  # type: ignore[no-untyped-call]
-            if self._groups is not None:
-                self.optimizer.add_group(examples=units[index])  # type: ignore[attr-defined]
-            loss += part.detach()
-        if self.world > 1:
-            dist.all_reduce(loss)
-        if self._groups is not None:
-            self.optimizer.finish()  # type: ignore[attr-defined]
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
-        return loss.item() / self.world, norm.item()
-
-    def _pieces(self, size: int) -> list[list[int]]:
-        """This rank's micro-batches of the next `size` examples, as example indices."""
-        share = np.array_split(self.stream.indices(self.position, size), self.world)[self.rank]
-        most = self.plan.micro_batch
-        if self._groups is not None:
-            most = min(most, max(1, len(share) // self._groups))
-        return [share[i : i + most].tolist() for i in range(0, len(share), most)]
-
-    def _total_units(self, units: list[int], size: int) -> int:
-        if not callable(self.job.units_per_example):
-            return self.job.units_per_example * size
-        total = torch.tensor(sum(units), device=self.device)
-        if self.world > 1:
-            dist.all_reduce(total)
-        return max(int(total), 1)
-
-    def _forward_loss(self, batch: Any) -> Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.plan.precision == "bf16"):
-            loss = scalar(self._forward(batch))
-        if not loss.requires_grad:
-            raise InputError("job loss does not depend on the model's weights: it has no gradient")
-        return loss
-
-    def _sync_only(self, last: bool) -> contextlib.AbstractContextManager[None]:
-        if isinstance(self._forward, DistributedDataParallel) and (not last or self._groups is not None):
-            return self._forward.no_sync()
-        return contextlib.nullcontext()
-
-    def _observed(self, examples: int) -> contextlib.AbstractContextManager[Any]:
-        return contextlib.nullcontext() if self.noise is None else self.noise.micro_batch(examples)
+    @property
+    def nearly_done(self) -> bool:
+        """Whether the next update is the last."""
+        return self.position + self.batch_size >= self.plan.examples
 
     def _set_learning_rate(self, size: int) -> float:
         plan = self.plan
-        factor = lr_factor(
-            self.position,
-            total_examples=plan.steps * plan.batch_size,
-            warmup_examples=plan.warmup_examples,
-            schedule=plan.schedule,
-        )
+        named: dict[str, Any] = {"schedule": plan.schedule, "settings": plan.schedule_settings}
+        factor = lr_factor(self.position, total_examples=plan.examples, warmup_examples=plan.warmup_examples, **named)
+        momentum = momentum_at(self.position, total_examples=plan.examples, **named)
+        if momentum is not None:
+            set_momentum(self.optimizer, momentum)
         peak = plan.learning_rate
         if size != plan.batch_size:
             noise_scale = plan.noise_scale.value if plan.noise_scale else None
@@ -268,13 +186,18 @@ class Learner:
             buffer.copy_(before)
 
     @property
+    def noise(self) -> GradientNoise | None:
+        """What measures the noise scale, where the plan says so."""
+        return self.gradient.noise
+
+    @property
     def evaluated(self) -> nn.Module:
         """The module that evaluation sees: the average where there is one, else the model itself."""
         return self.model if self.average is None or self.average.empty else self.average.module
 
     def first_loss(self) -> float:
         """The loss on this rank's first micro-batch, in evaluation mode; changes nothing."""
-        piece = self._pieces(max(self.batch_size, self.world))[0]
+        piece = self.gradient.pieces(self.position, max(self.batch_size, self.world))[0]
         reseed(derive_seed(self.seed, "first loss"))
         with evaluating(self.model):
             batch = to_device(fetch(self.job.train, piece, self.job.collate), self.device)
@@ -318,22 +241,9 @@ class Learner:
             self._last_noise = Estimate.from_json(state["last_noise"]) if state["last_noise"] else None
         if self.controller is not None and state["controller"] is not None:
             self.controller.load_state_dict(state["controller"])
+            self.batch_size = self.controller.batch_size
 
     def close(self) -> None:
         """Takes the hooks off the model."""
         if self.noise is not None:
             self.noise.close()
-
-
-def _controller(plan: Plan, examples: int, world: int) -> BatchController | None:
-    if plan.batch_schedule == "fixed":
-        return None
-    if plan.noise_scale is None or not plan.noise_scale.defined:
-        raise InputError("an adaptive batch schedule needs plan.noise_scale, the noise scale that it was planned with")
-    maximum = min(plan.max_batch_size or examples, examples)
-    return NoiseScaleBatch(
-        plan.batch_size,
-        exchange_rate=plan.batch_size**2 / plan.noise_scale.value,
-        minimum=max(plan.min_batch_size, world),
-        maximum=maximum,
-    )

@@ -94,8 +94,9 @@ def _run(
 ) -> str:
     """Update, evaluate when due, write the line, save when due; until the target, the last step, or a signal."""
     plan = learner.plan
-    while learner.step < plan.steps and status == "running":
-        evaluates = (learner.step + 1) % plan.evaluate_every == 0 or learner.step + 1 == plan.steps
+    while learner.position < plan.examples and status == "running":
+        last = learner.nearly_done
+        evaluates = (learner.step + 1) % plan.evaluate_every == 0 or last
         update = learner.update(watch=evaluates)
         line = _line(update)
         if evaluates:
@@ -108,7 +109,7 @@ def _run(
         if stop == WRITE_FAILED:
             folder.give_up()
         hopeless = learner.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW
-        if stop or hopeless or status != "running" or update.step in (plan.steps, _next_save(update.step, plan)):
+        if stop or hopeless or last or status != "running" or update.step % plan.checkpoint_every == 0:
             folder.save(learner)
         if hopeless:
             raise _hopeless(update)
@@ -124,10 +125,6 @@ def _end_if_asked(signals: StopSignals) -> None:
     """A signal that came while the last of the run was written ends the caller all the same."""
     if stop := agree_max(signals.requested):
         raise Interrupted(f"stopped by {signal.Signals(stop).name} when the run had ended; all of it is saved", stop)
-
-
-def _next_save(step: int, plan: Plan) -> int:
-    return step if step % plan.checkpoint_every == 0 else -1
 
 
 def _hopeless(update: Update) -> NonFiniteError:

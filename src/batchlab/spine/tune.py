@@ -76,7 +76,9 @@ def tune(
         plan = make_plan(job, facts, goal=goal, devices=world, all_devices=True)
         if max_steps is not None:
             plan = dataclasses.replace(plan, steps=max_steps)
-        callbacks = [] if progress is None else [lambda line: progress("train", line["step"] / plan.steps)]
+        callbacks = (
+            [] if progress is None else [lambda line: progress("train", min(1.0, line["position"] / plan.examples))]
+        )
         run = train(job, plan, out=folder, seed=seed, device=device, facts=facts, callbacks=callbacks)
     if is_main():
         write_atomic(folder / FACTS_FILE, facts.to_json())

@@ -19,6 +19,7 @@ they are cut.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -27,7 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from batchlab.core.checks import check_count, check_inside, check_positive
+from batchlab.core.checks import check_count, check_inside, check_positive, is_count
 from batchlab.core.errors import InputError
 from batchlab.parallel.shards import is_spread
 
@@ -152,27 +153,34 @@ def orthogonality_test_per_tensor(*micro_batches: Stacks, nu: float = 0.1, examp
 
 
 @torch.no_grad()
-def batch_moments(*micro_batches: Stacks, examples: int = 1, process_group: dist.ProcessGroup | None = None) -> Moments:
+def batch_moments(
+    *micro_batches: Stacks, examples: int | Sequence[int] = 1, process_group: dist.ProcessGroup | None = None
+) -> Moments:
     """What all the tests are made of, in two passes over the rows. Arguments: `norm_test`.
 
-    With d_i = g_i - ḡ these are Σ|d_i|², Σ<d_i, ḡ>² and Σ(|d_i|² - <d_i, ḡ>²/|ḡ|²), each over B - 1.
+    With d_i = g_i - ḡ these are Σ|d_i|², Σ<d_i, ḡ>² and Σ(|d_i|² - <d_i, ḡ>²/|ḡ|²), each over B - 1. examples: one
+    number for all rows, or one for each row of this rank in turn, where ragged micro-batches gave the rows: ḡ and the
+    sums weigh a row by its b_i, and a sum of b_i|d_i|² over (rows - 1) is unbiased for the variance of an example.
+
+    >>> batch_moments([torch.tensor([[4.0], [1.0]])], examples=[1, 2]).grad_sq  # ((4 + 1 + 1)/3)²
+    4.0
     """
-    check_count(examples=examples)
     pieces = _checked(micro_batches)
-    means, rows = _mean(pieces, process_group)
+    weights = _weights(examples, pieces)
+    means, rows, total = _mean(pieces, weights, process_group)
     grad_sq = math.fsum(float(mean.square().sum()) for mean in means)
     sums = torch.zeros(3, dtype=torch.float64, device=means[0].device)
-    for stacks in pieces:
+    for stacks, weight in zip(pieces, weights, strict=True):
         squares, along = (torch.zeros(len(stacks[0]), dtype=torch.float64, device=sums.device) for _ in range(2))
         for stack, mean in zip(stacks, means, strict=True):
             d = stack.detach().reshape(len(stack), -1).double() - mean
             squares += d.square().sum(1)
             along += d @ mean
         rest = (squares - along.square() / grad_sq).clamp(min=0) if grad_sq > 0 else squares
-        sums += torch.stack([squares.sum(), along.square().sum(), rest.sum()])
+        sums += torch.stack([squares, along.square(), rest]) @ weight
     if process_group is not None:
         dist.all_reduce(sums, group=process_group)
-    return Moments(rows * examples, grad_sq, *(sums * (examples / (rows - 1))).tolist())
+    return Moments(total, grad_sq, *(sums / (rows - 1)).tolist())
 
 
 def pooled_variance(means: Tensor, variances: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -279,16 +287,43 @@ def _checked(micro_batches: Sequence[Stacks]) -> list[list[Tensor]]:
     return pieces
 
 
-def _mean(pieces: Sequence[Sequence[Tensor]], group: dist.ProcessGroup | None) -> tuple[list[Tensor], int]:
-    """ḡ of each tensor, flat, in float64, and how many rows there are, over all ranks."""
-    sums = [torch.stack([stack.detach().sum(0, dtype=torch.float64) for stack in one]).sum(0) for one in zip(*pieces)]
-    flat = torch.cat([each.flatten() for each in sums] + [sums[0].new_tensor([sum(len(p[0]) for p in pieces)])])
+def _weights(examples: int | Sequence[int], pieces: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """The examples of each row, a vector in float64 for each piece."""
+    counts = [len(stacks[0]) for stacks in pieces]
+    if is_count(examples):
+        each = [[examples] * count for count in counts]
+    elif isinstance(examples, Sequence) and len(examples) == sum(counts) and all(map(is_count, examples)):
+        ends = list(itertools.accumulate(counts))
+        each = [list(examples[end - count : end]) for end, count in zip(ends, counts, strict=True)]
+    else:
+        raise InputError(
+            f"examples must be an integer of at least 1, or one for each of the {sum(counts)} rows, got {examples!r}"
+        )
+    device = pieces[0][0].device
+    return [torch.tensor(row, dtype=torch.float64, device=device) for row in each]
+
+
+def _mean(
+    pieces: Sequence[Sequence[Tensor]], weights: Sequence[Tensor], group: dist.ProcessGroup | None
+) -> tuple[list[Tensor], int, int]:
+    """ḡ of each tensor, flat, in float64, and how many rows and examples there are, over all ranks."""
+    sums = [
+        torch.stack(
+            [
+                weight @ stack.detach().reshape(len(stack), -1).double()
+                for stack, weight in zip(one, weights, strict=True)
+            ]
+        ).sum(0)
+        for one in zip(*pieces)
+    ]
+    counts = [float(sum(map(len, weights))), math.fsum(float(weight.sum()) for weight in weights)]
+    flat = torch.cat([*sums, sums[0].new_tensor(counts)])
     if group is not None:
         dist.all_reduce(flat, group=group)
-    rows = int(flat[-1])
+    rows, total = (int(count) for count in flat[-2:])
     if rows < 2:
         raise InputError(f"a variance needs two examples or more, got {rows}: test a larger batch")
-    return list(torch.split(flat[:-1] / rows, [each.numel() for each in sums])), rows
+    return list(torch.split(flat[:-2] / total, [each.numel() for each in sums])), rows, total
 
 
 def _per_tensor(micro_batches: Sequence[Stacks], examples: int) -> list[Moments]:
