@@ -106,8 +106,8 @@ def doubling_gain(batch: float, noise_scale: float) -> float:
     (1 + φ/B)/(1 + φ/(2B)), with the learning rate best for each (McCandlish et al. 2018). The tokens to a target grow
     by 2 over this. Doubling pays in tokens nothing, and in updates much, where φ >> B: at φ = 8B it is 1.8.
 
-    >>> doubling_gain(64, 8 * 64), doubling_gain(64, 1e-9)
-    (1.8, 1.0)
+    >>> round(doubling_gain(64, 8 * 64), 3), round(doubling_gain(64, 1.0), 3)
+    (1.8, 1.008)
     """
     return 1 / steps_ratio(2 * batch, batch, b_crit=noise_scale)
 
