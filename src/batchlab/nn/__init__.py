@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from batchlab.core.handing_on import hand_on
 
 if TYPE_CHECKING:
+    from batchlab.nn.batchnorm_kind import set_batchnorm_kind as set_batchnorm_kind
     from batchlab.nn.ghost_batchnorm import GhostBatchNorm1d as GhostBatchNorm1d
     from batchlab.nn.ghost_batchnorm import GhostBatchNorm2d as GhostBatchNorm2d
     from batchlab.nn.ghost_batchnorm import GhostBatchNorm3d as GhostBatchNorm3d
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from batchlab.nn.split_batchnorm import merge_statistics as merge_statistics
 
 _HOME = {
+    "set_batchnorm_kind": "batchnorm_kind",
     "GhostBatchNorm1d": "ghost_batchnorm",
     "GhostBatchNorm2d": "ghost_batchnorm",
     "GhostBatchNorm3d": "ghost_batchnorm",

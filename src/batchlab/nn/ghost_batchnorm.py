@@ -70,13 +70,13 @@ def ghost_batch_norm(
     k = full + (rest > 0)
     mean, var = (None if run is None else run.new_zeros(k, len(run)) for run in (running_mean, running_var))
     at_once = full > 1 and (interleaved or not (_loops(input, ghost_size) if loop is None else loop))
+    sizes = [full * ghost_size] * at_once + [ghost_size] * (0 if at_once else full) + [rest] * (rest > 0)
+    parts = list(torch.split(input, sizes))  # not slices, whose backward passes would each fill a whole batch
     outputs = []
     if at_once:
         first = None if mean is None else mean[:full], None if var is None else var[:full]
-        body = input[: full * ghost_size]
-        outputs = [parts_at_once(body, full, *first, weight, bias, 1.0, eps, interleaved=interleaved)]
-    for i in range(full if at_once else 0, k):
-        part = input[i * ghost_size : (i + 1) * ghost_size if i < full else len(input)]
+        outputs = [parts_at_once(parts.pop(0), full, *first, weight, bias, 1.0, eps, interleaved=interleaved)]
+    for i, part in enumerate(parts, full if at_once else 0):
         own = None if mean is None else mean[i], None if var is None else var[i]
         outputs.append(F.batch_norm(part, *own, weight, bias, True, 1.0, eps))  # momentum 1: the statistics themselves
     for run, each in ((running_mean, mean), (running_var, var)):

@@ -86,7 +86,7 @@ def change_kind(
 
 def _why(layer: nn.Module) -> str:
     if isinstance(layer, nn.SyncBatchNorm):
-        return "it joins the batches of all ranks, which is the contrary"
+        return "it joins all ranks' batches, which is the contrary"
     if isinstance(layer, LazyModuleMixin):
         return "send a batch through it first"
     if isinstance(layer, OfParts):
