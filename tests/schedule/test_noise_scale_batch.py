@@ -83,18 +83,18 @@ def _whole_run(size_of, *, rate):
     return steps + examples / rate
 
 
-@pytest.mark.parametrize("rate", [200.0, 700.0, 3000.0])
+@pytest.mark.parametrize("rate", [200.0, 3000.0])
 def test_following_a_growing_noise_costs_little_more_than_the_least(rate):
-    """Measured over the exact √(r·𝓑): 0.8 to 1.4 % with a deadband of √2, 0.1 % with 1.1; the best constant 1.0 %."""
+    """Measured over the exact √(r·𝓑): 0.8 to 1.4 % with a deadband of √2, 0.1 % with 1.1; the best constant 1 %."""
     exact = _whole_run(lambda noise: math.sqrt(rate * noise), rate=rate)
     for deadband, most in ((math.sqrt(2), 1.02), (1.1, 1.002)):
         control = NoiseScaleBatch(32, exchange_rate=rate, maximum=10_000, deadband=deadband)
         followed = _whole_run(lambda noise, c=control: _next(c, _noise(noise)), rate=rate)
         assert exact < followed < most * exact
-    constant = min(_whole_run(lambda noise, b=b: b, rate=rate) for b in range(200, 2000, 100))
+    constant = min(_whole_run(lambda noise, b=b: b, rate=rate) for b in range(200, 2000, 200))
     assert 1.005 * exact < constant < 1.02 * exact
     rng = random.Random(0)
-    for _ in range(20):
+    for _ in range(8):
         bent = [math.exp(rng.gauss(0, 0.3)) for _ in range(10)]
         found = _whole_run(lambda noise, b=bent: math.sqrt(rate * noise) * b[min(int(noise / 101), 9)], rate=rate)
         assert found > exact
