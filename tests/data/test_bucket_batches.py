@@ -131,6 +131,14 @@ def test_a_state_of_the_same_world_size_is_exact_after_a_change():
     assert following(again, 200) == following(after, 200)
     again.load_state_dict(after.state_dict(batches=23))
     assert again.taken == 23
+    one = BucketBatchSampler(lengths, buckets, [9] * 6, world_size=4)
+    following(one, 20)  # as many batches as of two ranks, and more of the epoch
+    fresh = BucketBatchSampler(lengths, buckets, [9] * 6, world_size=3)
+    for each in (again, fresh):
+        each.load_state_dict(before.state_dict() if each is again else one.state_dict())
+        following(each, 1)
+        each.load_state_dict(one.state_dict())
+    assert following(again) == following(fresh)
 
 
 def test_several_data_sets_give_steps_of_one_data_set_and_range():
@@ -237,6 +245,11 @@ def test_mean_tokens_makes_a_sum_of_losses_a_mean_over_tokens():
     loss = np.random.default_rng(0).standard_normal(5000)  # of a token of the example
     steps = [(loss[batch] * lengths[batch]).sum() / sampler.mean_tokens for batch in batches]
     assert np.mean(steps) == pytest.approx((loss * lengths).sum() / lengths.sum(), rel=1e-12)
+    pairs = np.stack([lengths, lengths // 2], 1)
+    buckets = LengthBuckets([(15, 7), (30, 15), (400, 200)])
+    dropping = BucketBatchSampler(pairs, buckets, [90, 80, 70], drop_last=True, world_size=2, rank=1)
+    means = [2 * pairs[batch].sum() / len(dropping) for _ in range(40) for batch in dropping]
+    assert sum(means) / 40 == pytest.approx(dropping.mean_tokens, rel=0.01)
 
 
 def test_what_is_held_is_a_few_bytes_an_example():

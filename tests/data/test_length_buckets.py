@@ -133,6 +133,7 @@ def test_slips_of_the_published_script_are_mended():
     assert (LengthBuckets.fitted(thirds, 4, 2).choose(thirds) >= 0).all()
     digits = [(1.00049, 1), (2.00049, 3), (3.00049, 2), (4.00049, 3)]  # rounding to three digits cut off the longest
     assert (LengthBuckets.fitted(digits, 2, 1).choose(digits) >= 0).all()
+    assert estimate_bins_2d([(1, 1), (1, 1), (9, 5)], 2, 1).edges == [(9.0, 5.0)]  # no inner edge
     same = [(5, 3)] * 30 + [(8, 3)] * 30
     assert estimate_bins_2d(same, 6, 2).edges == [(5.0, 3.0), (8.0, 3.0)]  # each bin once
 

@@ -32,6 +32,86 @@ def test_contract(name, check):
     check(SUBJECTS[name])
 
 
+class AllToAll(StreamBatches):
+    """Every rank gets the whole batch."""
+
+    def plan(self, epoch, first):
+        rank, world = self.rank, self.world_size
+        self.rank, self.world_size = 0, 1
+        yield from super().plan(epoch, first)
+        self.rank, self.world_size = rank, world
+
+
+class Forgetful(StreamBatches):
+    """The state says how far, but not at which size."""
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(dict(state_dict, batches=0))
+
+
+class Drawing(StreamBatches):
+    """Comes to a batch by drawing all before it."""
+
+    def plan(self, epoch, first):
+        self._stream.indices(0, min(self.position(self.start_of(epoch) + first), 20_000))
+        yield from super().plan(epoch, first)
+
+
+class OneShuffle(StreamBatches):
+    """The second epoch is the first."""
+
+    def plan(self, epoch, first):
+        yield from super().plan(0, first)
+
+
+class Tensors(StreamBatches):
+    """Indices are no plain integers."""
+
+    def plan(self, epoch, first):
+        for batch in super().plan(epoch, first):
+            yield list(batch)
+
+
+class Careless(StreamBatches):
+    """Loads whatever it is given."""
+
+    def identity(self):
+        return {}
+
+
+class Seedless(StreamBatches):
+    """Goes by one seed always."""
+
+    def __init__(self, n, batch_size, seed=0, **given):
+        super().__init__(n, batch_size, 0 * seed, **given)
+
+
+class Losing(StreamBatches):
+    """A new loop begins one batch late."""
+
+    def __iter__(self):
+        self._taken += self._taken % 15 > 0
+        yield from super().__iter__()
+
+
+BROKEN = {
+    AllToAll: samplers.epochs_are_whole,
+    Forgetful: samplers.state_goes_round,
+    Drawing: samplers.resuming_is_no_work,
+    OneShuffle: samplers.seeds_and_epochs_differ,
+    Tensors: samplers.epochs_are_whole,
+    Careless: samplers.refusals,
+    Seedless: samplers.seeds_and_epochs_differ,
+    Losing: samplers.leaving_is_no_loss,
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN, ids=lambda kind: kind.__name__)
+def test_what_breaks_the_contract_is_found(kind):
+    with pytest.raises(AssertionError):
+        BROKEN[kind](Subject(lambda n, **given: kind(n, 16, **given)))
+
+
 def _each_share():
     for subject in SUBJECTS.values():
         samplers.ranks_share(subject)

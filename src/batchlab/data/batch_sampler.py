@@ -24,6 +24,9 @@ class BatchSampler(Sampler[list[int]], ABC):
     ranks yield equally many batches, of the same kind at each step. A subclass gives `epoch_length`, `plan` and
     `identity`; where a batch depends on more than (seed, batches taken), it extends both state methods.
 
+    It shares batches out to ranks by itself: trainers that would share them again must be told not to, as Lightning's
+    `use_distributed_sampler=False`; with Accelerate, leave the loader out of `prepare`.
+
     seed: of all that is random, the same on all ranks. rank, world_size: of the default process group where one is
     initialised when the sampler is made, else 0 and 1.
 

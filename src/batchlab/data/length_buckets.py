@@ -63,11 +63,10 @@ def estimate_bins_2d(lengths: ArrayLike, buckets: int = 30, sub_buckets: int = 2
     check_positive(outlier=outlier)
     if not (pairs[:, 0] > 0).all():
         raise InputError("lengths must have inputs > 0, for the ratio of output to input is bounded in each bin")
-    inner = estimate_bins(pairs[:, 0], buckets)
-    longest = float(pairs[:, 0].max())
+    tops_of_inputs = [*estimate_bins(pairs[:, 0], buckets), float(pairs[:, 0].max())]
     edges, ratios = Bins([], [])
     below, parts = 0.0, 0
-    for edge, following in zip([*inner, longest], [*inner[1:], longest, math.inf], strict=True):
+    for edge, following in itertools.pairwise([*tops_of_inputs, math.inf]):
         parts += sub_buckets
         if edge == following:
             continue
