@@ -24,8 +24,8 @@ class BucketBatchSampler(BatchSampler):
     """Each batch from one bucket, of that bucket's size; buckets come in random order, in proportion to their batches.
 
     lengths: shape (n,), or (n, 2) for input and output, in the unit of the buckets; what makes an example long is
-    yours to say, as the longest of its texts. buckets: see `LengthBuckets`. Padding falls with their number: of log-normal
-    lengths, 30 leave 7 % and 60 leave 3.5 %. Each costs one smaller batch in an epoch.
+    yours to say, as the longest of its texts. buckets: see `LengthBuckets`. Padding falls with their number (log-normal
+    lengths: 30 leave 7 %, 60 leave 3.5 %); each costs one smaller batch in an epoch.
     sizes: examples of a batch on each rank, one for each bucket, or shape (data sets, buckets): `table.sizes` of
     `find_micro_batch(buckets=...)`, or `sizes_for_budget`. A batch over all ranks has world_size times as many.
     datasets: the data set of each example, integers from 0; a batch is then of one data set and one bucket.
