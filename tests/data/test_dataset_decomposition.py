@@ -213,8 +213,10 @@ def test_bad_input_names_the_bucket():
         made(world_size=8, rank=0)
     with pytest.raises(InputError, match="curriculum must be one of .* or weights, got 'p2'"):
         made("p2")
-    with pytest.raises(InputError, match="curriculum must have one weight for each of 4 buckets, got 2"):
+    with pytest.raises(InputError, match="curriculum must have one weight for each of 4 buckets, got \\[1, 2\\]"):
         made([1, 2])
+    with pytest.raises(InputError, match="curriculum must have one weight for each of 4 buckets, got None"):
+        made(None)
     with pytest.raises(InputError, match="curriculum must be finite and > 0, got nan"):
         made([1, 2, float("nan"), 1])
     with pytest.raises(InputError, match="plan must be of these pieces"):

@@ -27,6 +27,7 @@ def test_documents_are_joined_with_their_end():
     "lengths, message",
     [
         ([[1, 2]], "lengths must have one dimension, got shape (1, 2)"),
+        ([1, [2]], "lengths must have one dimension, got rows of unequal length"),
         ([1.0, 2.0], "lengths must be integers of at least 0, got float64"),
         ([True], "lengths must be integers of at least 0, got bool"),
         ([4, -3, 1], "lengths must be integers of at least 0, got -3 at place 1"),

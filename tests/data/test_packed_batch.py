@@ -157,7 +157,7 @@ def test_hugging_face_gives_the_same_row(documents):
 
 def test_bad_input_is_refused(documents):
     packing = pack(documents.lengths, 24)
-    for rows in ([len(packing)], [-1], [[0]]):
+    for rows in ([len(packing)], [-1], [[0]], [0.5]):
         with pytest.raises(InputError, match=r"sequences must be a row of numbers in \[0, 4\)"):
             packed_batch(documents, packing, rows)
     with pytest.raises(InputError, match="documents must be those that were packed, got 1 of them"):

@@ -57,8 +57,8 @@ def check_curriculum(curriculum: Curriculum, buckets: int) -> None:
                 f"curriculum must be one of {sorted(DRAWN + IN_SUB_CYCLES)} or weights, got {curriculum!r}"
             )
         return
-    if len(curriculum) != buckets:
-        raise InputError(f"curriculum must have one weight for each of {buckets} buckets, got {len(curriculum)}")
+    if np.shape(curriculum) != (buckets,):
+        raise InputError(f"curriculum must have one weight for each of {buckets} buckets, got {curriculum!r}")
     for weight in curriculum:
         check_positive(curriculum=weight)
 
@@ -98,8 +98,8 @@ def sub_cycle_counts(bucket: int, batches: int, buckets: int, curriculum: Curric
 
     Bucket b (from 0 for the shortest) of n has in sub-cycle c = 0 .. n - 1 the odds 2^(e - 1), or e for
     "olmo_grow_linear", with e = n - b + c up to n, and after that falling from n - b - 1. Counts are rounded shares;
-    what is missing goes to the last sub-cycle. What is too much, where OLMo-core stops with an assertion, comes off
-    the last ones that have any.
+    what is missing goes to the last sub-cycle. What is too much comes off the last ones that have any; there OLMo-core
+    3.0 stops with an assertion, for 1,378 of 21,070 triples of bucket, buckets and batches. On the others counts equal.
 
     >>> [sub_cycle_counts(bucket, 63, 6, "olmo_grow_p2") for bucket in (0, 1, 5)]
     [[32, 16, 8, 4, 2, 1], [16, 32, 8, 4, 2, 1], [1, 2, 4, 8, 16, 32]]

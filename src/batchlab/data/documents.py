@@ -68,7 +68,10 @@ def as_lengths(lengths: ArrayLike) -> NDArray[np.int64]:
     Traceback (most recent call last):
     batchlab.core.errors.InputError: lengths must be integers of at least 0, got -1 at place 1
     """
-    array = np.asarray(lengths)
+    try:
+        array = np.asarray(lengths)
+    except ValueError:
+        raise InputError("lengths must have one dimension, got rows of unequal length") from None
     if array.ndim != 1:
         raise InputError(f"lengths must have one dimension, got shape {array.shape}")
     if array.size and array.dtype.kind not in "iu":

@@ -34,7 +34,7 @@ class PackedBatch(NamedTuple):
 def packed_batch(
     documents: Documents, packing: Packing, sequences: ArrayLike, *, pad: int = 0, shifted: bool = True
 ) -> PackedBatch:
-    """These sequences of a packing, as tensors.
+    """These sequences of a packing, as tensors. Parts are apart under every strategy, "wrapped" too, unlike in TRL.
 
     shifted: labels[t] is the token after t in the same part, and its last place predicts nothing. False: labels[t] is
     token t itself, but -100 where a part begins, for models that shift by themselves (Hugging Face's). Either way no
@@ -49,8 +49,13 @@ def packed_batch(
     >>> batch.position_ids.tolist(), batch.document_ids.tolist()
     ([[0, 1, 2, 0, 1, 0]], [[0, 0, 0, 1, 1, -1]])
     """
-    rows = np.atleast_1d(np.asarray(sequences, dtype=np.int64))
-    if rows.ndim != 1 or (rows.size and not 0 <= rows.min() <= rows.max() < len(packing)):
+    rows = np.atleast_1d(np.asarray(sequences))
+    rows = rows.astype(np.int64) if not rows.size else rows
+    if (
+        rows.ndim != 1
+        or rows.dtype.kind not in "iu"
+        or (rows.size and not 0 <= rows.min() <= rows.max() < len(packing))
+    ):
         raise InputError(f"sequences must be a row of numbers in [0, {len(packing)}), got {sequences!r}")
     many = packing.first[rows + 1] - packing.first[rows]
     parts = np.repeat(packing.first[rows] - (np.cumsum(many) - many), many) + np.arange(many.sum())
