@@ -73,7 +73,9 @@ def test_what_is_not_finite_is_a_spike_and_a_new_level_is_not_for_ever():
     assert monitor.threshold == pytest.approx(3.01 * 1.02, rel=0.02)
     early = LossSpikes()
     assert early.update(0, math.nan, seen=1) and not early.update(1, 1.0, seen=2)
-    json.dumps(early.state_dict())
+    typed = LossSpikes()  # numbers of any library
+    typed.update(np.int64(3), np.float32(math.nan), seen=np.int64(9), batch=np.int32(4), lr=np.float32(1e-3))
+    json.dumps([early.state_dict(), typed.state_dict()])
 
 
 @given(values=st.lists(st.one_of(st.floats(-5, 5), st.integers(-2, 2).map(float)), min_size=1, max_size=40))

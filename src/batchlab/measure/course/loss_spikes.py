@@ -119,6 +119,8 @@ class LossSpikes:
         check_count(0, step=step, seen=seen)
         if seen < self._seen:
             raise InputError(f"seen must not fall, got {seen} after {self._seen}: load the state of the checkpoint")
+        step, seen, lr = int(step), int(seen), None if lr is None else float(lr)
+        batch = None if batch is None else int(batch)
         if (octave := _octave(lr)) is not None:
             self._told[octave] = self._told.get(octave, 0) + seen - self._seen
         self._seen = seen
