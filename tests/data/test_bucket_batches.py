@@ -291,6 +291,7 @@ def test_real_ranks_step_through_the_same_buckets(tmp_path):
 @pytest.mark.parametrize(
     "given, says",
     [
+        ({"buckets": [2, 4]}, r"buckets must be LengthBuckets, as LengthBuckets\(table.buckets\), got \[2, 4\]"),
         ({"sizes": [4]}, r"sizes must be 2 numbers, one for each bucket, got shape \(1,\)"),
         ({"sizes": [4, 0]}, "sizes must be integers of at least 1"),
         ({"sizes": [4.5, 2]}, "sizes must be integers of at least 1"),

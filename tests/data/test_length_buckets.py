@@ -165,6 +165,8 @@ def test_skewed_data_gives_the_merged_bin_the_sub_bins_of_its_parts():
         (lambda: LengthBuckets([3], max_ratio=[1]), "max_ratio is for strict buckets of two dimensions"),
         (lambda: LengthBuckets(EDGES, [1, 2]), "max_ratio must be a number > 0 for each of 4 buckets"),
         (lambda: LengthBuckets(EDGES).choose([1, 2]), r"lengths must have shape \(n, 2\) as the buckets have"),
+        (lambda: padding_share([1, 2], [[]]), r"batches must hold indices of the 2 lengths, got \[\]"),
+        (lambda: padding_share([1, 2], [[2]]), r"batches must hold indices of the 2 lengths, got \[2\]"),
         (lambda: padding_share([0, 0], [[0, 1]]), "batches must hold at least one example of length > 0"),
     ],
 )

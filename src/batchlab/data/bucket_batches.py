@@ -65,6 +65,8 @@ class BucketBatchSampler(BatchSampler):
         world_size: int | None = None,
     ) -> None:
         super().__init__(seed, rank=rank, world_size=world_size)
+        if not isinstance(buckets, LengthBuckets):
+            raise InputError(f"buckets must be LengthBuckets, as LengthBuckets(table.buckets), got {buckets!r}")
         bucket = buckets.choose(lengths)
         group, kinds = _with_datasets(bucket, datasets, len(buckets))
         self.n, self.buckets, self.drop_last = len(bucket), buckets, bool(drop_last)

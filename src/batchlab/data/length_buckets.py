@@ -213,7 +213,10 @@ def padding_share(lengths: ArrayLike, batches: Iterable[Sequence[int]]) -> float
     array = array[:, None] if array.ndim == 1 else array
     real = padded = 0.0
     for batch in batches:
-        of = array[np.asarray(batch)]
+        which = np.asarray(batch)
+        if which.dtype.kind not in "iu" or which.min() < 0 or which.max() >= len(array):
+            raise InputError(f"batches must hold indices of the {len(array)} lengths, got {batch!r}")
+        of = array[which]
         real += float(of.sum())
         padded += float(len(of) * of.max(0).sum())
     if not padded:
