@@ -18,8 +18,8 @@ MOVES = {
     "goodput": "follows the noise scale and the time of the updates",
     "norm_test": "grows as the norm test asks",
     "inner_product_test": "grows as the inner-product test asks",
-    "ramp": "at the start, and then a ramp",
-    "milestones": "at the start, and then by milestones",
+    "ramp": "rises by a ramp",
+    "milestones": "moves at milestones",
 }
 ENDS = {
     "constant": "then constant",

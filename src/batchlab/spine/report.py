@@ -56,15 +56,18 @@ def terminal_report(run_or_study: Run | Study) -> Table:
 def _run_page(run: Run) -> tuple[str, str, list[Section]]:
     from batchlab.spine import chapters, study_chapters
     from batchlab.spine.columns import columns
+    from batchlab.spine.course_chapter import course
     from batchlab.spine.scaling_chapter import where_more_batch_helps
     from batchlab.spine.tensor_chapter import tensors, tensors_of
 
     watched = tensors(tensors_of(run.steps()))
     plan, facts, study = run.plan, run.facts, _own_study(run)
     taken = columns(run.steps(), run.meta.get("initial"))
+    scheduled = course(plan, taken)
     sections = [
         chapters.what_to_do(run),
         chapters.frontier(plan),
+        *([] if scheduled is None else [scheduled]),
         chapters.noise(plan, facts, taken),
         chapters.loss(run, taken),
         chapters.machine_limits(plan, facts),
