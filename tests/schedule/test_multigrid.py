@@ -94,6 +94,10 @@ def test_the_kinetics_run_in_detail():
     assert schedule.rate(343) == pytest.approx(0.001) == schedule.rate(500)
     rules = [tuple(schedule.batch_norm(epoch, devices=8)) for epoch in (0, 73, 110, 142)]
     assert rules == [("split", 8), ("split", 4), ("split", 2), ("plain", 1)]
+    few = Multigrid((8, 16, 16), 4, [0, 10], 12)
+    last = few.length - 1
+    assert [tuple(few.batch_norm(last, n)) for n in (1, 2, 4)] == [("plain", 1), ("sync", 2), ("sync", 4)]
+    assert tuple(few.batch_norm(last, 2, base=64)) == ("sync", 2)
     evaluated = [epoch for epoch in range(358) if schedule.evaluates(epoch)]
     assert evaluated[:6] == [22, 47, 72, 83, 96, 109] and evaluated[-1] == 357
     assert scale_range((256, 320), 158, 224) == (181, 320) and stride_range(2, 16, 32) == (2, 4)
@@ -142,6 +146,20 @@ def test_equal_updates_are_exact_before_rounding():
     whole = sum((e.end - e.first) / mean_batch((32, 224, 224), e.sizes, SHORT_CYCLES[3]) for e in schedule.entries[:-1])
     last = schedule.entries[-1]
     assert (last.end - last.first) / (7 / 3) / whole == pytest.approx(0.2, rel=1e-9)  # as much saved as before
+
+
+@pytest.mark.parametrize("full", [(32, 224, 224), (8, 32, 32)])
+def test_what_a_run_costs(full):
+    """In updates, and in points of the shapes: to the plain run's, with 1.5 times its epochs."""
+    schedule = Multigrid(full, 64, [0, 94, 154, 196], 239)
+    updates = points = 0.0
+    for entry in schedule.entries:
+        cycle = schedule.cycle(entry.first)
+        one = (entry.end - entry.first) / sum(batch for _, batch in cycle)
+        updates += one * len(cycle)
+        points += one * sum(batch * math.prod(shape.sizes) for shape, batch in cycle)
+    assert 0.25 < updates / (239 / 64) < 0.3
+    assert 0.25 < points / (239 * math.prod(full)) < 0.3
 
 
 def test_any_axes_and_factors():

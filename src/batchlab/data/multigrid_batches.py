@@ -25,7 +25,8 @@ class MultigridBatches(BatchSampler):
     n: examples. multigrid: its batches are over all ranks, so that `multigrid.batch` must be a multiple of world_size.
     drop_last: leave out the last, smaller batch of an epoch (True, as a split BatchNorm needs it); with False every
     example comes once an epoch, and it is refused where the last batch had less than an example for each rank.
-    After the schedule's last epoch its last shape goes on.
+    After the schedule's last epoch its last shape goes on. With workers save `state_dict(batches=lr.seen)`, the updates
+    that `MultigridLR` has counted.
 
     >>> schedule = Multigrid((8, 16, 16), batch=2, steps=[0, 4], epochs=6)
     >>> batches = MultigridBatches(100, schedule)

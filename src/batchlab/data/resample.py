@@ -99,6 +99,6 @@ class Resampled(Dataset[tuple[Any, ...]]):
         return len(self.data)
 
     def __getitem__(self, index: int | tuple[int, GridShape]) -> tuple[Any, ...]:
-        at, sizes = (index, self.default) if isinstance(index, int) else (index[0], index[1].sizes)
+        at, sizes = (index[0], index[1].sizes) if isinstance(index, tuple) else (index, self.default)
         x, *rest = self.data[at]
         return (resample(x, sizes, self.default, scales=self.scales, stride=self.stride), *rest)

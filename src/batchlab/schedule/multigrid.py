@@ -92,7 +92,7 @@ class Multigrid:
             short_cycle=short_cycle,
             epoch_factor=self.epoch_factor,
         )
-        given = {"sizes": tuple(self.sizes), "steps": tuple(self.steps)}
+        given = {"sizes": tuple(map(int, self.sizes)), "steps": tuple(map(int, self.steps))}
         found = {"long_cycle": long_cycle, "short_cycle": short_cycle, "entries": tuple(entries)}
         for name, value in (given | found).items():
             object.__setattr__(self, name, value)
@@ -150,9 +150,16 @@ class Multigrid:
         return epoch + 1 == self.length or (entry.end - 1 - epoch) % every == 0
 
     def batch_norm(self, epoch: int, devices: int = 1, base: int = 8) -> BatchNormRule:
-        """How BatchNorm's statistics range over `base` examples in the epoch; of the base shape's batch on a device."""
+        """How BatchNorm's statistics range over `base` examples in the epoch, by the base shape's batch on a device.
+
+        Over all devices where even these have fewer together: alone, a device is left its plain BatchNorm.
+        """
         check_count(devices=devices)
-        return batch_norm_rule(self.batch * self.at(epoch).factor / devices, base)
+        rule = batch_norm_rule(self.batch * self.at(epoch).factor / devices, base)
+        if rule.kind != "sync":
+            return rule
+        joined = min(rule.number, devices)
+        return BatchNormRule("sync" if joined > 1 else "plain", joined)
 
     def settings(self) -> dict[str, Any]:
         """All that was given, fit for JSON: `Multigrid(**settings)` is the same."""

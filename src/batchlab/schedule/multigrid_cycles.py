@@ -162,11 +162,9 @@ def batch_norm_rule(batch: float, base: int = 8) -> BatchNormRule:
     """
     check_positive(batch=batch)
     check_count(base=base)
-    f = batch / base
-    return BatchNormRule("split", int(f)) if f > 1 else BatchNormRule("sync", int(1 / f)) if f < 1 else _PLAIN
-
-
-_PLAIN = BatchNormRule("plain", 1)
+    if batch == base:
+        return BatchNormRule("plain", 1)
+    return BatchNormRule("split", int(batch / base)) if batch > base else BatchNormRule("sync", int(base / batch))
 
 
 def scale_range(scales: tuple[int, int], size: int, default: int) -> tuple[int, int]:
