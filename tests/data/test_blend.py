@@ -148,3 +148,5 @@ def test_a_state_of_other_weights_is_refused():
     state = Blend({"a": 10, "b": 5}, 4).state_dict()
     with pytest.raises(InputError, match="state_dict must have weights"):
         Blend({"a": 10, "b": 5}, 4, weights={"a": 1, "b": 1}).load_state_dict(state)
+    with pytest.raises(InputError, match="state_dict must have sources"):
+        Blend({"b": 5, "a": 10}, 4).load_state_dict(state)

@@ -89,6 +89,9 @@ class B3Index:
             raise InputError(f"{path} is no index that B3Index.save wrote")
         header = B3Header.from_json(metadata["b3_index"], source=str(path))
         clusters, leftover = (tensors[name].astype(np.int64) for name in ("clusters", "leftover"))
+        count, left = divmod(header.n, header.cluster_size)
+        if clusters.shape != (count, header.cluster_size) or leftover.shape != (left,):
+            raise InputError(f"{path} is damaged: its clusters do not fit n={header.n}, K={header.cluster_size}")
         return B3Index(header, clusters, leftover, tensors.get("windows"))
 
     def fingerprint(self) -> str:

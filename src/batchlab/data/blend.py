@@ -108,9 +108,10 @@ class Blend(StreamBatches):
         self._stream = _Sources(list(self.sizes.values()), self._order, self.seed)
 
     def identity(self) -> dict[str, Any]:
-        """Sizes and weights."""
+        """Sources in their order, sizes and weights."""
         tokens = self.tokens if self.by == "tokens" else None
-        return {"sizes": self.sizes, "weights": self.weights, "by": self.by, "tokens": tokens}
+        found = {"sources": list(self.sizes), "sizes": self.sizes, "weights": self.weights}
+        return found | {"by": self.by, "tokens": tokens}
 
     def report(self, batches: int | None = None) -> tuple[Drawn, ...]:
         """What was drawn of each source, over all ranks, in the run's first batches; by default in those handed out."""

@@ -67,8 +67,8 @@ def deduplicate(
     "__main__"`. Neither they nor how texts are cut change the result. progress: called with "signed" and the documents
     so far, then with "compared" and their number.
 
-    Memory: 4·permutations + 8·bands + about 150 bytes a document (790 with the defaults), none for texts; with verify 8
-    more for each distinct shingle, about 8 a character. Needs the extra "dedup".
+    Memory: 8·permutations + about 60 bytes a document at the peak (1,090 in all with the defaults, of which 30 remain),
+    none for texts; with verify 8 more for each distinct shingle, about 8 a character. Needs the extra "dedup".
 
     Not for duplicates inside documents, for paraphrases, or for finding a test set in training data by overlap of a
     few words: similarity is of whole documents.
@@ -147,6 +147,8 @@ class _Reader:
         for text, source in self.pairs:
             if not isinstance(text, str):
                 raise InputError(f"texts must be str, got {type(text).__name__} at {len(self.numbers)}")
+            if not isinstance(source, str):
+                raise InputError(f"sources must be str, got {type(source).__name__} at {len(self.numbers)}")
             if source not in self.names and self.priority is not None:
                 raise InputError(f"priority must name every source, got {list(self.priority)} without {source!r}")
             self.numbers.append(self.names.setdefault(source, len(self.names)))

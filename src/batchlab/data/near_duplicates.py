@@ -72,7 +72,8 @@ def near_duplicates(
     signatures: (documents, slots). order: the documents that take part, the first to keep first. apart: a number for
     each document; those with different ones are never compared. shingles: for each document its sorted distinct
     hashes; if given, similarity is the Jaccard similarity of these, else the share of slots that agree.
-    Memory beside its arguments: about 4·rows + 60 bytes a document, and 100 for each bucket of one that shares some.
+    Memory beside its arguments: about 4·rows + 60 bytes a document, 700 for each that shares a band with another. Time
+    is linear but where very many documents share a band and are not alike: there it grows with their number's square.
     """
     if bands * rows > signatures.shape[1]:
         raise InputError(f"bands·rows must be at most the {signatures.shape[1]} slots, got {bands} times {rows}")

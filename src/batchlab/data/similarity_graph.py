@@ -22,7 +22,7 @@ from torch import Tensor
 from batchlab.core.checks import check_count
 from batchlab.core.errors import InputError
 
-BLOCK = 1024  # queries scored at a time: 20 bytes for each and each target
+BLOCK = 1024  # queries scored at a time: about 30 bytes for each of them and each target
 
 
 class Graph(NamedTuple):
@@ -60,9 +60,9 @@ def rank_windows(
 ) -> NDArray[np.int32]:
     """S_i for each of N queries: the m targets after the best p, the golden one left out first. (N, m), best first.
 
-    query, target: the teacher's embeddings (N, d) of x_i and y_i, normalised or not; on any device. labels: classes, of
-    N examples; then all targets of the query's own class are golden, and left out. block: queries at a time; it
-    does not change the result. Cost: 2·N²·d operations, N·m·4 bytes for the result.
+    query, target: the teacher's embeddings (N, d) of x_i and y_i, normalised or not; on a device that has float64.
+    labels: classes, of N examples; then all targets of the query's own class are golden, and left out. block: queries at
+    a time; it does not change the result. Cost: 2·N²·d operations, N·m·4 bytes for the result.
     Raises `InputError` for shapes that differ, embeddings that are not finite, and p + m > N - 1, or more than a query
     has left.
     """
