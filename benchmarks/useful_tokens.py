@@ -1,10 +1,10 @@
 """Claim: decomposed and packed batches train on 1.3 times the useful tokens a second of padded ones, at the same loss.
 
-Bytes of the standard library's files, one file one document (or, with --functions, one function, of which most are
-shorter by far than the context, as in fine-tuning); useful tokens are targets that are no padding. The peer is
-a random batch of parts of at most 2048 bytes, each padded to 2048: torch's shuffled `BatchSampler` over a data set cut
-to length. Every way has the same model, rate, useful tokens and positions an update; pieces are of 64 to 2048 bytes, in
-the proportion of 1 to 32 of the paper; attention within a packed sequence goes part by part, as a kernel for ragged
+Bytes of the standard library's files, one file one document; with --functions one function, of which most are shorter
+by far than the context, as in fine-tuning. Useful tokens are targets that are no padding. The peer is a random batch of
+parts of at most 2048 bytes, each padded to 2048: torch's shuffled `BatchSampler` over a data set cut to length. Every
+way has the same model, rate and useful tokens an update, to a row of the peer; pieces are of 64 to 2048 bytes, in the
+proportion of 1 to 32 of the paper. Attention within a packed sequence goes part by part, as a kernel for ragged
 sequences does. Seconds are the processor's, of updates alone, taken in turn.
 """
 
@@ -29,14 +29,14 @@ CONTEXT, ROWS, RATE = 2048, 2, 6e-3
 SEEDS = (0, 1, 2)
 
 
-def padded(documents, seed):
-    """The peer: parts of at most 2048 bytes, one a row."""
+def padded(documents, seed, many):
+    """The peer: parts of at most 2048 bytes, one a row, `many` of them a batch."""
     rows = []
     for begin, length in zip(documents.offsets[:-1].tolist(), documents.lengths.tolist(), strict=True):
         rows += [(begin + at, min(CONTEXT + 1, length - at)) for at in range(0, length - 1, CONTEXT)]
     shuffle = RandomSampler(rows, generator=torch.Generator().manual_seed(seed))
-    for indices in BatchSampler(shuffle, ROWS, drop_last=True):
-        tokens = torch.zeros(ROWS, CONTEXT, dtype=torch.long)
+    for indices in BatchSampler(shuffle, many, drop_last=True):
+        tokens = torch.zeros(many, CONTEXT, dtype=torch.long)
         labels = torch.full_like(tokens, IGNORED)
         for row, index in enumerate(indices):
             begin, length = rows[index]
@@ -73,10 +73,15 @@ def main():
     train, valid = standard_library(given.functions)
     shares = {"padded": int(np.sum(train.lengths - 1)) / (CONTEXT * int(np.sum(-(-(train.lengths - 1) // CONTEXT))))}
     shares |= {"packed": 1 - pack(train.lengths, CONTEXT).padding_share, "decomposed": 1.0}
-    ways = {"padded": padded, "packed": packed, "decomposed": lambda d, s: decomposed(d, s, given.tokens)}
+    many = dict.fromkeys(shares, ROWS) | {"padded": round(ROWS / shares["padded"])}
+    ways = {
+        "padded": lambda d, s: padded(d, s, many["padded"]),
+        "packed": packed,
+        "decomposed": lambda d, s: decomposed(d, s, given.tokens),
+    }
     rows = []
     for seed in SEEDS:
-        steps = {name: round(given.tokens / (ROWS * CONTEXT * shares[name])) for name in ways}
+        steps = {name: round(given.tokens / (many[name] * CONTEXT * shares[name])) for name in ways}
         runs = {n: Training(way(train, seed), steps[n], CONTEXT, lr=RATE, seed=seed) for n, way in ways.items()}
         side_by_side(list(runs.values()))
         for name, run in runs.items():
