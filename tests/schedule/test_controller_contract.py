@@ -5,6 +5,7 @@ import pytest
 from batchlab.schedule.batch_doubling import BatchDoubling
 from batchlab.schedule.batch_ramp import BatchRamp
 from batchlab.schedule.controller import BatchController
+from batchlab.schedule.decay_by_batch import DecayByBatch
 from batchlab.schedule.goodput_batch import GoodputBatch
 from batchlab.schedule.inner_product_test_batch import InnerProductTestBatch
 from batchlab.schedule.milestones import Milestones
@@ -40,6 +41,9 @@ CASES = {
     "augmented": lambda: InnerProductTestBatch(8, theta=0.5, nu=1.0, maximum=4096, growth=2.0),
     "goodput": lambda: GoodputBatch(64, maximum=512, patience=8),
     "goodput in eights": lambda: GoodputBatch(64, maximum=512, minimum=16, multiple_of=8, patience=6, growth=1.5),
+    "decay by batch": lambda: DecayByBatch(
+        64, share=lambda seen: max(0.0, 1 - seen / 4000), exponent=1.0, maximum=1024, multiple_of=4
+    ),
     "ramp": lambda: BatchRamp(16, 256, over=5000, increment=16),
     "ramp, rounded": lambda: BatchRamp(16, 256, over=5000, increment=12, multiple_of=8, power=0.5),
     "doubling": lambda: BatchDoubling(8, [300, 1000, 2000], lr_rule="sqrt"),

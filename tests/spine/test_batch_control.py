@@ -25,6 +25,7 @@ NOISE = Estimate(64.0, 50.0, 80.0, "given")
 STEPS = 40
 MOVES = {
     "adaptive": {"noise_scale": NOISE, "batch_settings": {"patience": 3, "deadband": 1.0}},
+    "decay_by_batch": {"batch_size": 16, "noise_scale": NOISE, "batch_settings": {"headroom": 100.0}},
     "norm_test": {"batch_size": 16, "batch_settings": {"eta": 0.2, "patience": 4}},
     "inner_product_test": {"batch_size": 16, "batch_settings": {"theta": 0.2, "nu": 2.0}},
     "ramp": {"batch_size": 16, "batch_settings": {"end": 100, "over": 900, "increment": 4}},
@@ -181,6 +182,11 @@ def test_a_plans_other_schedules_write_the_rate_and_the_momentum(schedule):
             r"the sizes of batch_schedule 'milestones' must lie in 1..256, got 64..1000",
         ),
         ({"batch_schedule": "norm_test", "optimizer": "vrsgd"}, r"'norm_test' and the optimizer 'vrsgd' both take"),
+        ({"batch_schedule": "decay_by_batch", "schedule": "linear"}, r"'decay_by_batch' needs a learning_rate_rule of"),
+        (
+            {"batch_schedule": "decay_by_batch", "learning_rate_rule": "sqrt"},
+            r"'decay_by_batch' needs a schedule that falls, got 'constant'",
+        ),
         ({"schedule": "power"}, r'the schedule "power" needs schedule_settings\["knee_share"\]'),
         ({"schedule": "one_cycle", "warmup_examples": 64}, r'"one_cycle" warms up by itself'),
     ],

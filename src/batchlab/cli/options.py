@@ -23,6 +23,7 @@ class BatchSchedule(StrEnum):
     FIXED = "fixed"
     ADAPTIVE = "adaptive"
     GOODPUT = "goodput"
+    DECAY_BY_BATCH = "decay_by_batch"
     NORM_TEST = "norm_test"
     INNER_PRODUCT_TEST = "inner_product_test"
 

@@ -12,7 +12,9 @@ from batchlab.core.job import Target
 from batchlab.core.jsonio import JsonNoun
 
 SCHEMA = 1
-BatchSchedule = Literal["fixed", "adaptive", "goodput", "norm_test", "inner_product_test", "ramp", "milestones"]
+BatchSchedule = Literal[
+    "fixed", "adaptive", "goodput", "decay_by_batch", "norm_test", "inner_product_test", "ramp", "milestones"
+]
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,9 @@ class Plan(JsonNoun):
     warmup_examples: linear warm-up of the learning rate. schedule: what follows it, over `steps * batch_size`.
         schedule_settings: of "wsd", "power" and "one_cycle", where they are not `schedule.by_examples.SETTINGS`.
     batch_schedule: "fixed"; "adaptive", which follows the measured noise scale; "goodput", which also times the
-        updates; "norm_test" and "inner_product_test", which grow the batch to what the gradients' spread asks for;
-        "ramp" and "milestones", of sizes settled beforehand. All stay between `min_batch_size` and `max_batch_size`.
+        updates; "decay_by_batch", which grows the batch where the schedule would lower the rate; "norm_test" and
+        "inner_product_test", which grow it to what the gradients' spread asks for; "ramp" and "milestones", of sizes
+        settled beforehand. All stay between `min_batch_size` and `max_batch_size`.
         batch_settings: what the controller of that name in `schedule` takes besides; "ramp" needs {"end", "over"},
         "milestones" {"sizes": [[examples, size], ...]}.
     learning_rate_rule: how the learning rate moves with the batch then: "none", "sqrt", "linear", or "surge",

@@ -8,12 +8,16 @@ from typing import Any
 from batchlab.core.errors import InputError
 from batchlab.core.plan import Plan
 from batchlab.schedule.batch_ramp import BatchRamp
+from batchlab.schedule.by_examples import lr_factor
 from batchlab.schedule.controller import BatchController
+from batchlab.schedule.decay_by_batch import DecayByBatch
 from batchlab.schedule.goodput_batch import GoodputBatch
 from batchlab.schedule.inner_product_test_batch import InnerProductTestBatch
 from batchlab.schedule.milestones import Milestones
 from batchlab.schedule.noise_scale_batch import NoiseScaleBatch
 from batchlab.schedule.norm_test_batch import NormTestBatch
+
+_EXPONENTS = {"linear": 1.0, "saturating": 1.0, "sqrt": 2.0, "saturating_sqrt": 2.0}
 
 
 def make_controller(plan: Plan, examples: int, world: int) -> BatchController | None:
@@ -35,6 +39,8 @@ def make_controller(plan: Plan, examples: int, world: int) -> BatchController | 
             return NoiseScaleBatch(plan.batch_size, exchange_rate=_exchange_rate(plan), **bounds, **given)
         if name == "goodput":
             return GoodputBatch(plan.batch_size, **bounds, **given)
+        if name == "decay_by_batch":
+            return _decaying(plan, bounds, given)
         if name == "norm_test":
             return NormTestBatch(plan.batch_size, **bounds, **given)
         if name == "inner_product_test":
@@ -55,6 +61,29 @@ def _exchange_rate(plan: Plan) -> float:
     if plan.noise_scale is None or not plan.noise_scale.defined or not math.isfinite(plan.noise_scale.value):
         raise InputError("an adaptive batch schedule needs plan.noise_scale, the noise scale that it was planned with")
     return plan.batch_size**2 / plan.noise_scale.value
+
+
+def _decaying(plan: Plan, bounds: dict[str, Any], given: dict[str, Any]) -> DecayByBatch:
+    exponent = _EXPONENTS.get(plan.learning_rate_rule)
+    if exponent is None:
+        raise InputError(
+            f"batch_schedule 'decay_by_batch' needs a learning_rate_rule of {sorted(_EXPONENTS)}, got "
+            f"{plan.learning_rate_rule!r}: it is with the batch that the rate stays up"
+        )
+    if plan.schedule in ("constant", "one_cycle"):
+        raise InputError(f"batch_schedule 'decay_by_batch' needs a schedule that falls, got {plan.schedule!r}")
+
+    def share(seen: float) -> float:
+        after = max(seen, plan.warmup_examples)
+        return lr_factor(
+            after,
+            total_examples=plan.examples,
+            warmup_examples=plan.warmup_examples,
+            schedule=plan.schedule,
+            settings=plan.schedule_settings,
+        )
+
+    return DecayByBatch(plan.batch_size, share=share, **{"exponent": exponent, **bounds, **given})
 
 
 def _ramp(plan: Plan, given: dict[str, Any]) -> BatchRamp:

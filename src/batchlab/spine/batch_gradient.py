@@ -77,6 +77,7 @@ class BatchGradient:
         wanted = plan.measure_noise and self._by_optimizer is None and self._tested is None
         every = 1 if "noise_scale" in needs else plan.noise_every
         self.noise = self._measuring(optimizer, in_geometry, every) if wanted else None
+        self._fewest = 2 if "noise_scale" in needs else 1  # pieces over all ranks: one tells nothing of the noise
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._forward = self._wrapped(_Loss(job, model))
 
@@ -141,7 +142,8 @@ class BatchGradient:
     def pieces(self, position: int, size: int, *, in_groups: bool = False) -> list[list[int]]:
         """This rank's micro-batches of the next `size` examples, as example indices."""
         share = np.array_split(self._stream.indices(position, size), self.world)[self.rank]
-        most = self.plan.micro_batch
+        fewest = math.ceil(self._fewest / self.world)
+        most = min(self.plan.micro_batch, max(1, math.ceil(len(share) / fewest)))
         if in_groups:
             most = min(most, max(1, len(share) // math.ceil(GROUPS / self.world)))
         return [share[i : i + most].tolist() for i in range(0, len(share), most)]

@@ -16,6 +16,7 @@ MOVES = {
     "fixed": "in each step",
     "adaptive": "follows the measured noise scale during the run",
     "goodput": "follows the noise scale and the time of the updates",
+    "decay_by_batch": "grows where the learning rate would fall",
     "norm_test": "grows as the norm test asks",
     "inner_product_test": "grows as the inner-product test asks",
     "ramp": "rises by a ramp",
