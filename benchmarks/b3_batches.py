@@ -91,18 +91,20 @@ def structure(seed: int) -> dict[str, Any]:
     for method in ("metis", "louvain"):
         start = time.process_time()
         index = mined(train, method)
-        row[method] = {"seconds": time.process_time() - start} | described(index, list(B3Batches(index, 64)), train)
-    row["random"] = described(index, list(StreamBatches(2048, 64, seed)), train)
+        row[f"{method} seconds"] = time.process_time() - start
+        row |= described(method, index, list(B3Batches(index, 64)), train)
+    row |= described("random", index, list(StreamBatches(2048, 64, seed)), train)
     print(row, flush=True)
     return row
 
 
-def described(index: B3Index, batches: list[list[int]], train: Pairs) -> dict[str, float]:
+def described(kind: str, index: B3Index, batches: list[list[int]], train: Pairs) -> dict[str, float]:
     """Measures of batches of 64 by an index's windows."""
     assert index.windows is not None
     edges = inside_edges(mutual_graph(index.windows), batches)
-    found = {"edges_an_example": 2 * edges / 2048, "purity": purity(batches, train.topic)}
-    return found | {"hard_negative_rate": hard_negative_rate(batches, index.windows)}
+    found = {"edges an example": 2 * edges / 2048, "purity": purity(batches, train.topic)}
+    found |= {"hard negatives": hard_negative_rate(batches, index.windows)}
+    return {f"{kind} {name}": value for name, value in found.items()}
 
 
 def learning(
@@ -122,8 +124,9 @@ def learning(
     row["doubled"] = doubled
     for kind in kinds:
         best = max(RATES, key=lambda rate: statistics.mean(scores[kind][rate]))
-        row[kind] = {"rate": best, "top_1": scores[kind][best], "mean": statistics.mean(scores[kind][best])}
-    base, ours = row[kinds[0]]["top_1"], row[kinds[1]]["top_1"]
+        row |= {f"{kind} top-1": statistics.mean(scores[kind][best]), f"{kind} rate": best}
+        row[f"{kind} seeds"] = scores[kind][best]
+    base, ours = (row[f"{kind} seeds"] for kind in kinds[:2])
     row["gains"] = [b - a for a, b in zip(base, ours, strict=True)]
     row["gain"] = statistics.mean(row["gains"])
     print(row, flush=True)

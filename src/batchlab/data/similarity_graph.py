@@ -61,8 +61,8 @@ def rank_windows(
     """S_i for each of N queries: the m targets after the best p, the golden one left out first. (N, m), best first.
 
     query, target: the teacher's embeddings (N, d) of x_i and y_i, normalised or not; on a device that has float64.
-    labels: classes, of N examples; then all targets of the query's own class are golden, and left out. block: queries at
-    a time; it does not change the result. Cost: 2·N²·d operations, N·m·4 bytes for the result.
+    labels: classes, of N examples; then all targets of the query's own class are golden, and left out. block: queries
+    at a time; it does not change the result. Cost: 2·N²·d operations, N·m·4 bytes for the result.
     Raises `InputError` for shapes that differ, embeddings that are not finite, and p + m > N - 1, or more than a query
     has left.
     """
