@@ -21,12 +21,13 @@ def script(monkeypatch):
 
 
 @pytest.mark.slow
-def test_each_part_gives_accuracy_back_and_all_together_give_it_all(script):
+def test_the_recipe_gives_the_accuracy_back(script):
     means = torch.tensor([[script.accuracy(seed, name)[:2] for name in RECIPES] for seed in range(5)]).mean(0)
-    for plain in means.T:  # BatchNorm's running statistics as they are, and taken anew
-        small, large, rate, ghosts, adapted = plain.tolist()
-        assert large < rate < ghosts < adapted
-        assert adapted > small - 0.01
+    small, large, rate, ghosts, adapted = means[:, 0].tolist()
+    assert large < rate < ghosts < adapted and adapted > small - 0.01
+    small, large, rate, ghosts, adapted = means[:, 1].tolist()  # with BatchNorm's statistics taken anew
+    assert large < min(rate, ghosts) and max(rate, ghosts) < adapted and adapted > small - 0.01
+    assert abs(ghosts - rate) < 0.01  # what ghosts seemed to give was their running statistics, 16 times as fast
 
 
 @pytest.mark.slow
