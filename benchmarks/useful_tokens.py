@@ -93,9 +93,11 @@ def main():
         pairs = [(found[name, seed], found["padded", seed]) for seed in SEEDS]
         speed = [a["useful"] / a["seconds"] / (b["useful"] / b["seconds"]) for a, b in pairs]
         loss = [a["valid_loss"] / b["valid_loss"] for a, b in pairs]
-        rows.append({"way": name, "useful_a_second": speed, "median": statistics.median(speed), "loss_ratio": loss})
+        row = {"way": f"{name} / padded", "ratio": statistics.median(speed), "low": min(speed), "high": max(speed)}
+        row |= {"loss_ratio": statistics.median(loss), "loss_ratios": loss, "useful_a_second": speed}
+        rows.append(row | {"holds": row["ratio"] >= 1.3 and row["loss_ratio"] <= 1.01})
     name = "useful_tokens_functions" if given.functions else "useful_tokens"
-    outcome = result(name, __doc__.split("\n")[0], [*rows, {"useful_share": shares}])
+    outcome = result(name, __doc__.split("\n")[0], [*rows, {"way": "useful share"} | shares])
     if given.save:
         write(outcome)
     print(json.dumps(rows[-2:] + [shares]))
