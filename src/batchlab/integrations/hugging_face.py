@@ -1,4 +1,4 @@
-"""The noise scale inside a Hugging Face `Trainer`, as a callback."""
+"""A Hugging Face `Trainer` whose batch size moves, and the noise scale inside any `Trainer` as a callback."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from torch import Tensor, nn
 
 from batchlab.core.errors import BatchlabError, InputError
 from batchlab.core.facts import Estimate
+from batchlab.integrations.micro_batches import examples_in
 from batchlab.measure import GradientNoise
 from batchlab.measure.norms import sq_norm
 
 try:
     from transformers import TrainerCallback
+
+    from batchlab.integrations.hugging_face_batch import AdaptiveBatchTrainer as AdaptiveBatchTrainer
 except ImportError as error:
-    raise BatchlabError("the Hugging Face callback needs transformers: pip install 'batchlab[hf]'") from error
+    raise BatchlabError("the Hugging Face integration needs transformers: pip install 'batchlab[hf]'") from error
 
 
 class GradientNoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
@@ -55,7 +58,7 @@ class GradientNoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignor
 
     def _forward(self, module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         if module.training and torch.is_grad_enabled() and self._piece is None and self._noise is not None:
-            self._piece = self._noise.micro_batch(_leading_size([*arguments, *named.values()]))
+            self._piece = self._noise.micro_batch(examples_in([*arguments, named]))
             self._piece.__enter__()
 
     def _accumulated(self, parameter: nn.Parameter) -> None:
@@ -95,10 +98,3 @@ class GradientNoiseCallback(TrainerCallback):  # type: ignore[misc, unused-ignor
         self._hooks = []
         if self._noise is not None:
             self._noise.close()
-
-
-def _leading_size(values: list[Any]) -> int:
-    for value in values:
-        if isinstance(value, Tensor) and value.ndim:
-            return len(value)
-    raise InputError("GradientNoiseCallback found no tensor among the model's inputs to count examples by")

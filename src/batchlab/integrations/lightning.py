@@ -1,18 +1,20 @@
-"""The noise scale inside a Lightning `Trainer`, as a callback."""
+"""The noise scale inside a Lightning `Trainer`, and a batch size that moves, as callbacks."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from batchlab.core.errors import BatchlabError, InputError
 from batchlab.core.facts import Estimate
+from batchlab.integrations.micro_batches import examples_in
 from batchlab.measure import GradientNoise
 
 try:
     from lightning.pytorch.callbacks import Callback
+
+    from batchlab.integrations.lightning_batch import AdaptiveBatchCallback as AdaptiveBatchCallback
 except ImportError as error:
     raise BatchlabError("the Lightning callback needs lightning: pip install 'batchlab[lightning]'") from error
 
@@ -48,7 +50,7 @@ class GradientNoiseCallback(Callback):  # type: ignore[misc, unused-ignore]
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Counts the examples of the micro-batch."""
-        self._examples = _leading_size(batch)
+        self._examples = examples_in(batch)
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
         """Before each micro-batch's backward pass."""
@@ -75,11 +77,3 @@ class GradientNoiseCallback(Callback):  # type: ignore[misc, unused-ignore]
         if self._noise is not None:
             self._noise.close()
             self._noise = None
-
-
-def _leading_size(batch: Any) -> int:
-    if isinstance(batch, Tensor) and batch.ndim:
-        return len(batch)
-    for value in batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ():
-        return _leading_size(value)
-    raise InputError(f"GradientNoiseCallback found no tensor in a batch of type {type(batch).__name__} to count by")
