@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from batchlab.data.documents import Documents
+from batchlab.data.documents.documents import Documents
 from batchlab.workloads.corpus import read_up_to
 from batchlab.workloads.pystdlib import MAX_BYTES, source_files
 from batchlab.workloads.split import hold_out

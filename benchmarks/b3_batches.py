@@ -22,9 +22,9 @@ from _paired import report
 from torch import Tensor
 from torch.nn import functional as F
 
-from batchlab.data.b3_batches import B3Batches, B3Index, b3_batches
-from batchlab.data.b3_measures import hard_negative_rate, purity
-from batchlab.data.similarity_graph import inside_edges, mutual_graph
+from batchlab.data.mining.b3_batches import B3Batches, B3Index, b3_batches
+from batchlab.data.mining.b3_measures import hard_negative_rate, purity
+from batchlab.data.mining.similarity_graph import inside_edges, mutual_graph
 from batchlab.data.stream_batches import StreamBatches
 
 SEEDS, RATES, EPOCHS = range(5), (3e-3, 1e-2, 3e-2), 8

@@ -30,8 +30,8 @@ from _paired import median_ratio, paired_seconds, report
 from torch.utils.data import BatchSampler, RandomSampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from batchlab.data.bucket_batches import BucketBatchSampler, sizes_for_budget
-from batchlab.data.length_buckets import LengthBuckets, padding_share
+from batchlab.data.lengths.bucket_batches import BucketBatchSampler, sizes_for_budget
+from batchlab.data.lengths.length_buckets import LengthBuckets, padding_share
 
 N, TOKENS, BATCHES, PAIRS = 1_000_000, 16_000, 50, 10
 AUDIO = ("soundfile", "intervaltree", "cytoolz", "audioread", "lilcom", "torchaudio", "tabulate", "librosa")

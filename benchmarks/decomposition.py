@@ -15,12 +15,12 @@ import torch
 from _language import Training, rows_as_parts, side_by_side, standard_library, whole_documents_loss
 from _paired import result, write
 
-from batchlab.data.dataset_decomposition import DatasetDecomposition
-from batchlab.data.decompose import PieceDataset, decompose
-from batchlab.data.decomposition_plan import plan_decomposition
-from batchlab.data.documents import Documents
-from batchlab.data.pack import pack
-from batchlab.data.packed_batches import PackedBatches
+from batchlab.data.documents.dataset_decomposition import DatasetDecomposition
+from batchlab.data.documents.decompose import PieceDataset, decompose
+from batchlab.data.documents.decomposition_plan import plan_decomposition
+from batchlab.data.documents.documents import Documents
+from batchlab.data.documents.pack import pack
+from batchlab.data.documents.packed_batches import PackedBatches
 
 LONGEST, ROWS, RATE = 512, 8, 6e-3
 SEEDS = (0, 1, 2)

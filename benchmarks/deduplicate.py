@@ -21,9 +21,9 @@ import numpy as np
 from _paired import median_ratio, paired_seconds, report
 from datasketch import MinHash, MinHashLSH
 
-from batchlab.data.deduplicate import deduplicate
-from batchlab.data.near_duplicates import jaccard
-from batchlab.data.shingles import normalised, shingle_hashes
+from batchlab.data.duplicates.deduplicate import deduplicate
+from batchlab.data.duplicates.near_duplicates import jaccard
+from batchlab.data.duplicates.shingles import normalised, shingle_hashes
 
 DOCUMENTS, COPIES = 20_000, 4_000
 

@@ -23,8 +23,8 @@ from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from batchlab.data.multigrid_batches import MultigridBatches
-from batchlab.data.resample import Resampled
+from batchlab.data.multigrid.multigrid_batches import MultigridBatches
+from batchlab.data.multigrid.resample import Resampled
 from batchlab.nn import set_batchnorm_kind
 from batchlab.schedule.multigrid import Multigrid, MultigridLR
 

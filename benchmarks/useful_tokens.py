@@ -18,12 +18,12 @@ from _language import IGNORED, Training, rows_as_parts, side_by_side, standard_l
 from _paired import result, write
 from torch.utils.data import BatchSampler, RandomSampler
 
-from batchlab.data.dataset_decomposition import DatasetDecomposition
-from batchlab.data.decompose import PieceDataset, decompose
-from batchlab.data.decomposition_plan import plan_decomposition
-from batchlab.data.pack import pack
-from batchlab.data.packed_batch import cu_seqlens, packed_batch
-from batchlab.data.packed_batches import PackedBatches
+from batchlab.data.documents.dataset_decomposition import DatasetDecomposition
+from batchlab.data.documents.decompose import PieceDataset, decompose
+from batchlab.data.documents.decomposition_plan import plan_decomposition
+from batchlab.data.documents.pack import pack
+from batchlab.data.documents.packed_batch import cu_seqlens, packed_batch
+from batchlab.data.documents.packed_batches import PackedBatches
 
 CONTEXT, ROWS, RATE = 2048, 2, 6e-3
 SEEDS = (0, 1, 2)

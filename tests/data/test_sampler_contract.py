@@ -2,8 +2,8 @@
 
 import pytest
 
-from batchlab.data.bucket_batches import BucketBatchSampler
-from batchlab.data.length_buckets import LengthBuckets
+from batchlab.data.lengths.bucket_batches import BucketBatchSampler
+from batchlab.data.lengths.length_buckets import LengthBuckets
 from batchlab.data.stream_batches import StreamBatches
 from batchlab.testing import samplers
 from batchlab.testing.samplers import Subject

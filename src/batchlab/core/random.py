@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 
 def derive_seed(seed: int, *labels: str | int) -> int:
@@ -21,6 +22,17 @@ def derive_seed(seed: int, *labels: str | int) -> int:
     """
     text = "\x1f".join([str(seed), *map(str, labels)])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def mix64(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finalizer of splitmix64, of each number: a permutation of 64 bits that looks random.
+
+    >>> int(mix64(np.array([1], dtype=np.uint64))[0])
+    6238072747940578789
+    """
+    z = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
 
 
 @cache

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from batchlab.core.checks import check_count
 from batchlab.core.errors import InputError
-from batchlab.core.random import derive_seed
+from batchlab.core.random import derive_seed, mix64
 
 _ROUNDS = 6
 _FEW = 16
@@ -23,20 +23,12 @@ _MOST = 2**62  # positions in an epoch, so that walking stays within 64 bits
 _BLOCK = 16384  # positions computed at a time: numpy's cost per call spread over many small batches
 
 
-def _mix(value: NDArray[np.uint64], key: np.uint64) -> NDArray[np.uint64]:
-    """The splitmix64 finalizer of value + key, modulo 2^64."""
-    z = value + key
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
-
-
 def _permute(value: NDArray[np.uint64], keys: list[np.uint64], half_bits: int) -> NDArray[np.uint64]:
     mask = np.uint64((1 << half_bits) - 1)
     shift = np.uint64(half_bits)
     left, right = value >> shift, value & mask
     for key in keys:
-        left, right = right, left ^ (_mix(right, key) & mask)
+        left, right = right, left ^ (mix64(right + key) & mask)
     return (left << shift) | right
 
 
@@ -90,7 +82,7 @@ class SampleStream:
     def _within_epoch(self, epoch: int, offset: int, count: int) -> NDArray[np.int64]:
         if self.n <= _FEW:
             key = np.uint64(derive_seed(self.seed, "stream", epoch))
-            return np.argsort(_mix(np.arange(self.n, dtype=np.uint64), key))[offset : offset + count]
+            return np.argsort(mix64(np.arange(self.n, dtype=np.uint64) + key))[offset : offset + count]
         keys = [np.uint64(derive_seed(self.seed, "stream", epoch, r)) for r in range(_ROUNDS)]
         value = _permute(np.arange(offset, offset + count, dtype=np.uint64), keys, self._half_bits)
         outside = np.flatnonzero(value >= self.n)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from batchlab.schedule.inner_product_test_batch import InnerProductTestBatch as InnerProductTestBatch
     from batchlab.schedule.milestones import Milestones as Milestones
     from batchlab.schedule.multigrid import Multigrid as Multigrid
+    from batchlab.schedule.multigrid import MultigridLR as MultigridLR
     from batchlab.schedule.noise_scale_batch import NoiseScaleBatch as NoiseScaleBatch
     from batchlab.schedule.norm_test_batch import NormTestBatch as NormTestBatch
     from batchlab.schedule.norm_test_batch import check_no_batch_norm as check_no_batch_norm
@@ -60,6 +61,7 @@ _HOME = {
     "InnerProductTestBatch": "inner_product_test_batch",
     "Milestones": "milestones",
     "Multigrid": "multigrid",
+    "MultigridLR": "multigrid",
     "NoiseScaleBatch": "noise_scale_batch",
     "NormTestBatch": "norm_test_batch",
     "check_no_batch_norm": "norm_test_batch",

@@ -1,0 +1,1 @@
+"""Batches of documents for language models, without padding."""

@@ -1,0 +1,1 @@
+"""Texts that are there more than once."""

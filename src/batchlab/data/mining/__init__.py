@@ -1,0 +1,1 @@
+"""Batches of hard neighbours for contrastive training."""

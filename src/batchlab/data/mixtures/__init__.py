@@ -1,0 +1,1 @@
+"""Batches from several sources or tasks."""

@@ -1,0 +1,1 @@
+"""Batches whose shape goes by a multigrid schedule."""

@@ -1,0 +1,49 @@
+import numpy as np
+import pytest
+import torch
+
+from batchlab.core.errors import InputError
+from batchlab.data.documents.documents import Documents, as_lengths
+
+
+def test_tensors_arrays_and_files_give_the_same_rows(tmp_path):
+    tokens = np.arange(300, dtype=np.uint16)
+    tokens.tofile(tmp_path / "tokens")
+    file = np.memmap(tmp_path / "tokens", dtype=np.uint16, mode="r")
+    expected = torch.tensor([[7, 8, 9], [250, 251, 252]])
+    for held in (tokens, file, torch.arange(300), torch.arange(300).to(torch.uint16)):
+        rows = Documents(held, [100, 200]).rows([7, 250], 3)
+        assert rows.dtype == torch.int64 and torch.equal(rows, expected)
+
+
+def test_documents_are_joined_with_their_end():
+    documents = Documents.of([np.array([1, 2]), torch.tensor([], dtype=torch.int64), [3]], end=9)
+    assert documents.tokens.tolist() == [1, 2, 9, 9, 3, 9]
+    assert documents.offsets.tolist() == [0, 3, 4, 6] and len(documents) == 3
+    assert len(Documents.of([])) == 0
+
+
+@pytest.mark.parametrize(
+    "lengths, message",
+    [
+        ([[1, 2]], "lengths must have one dimension, got shape (1, 2)"),
+        ([1, [2]], "lengths must have one dimension, got rows of unequal length"),
+        ([1.0, 2.0], "lengths must be integers of at least 0, got float64"),
+        ([True], "lengths must be integers of at least 0, got bool"),
+        ([4, -3, 1], "lengths must be integers of at least 0, got -3 at place 1"),
+        ([4, 2**60], f"lengths must be integers below 2^52, got {2**60} at place 1"),
+    ],
+)
+def test_lengths_that_are_none_are_refused(lengths, message):
+    with pytest.raises(InputError) as error:
+        as_lengths(lengths)
+    assert str(error.value) == message
+
+
+def test_tokens_that_do_not_fit_are_refused():
+    with pytest.raises(InputError, match=r"must be of one dimension and 5 long, the sum of lengths, got shape \(4,\)"):
+        Documents(torch.arange(4), [2, 3])
+    with pytest.raises(InputError, match="tokens must be integers, got torch.float32"):
+        Documents(torch.zeros(2), [2])
+    with pytest.raises(InputError, match="tokens must be integers, got float64"):
+        Documents(np.zeros(2), [2])
