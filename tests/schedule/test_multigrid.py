@@ -9,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from batchlab.core.errors import InputError
-from batchlab.data.multigrid_batches import MultigridBatches
+from batchlab.data.multigrid.multigrid_batches import MultigridBatches
 from batchlab.schedule.multigrid import Multigrid, MultigridLR
 from batchlab.schedule.multigrid_cycles import (
     HALF,

@@ -185,7 +185,7 @@ class MultigridLR(Counted):
     batches: the sampler of the run, which says at which epoch an update is: `data.multigrid_batches.MultigridBatches`.
     `step` is called once after each update, without a count.
 
-    >>> from batchlab.data.multigrid_batches import MultigridBatches
+    >>> from batchlab.data.multigrid.multigrid_batches import MultigridBatches
     >>> schedule = Multigrid((16, 16), batch=8, steps=[0, 4], epochs=6)
     >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
     >>> lr, rates = MultigridLR(optimizer, schedule, MultigridBatches(256, schedule)), []
