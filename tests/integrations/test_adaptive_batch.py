@@ -292,6 +292,12 @@ def test_bad_set_ups(controller, sampler, options, message):
         AdaptiveBatch(controller, sampler(), **options)
 
 
+@pytest.mark.parametrize("factor", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_rule_that_gives_no_rate_is_refused(factor):
+    with pytest.raises(InputError, match="lr_rule must be"):
+        AdaptiveBatch(Table([8]), MicroBatches(N, 8), schedule=_held(), lr_rule=lambda size: factor)
+
+
 def test_bad_steps_and_states():
     sampler = MicroBatches(N, 8, accumulation=2)
     adaptive = AdaptiveBatch(Table([8]), sampler)

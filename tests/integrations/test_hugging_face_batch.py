@@ -94,7 +94,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
     whole.train()
     sizes = _logged(whole, "batch_size")
     assert len(set(sizes)) > 1
-    for at in (1, 3, len(sizes) - 1):
+    for at in (3, len(sizes) - 1):
         resumed = _trainer(tmp_path / "again", _noisy(), Net(dropout=0.3), arguments=saving)
         resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{at}"))
         assert _logged(resumed, "batch_size") == sizes
@@ -131,6 +131,11 @@ def test_the_run_ends_by_epochs_or_by_steps(tmp_path):
     trainer = _trainer(tmp_path, Table([8, 40]), arguments={"max_steps": 2})
     trainer.train()
     assert trainer.adaptive.seen == 48
+    trainer = _trainer(tmp_path, Table([8, 40]), examples=None, arguments={"max_steps": 10})
+    done = trainer.train()
+    assert trainer.adaptive.seen == 368 > 3 * N
+    speed = done.metrics["train_samples_per_second"] * done.metrics["train_runtime"]
+    assert speed == pytest.approx(368, rel=1e-2)
 
 
 def test_the_end_is_saved_and_evaluated_as_any_end(tmp_path):

@@ -194,6 +194,8 @@ def test_more_bad_set_ups(tmp_path):
             _fit(tmp_path, callback)
     with pytest.raises(InputError, match="leave the accumulation as it is"):
         _fit(tmp_path, _callback(Table([8])), more=[_Later()])
+    with pytest.raises(InputError, match="one endless epoch: .* got 8 batches an epoch"):
+        _fit(tmp_path, _callback(Table([8])), limit_train_batches=8)
     with pytest.raises(InputError, match="max_micro_batch 3 x ranks 1 = 12, got 32"):
         _fit(tmp_path, _callback(Table([8, 32]), max_micro_batch=3))
     with pytest.raises(InputError, match='"16-mixed" scales the loss'):

@@ -1,1 +1,1 @@
-"""The noise scale inside other people's loops: Hugging Face Trainer, Lightning, Accelerate."""
+"""The noise scale, and a batch that moves, in other people's loops: Hugging Face Trainer, Lightning, Accelerate."""

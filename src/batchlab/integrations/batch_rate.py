@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from batchlab.core.checks import check_count
+from batchlab.core.checks import check_count, check_positive
 from batchlab.core.errors import InputError
 from batchlab.rules.learning_rate import rescale
 from batchlab.schedule.controller import BatchController
@@ -62,6 +62,7 @@ class BatchRate:
         """The base rates at a size; groups that were added since join at the rate that they had."""
         self._base_lrs += [float(base) for base in self.schedule.base_lrs[len(self._base_lrs) :]]
         factor = self._factor(size)
+        check_positive(lr_rule=factor)
         return [base * factor for base in self._base_lrs]
 
     def state_dict(self) -> dict[str, Any]:

@@ -41,14 +41,17 @@ class AdaptiveBatchTrainer(Trainer):  # type: ignore[misc, unused-ignore]
     (per_device_train_batch_size x accumulation x processes).
 
     controller: a `BatchController`. Every `train` that does not resume begins with it as it was given.
-    examples: the run ends with the first update at which so many were seen; None for num_train_epochs of the data. A
-        `max_steps` above 0 ends it too. How many updates there will be is not known beforehand.
+    examples: the run ends with the first update at which so many were seen; None for num_train_epochs of the data, or
+        for max_steps where that is above 0. With both, what comes first ends it. How many updates there will be is not
+        known beforehand.
     schedule: makes the learning rate's schedule for the optimizer, `Counted` in examples; it stands in for
         `lr_scheduler_type` and the warmup of the arguments. None, with lr_scheduler_type="constant", holds the rate.
     lr_rule, lr_batch, max_micro_batch: of `AdaptiveBatch`.
     noise: options of `GradientNoise`, where it is not to be as the controller needs it.
     count: the examples in what the collator gave, on one process; the default is the first tensor's first dimension.
     arguments: of `Trainer`; another subclass of it may come after this one among a class's bases.
+
+    `adaptive` is the run's `AdaptiveBatch`, `last_update` its last `BatchUpdate`.
 
     Logs, beside the loss: "batch_size" of the last update, "examples" so far, "noise_scale", and as ever
     "learning_rate". "epoch" is examples over the data set's length.
@@ -96,8 +99,7 @@ class AdaptiveBatchTrainer(Trainer):  # type: ignore[misc, unused-ignore]
             "lr_batch": controller.batch_size if lr_batch is None else lr_batch,
         }
         _check_arguments(self, controller, schedule)
-        data: Any = self.train_dataset
-        self.examples = math.ceil(args.num_train_epochs * len(data)) if examples is None else examples
+        self.examples = self._default_examples() if examples is None else examples
         check_count(examples=self.examples)
         self.adaptive: AdaptiveBatch | None = None
         self.last_update: BatchUpdate | None = None
@@ -105,8 +107,14 @@ class AdaptiveBatchTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         self._sampler: MicroBatches | None = None
         self._counted: Counted | None = None
         self._moments: Any = None
-        self._begun = 0.0
+        self._begun, self._seen_before = 0.0, 0
         self.add_callback(_Steps(self))
+
+    def _default_examples(self) -> int:
+        data: Any = self.train_dataset
+        if self.args.max_steps > 0:
+            return int(self.args.max_steps * self.controller.maximum)
+        return math.ceil(self.args.num_train_epochs * len(data))
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Micro-batches of the sample stream, collated and fetched as the arguments say."""
@@ -128,9 +136,7 @@ class AdaptiveBatchTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         bounded = copy.copy(args)
         most = math.ceil(self.examples / self.controller.minimum)
         bounded.max_steps = min(most, args.max_steps) if args.max_steps > 0 else most
-        values = list(super().set_initial_training_values(bounded, dataloader, *further))
-        values[3] = self.examples  # num_train_samples, of which the speed is reported
-        return tuple(values)
+        return tuple(super().set_initial_training_values(bounded, dataloader, *further))
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """The schedule in examples; the Trainer may read and save it, and the batch steps it."""
@@ -162,9 +168,12 @@ class AdaptiveBatchTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         return loss
 
     def log(self, logs: dict[str, float], *further: Any, **named: Any) -> None:
-        """Adds what the batch was to the training logs."""
+        """Adds what the batch was to the training logs, and tells the speed by the examples that there were."""
         if "loss" in logs and self.last_update is not None:
             logs |= {name: value for name, value in self.last_update.log().items() if name != "learning_rate"}
+        if "train_samples_per_second" in logs and self.adaptive is not None:
+            speed = (self.adaptive.seen - self._seen_before) / logs["train_runtime"]
+            logs["train_samples_per_second"] = round(speed, 3)
         super().log(logs, *further, **named)
 
     def _begin_run(self, state: Any, model: nn.Module) -> None:
@@ -193,6 +202,7 @@ class AdaptiveBatchTrainer(Trainer):  # type: ignore[misc, unused-ignore]
             if _SAVED not in state.stateful_callbacks:
                 raise InputError("the checkpoint holds no state of an adaptive batch: it is of another Trainer")
             self.adaptive.load_state_dict(state.stateful_callbacks[_SAVED])
+        self._seen_before = self.adaptive.seen
         self._foresee_end(state, self._sampler.batch_size)
 
     def _end_update(self, state: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -55,9 +56,9 @@ class AdaptiveBatchCallback(Callback):  # type: ignore[misc, unused-ignore]
     A checkpoint holds the callback's state, and a resumed run goes on as the uninterrupted one would have; it must be
     of the end of an update (`every_n_train_steps`). One callback is for one `fit`, resumed or not.
 
-    Refused by name: manual optimization, several optimizers, schedulers of the module, another accumulation or loader
-    than this one's, strategies that accumulate by themselves (DeepSpeed); "16-mixed" and sharded strategies where
-    gradients are measured; batch tests in several processes.
+    Refused by name: limits on the batches of an epoch, manual optimization, several optimizers, schedulers of the
+    module, another accumulation or loader than this one's, strategies that accumulate by themselves (DeepSpeed);
+    "16-mixed" and sharded strategies where gradients are measured; batch tests in several processes.
     """
 
     def __init__(
@@ -124,6 +125,11 @@ class AdaptiveBatchCallback(Callback):  # type: ignore[misc, unused-ignore]
             raise InputError(
                 "the loader must be the one that AdaptiveBatchCallback.loader made, and use_distributed_sampler False, "
                 f"got a loader whose batch_sampler is a {type(used).__name__}"
+            )
+        if trainer.num_training_batches != math.inf:
+            raise InputError(
+                "an AdaptiveBatchCallback's run is one endless epoch: leave limit_train_batches, overfit_batches and "
+                f"fast_dev_run as they are, got {trainer.num_training_batches} batches an epoch"
             )
         if (sampler.rank, sampler.world_size) != (trainer.global_rank, trainer.world_size):
             raise InputError(

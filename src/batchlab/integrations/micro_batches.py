@@ -24,7 +24,8 @@ class MicroBatches(StreamBatches):
     `taken`, `position` and `state_dict` go by updates begun. A size that is set holds from the next update that is not
     yet begun, never within one. An update's examples are consecutive positions of the stream, rank r's share first cut
     from it and then into micro-batches, which differ by one example at most, and not at all where accumulation x
-    world_size divides the batch. Epochs have no ragged end: batches reach across it.
+    world_size divides the batch. Epochs have no ragged end: batches reach across it. Iterate once in a run: a second
+    `iter()` goes on with the next update that is not begun, and what was fetched of others is lost.
 
     n, batch_size, seed, rank, world_size: as of `StreamBatches`. accumulation: micro-batches an update.
 
@@ -78,7 +79,7 @@ def micro_batch_loader(dataset: Dataset[Any], sampler: StreamBatches, **options:
         options["generator"] = torch.Generator().manual_seed(seed)
     loader: DataLoader[Any] = DataLoader(dataset, batch_sampler=sampler, **options)
     # Or `prepare` shares out the shares, by a batch size that no batch has.
-    loader._is_accelerate_prepared = True  # type: ignore[attr-defined]
+    vars(loader)["_is_accelerate_prepared"] = True
     return loader
 
 
