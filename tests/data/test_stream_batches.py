@@ -180,3 +180,19 @@ def test_length_is_that_of_the_epoch_under_the_sizes_so_far():
         len(StreamBatches(100, 10, endless=True))
     with pytest.raises(InputError, match="epoch must be 0"):
         StreamBatches(100, 10, endless=True).set_epoch(1)
+
+
+def test_a_size_set_anew_after_a_resume_drops_what_was_set_for_later():
+    """A state taken while a loader was ahead knows of sizes to come: setting the present one takes them back."""
+    ahead = StreamBatches(100, 4, endless=True)
+    batches = iter(ahead)
+    for _ in range(3):
+        next(batches)
+    ahead.batch_size = 8
+    resumed = StreamBatches(100, 4, endless=True)
+    resumed.load_state_dict(ahead.state_dict(1))
+    resumed.batch_size = 4
+    assert [len(batch) for batch, _ in zip(resumed, range(4))] == [4, 4, 4, 4]
+    kept = StreamBatches(100, 4, endless=True)
+    kept.load_state_dict(ahead.state_dict(1))
+    assert [len(batch) for batch, _ in zip(kept, range(4))] == [4, 4, 8, 8]

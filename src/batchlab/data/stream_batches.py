@@ -74,7 +74,7 @@ class StreamBatches(BatchSampler):
     def batch_size(self, size: int) -> None:
         position = self.position()
         self._check_size(size, position)
-        if size == self.batch_size:
+        if size == self.batch_size and not any(cut.batch >= self._taken for cut in self._cuts):
             return
         earlier = [cut for cut in self._cuts if cut.batch < self._taken]
         self._cuts = self._needed([*earlier, Cut(self._taken, position, int(size))], position)
