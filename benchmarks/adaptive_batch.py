@@ -31,7 +31,7 @@ from _paired import report
 
 import batchlab as bl
 from batchlab.core.plan import Plan
-from batchlab.schedule.by_examples import lr_factor
+from batchlab.schedule.rates.by_examples import lr_factor
 from batchlab.spine.learner import Learner
 from batchlab.workloads import autoencoder, diabetes, digits, pystdlib
 

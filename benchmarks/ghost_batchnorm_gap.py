@@ -25,7 +25,7 @@ from torch.optim.swa_utils import update_bn
 from batchlab.measure import WeightDistance
 from batchlab.measure.course.diffusion import mean_slope
 from batchlab.nn import convert_ghost_batchnorm
-from batchlab.schedule.regime_adaptation import adapt_regime
+from batchlab.schedule.rates.regime_adaptation import adapt_regime
 
 SMALL, LARGE, RATE, EPOCHS, DROPS = 32, 500, 0.02, 20, (0.6, 0.85)
 RECIPES = ("small", "large", "large_lr", "large_lr_gbn", "large_lr_gbn_ra")

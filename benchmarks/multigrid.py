@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from batchlab.data.multigrid.multigrid_batches import MultigridBatches
 from batchlab.data.multigrid.resample import Resampled
 from batchlab.nn import set_batchnorm_kind
-from batchlab.schedule.multigrid import Multigrid, MultigridLR
+from batchlab.schedule.grids.multigrid import Multigrid, MultigridLR
 
 FULL, BATCH, RATE, STEPS, EPOCHS = (8, 32, 32), 8, 0.05, (0, 6, 8), 10
 NOISE = 2.0  # by the baseline alone, on a seed that is not used: it got all right at 0.5, 98 % at 1.5, 78 % at 2.5

@@ -6,7 +6,7 @@ from torch.utils.data import Dataset
 
 from batchlab.data.stream import SampleStream
 from batchlab.measure.noise.gradient_noise import GradientNoise
-from batchlab.schedule.controller import BatchController
+from batchlab.schedule.batches.controller import BatchController
 
 N = 100
 

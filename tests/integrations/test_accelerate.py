@@ -13,7 +13,7 @@ from batchlab.core.errors import InputError
 from batchlab.integrations.adaptive_batch import AdaptiveBatch
 from batchlab.integrations.micro_batches import MicroBatches, micro_batch_loader
 from batchlab.measure.noise.gradient_noise import GradientNoise
-from batchlab.schedule.wsd import WSD, wsd_share
+from batchlab.schedule.rates.wsd import WSD, wsd_share
 from tests.integrations.by_hand import N, Net, Numbered, Table, by_hand, numbers, sgd, stream, weights
 from tests.spine.forked import in_ranks
 

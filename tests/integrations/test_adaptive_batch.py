@@ -16,12 +16,12 @@ from batchlab.integrations.adaptive_batch import AdaptiveBatch, HeldRate
 from batchlab.integrations.micro_batches import MicroBatches, examples_in, loader_like, micro_batch_loader
 from batchlab.measure.noise.gradient_noise import GradientNoise
 from batchlab.rules.learning_rate import rescale
-from batchlab.schedule.goodput_batch import GoodputBatch
-from batchlab.schedule.milestones import Milestones
-from batchlab.schedule.noise_scale_batch import NoiseScaleBatch
-from batchlab.schedule.norm_test_batch import NormTestBatch
-from batchlab.schedule.power import Power
-from batchlab.schedule.wsd import WSD, wsd_share
+from batchlab.schedule.batches.goodput_batch import GoodputBatch
+from batchlab.schedule.batches.milestones import Milestones
+from batchlab.schedule.batches.noise_scale_batch import NoiseScaleBatch
+from batchlab.schedule.batches.norm_test_batch import NormTestBatch
+from batchlab.schedule.rates.power import Power
+from batchlab.schedule.rates.wsd import WSD, wsd_share
 from tests.integrations.by_hand import N, Net, Numbered, Table, by_hand, numbers, sgd, stream, weights
 
 SIZES = [8, 16, 4, 4, 32, 8, 12, 12]

@@ -11,9 +11,9 @@ from transformers import Trainer, TrainingArguments
 
 from batchlab.core.errors import InputError
 from batchlab.integrations.hugging_face import AdaptiveBatchTrainer
-from batchlab.schedule.noise_scale_batch import NoiseScaleBatch
-from batchlab.schedule.norm_test_batch import NormTestBatch
-from batchlab.schedule.wsd import WSD, wsd_share
+from batchlab.schedule.batches.noise_scale_batch import NoiseScaleBatch
+from batchlab.schedule.batches.norm_test_batch import NormTestBatch
+from batchlab.schedule.rates.wsd import WSD, wsd_share
 from tests.integrations.by_hand import N, Net, Numbered, Table, by_hand, numbers, sgd, stream, weights
 from tests.spine.forked import in_ranks
 

@@ -12,9 +12,9 @@ from torch.utils.data import DataLoader
 
 from batchlab.core.errors import InputError
 from batchlab.integrations.lightning import AdaptiveBatchCallback
-from batchlab.schedule.noise_scale_batch import NoiseScaleBatch
-from batchlab.schedule.norm_test_batch import NormTestBatch
-from batchlab.schedule.wsd import WSD, wsd_share
+from batchlab.schedule.batches.noise_scale_batch import NoiseScaleBatch
+from batchlab.schedule.batches.norm_test_batch import NormTestBatch
+from batchlab.schedule.rates.wsd import WSD, wsd_share
 from tests.integrations.by_hand import Net, Numbered, Table, by_hand, numbers, sgd, stream, weights
 from tests.spine.forked import in_ranks
 

@@ -15,7 +15,7 @@ from batchlab.core.plan import Plan
 from batchlab.core.run import Run
 from batchlab.measure.noise.batch_tests import batch_moments
 from batchlab.rules.learning_rate import sqrt
-from batchlab.schedule.by_examples import lr_factor
+from batchlab.schedule.rates.by_examples import lr_factor
 from batchlab.spine.learner import Learner
 from batchlab.spine.train import train
 from tests.spine.forked import in_ranks

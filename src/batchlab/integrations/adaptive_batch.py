@@ -16,9 +16,9 @@ from batchlab.integrations.micro_batches import MicroBatches
 from batchlab.measure.noise.batch_tests import Moments
 from batchlab.measure.noise.coordinate_test import CoordinateMoments
 from batchlab.measure.noise.gradient_noise import GradientNoise
-from batchlab.schedule.controller import BatchController, StepFacts
-from batchlab.schedule.counted import Counted
-from batchlab.schedule.scheduled_batch import LrRule
+from batchlab.schedule.batches.controller import BatchController, StepFacts
+from batchlab.schedule.batches.scheduled_batch import LrRule
+from batchlab.schedule.rates.counted import Counted
 
 
 class BatchUpdate(NamedTuple):
@@ -81,7 +81,7 @@ class AdaptiveBatch:
     Not for `drop_last`, which leaves out examples as the size has it, nor for samplers whose batch size is not theirs
     to choose (buckets, packing). With batch normalisation the size of a micro-batch changes what is trained.
 
-    >>> from batchlab.schedule.batch_ramp import BatchRamp
+    >>> from batchlab.schedule.batches.batch_ramp import BatchRamp
     >>> sampler = MicroBatches(100, 4, accumulation=2)
     >>> adaptive = AdaptiveBatch(BatchRamp(4, 8, over=8, increment=4, multiple_of=2), sampler)
     >>> sizes = []

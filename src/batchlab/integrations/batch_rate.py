@@ -8,11 +8,11 @@ from typing import Any
 from batchlab.core.checks import check_count, check_positive
 from batchlab.core.errors import InputError
 from batchlab.rules.learning_rate import rescale
-from batchlab.schedule.controller import BatchController
-from batchlab.schedule.counted import Counted
-from batchlab.schedule.power import Power
-from batchlab.schedule.regime_adaptation import RegimeAdaptation
-from batchlab.schedule.scheduled_batch import LrRule, ScheduledBatch
+from batchlab.schedule.batches.controller import BatchController
+from batchlab.schedule.batches.scheduled_batch import LrRule, ScheduledBatch
+from batchlab.schedule.rates.counted import Counted
+from batchlab.schedule.rates.power import Power
+from batchlab.schedule.rates.regime_adaptation import RegimeAdaptation
 
 LrFactor = Callable[[int], float]
 
@@ -78,7 +78,7 @@ class BatchRate:
 def lr_factor(controller: BatchController, rule: LrRule | LrFactor | None, base: int) -> LrFactor:
     """f(B) by a rule: "none", "linear", "sqrt" from `base`, a function, or for None what a `ScheduledBatch` has.
 
-    >>> from batchlab.schedule.batch_ramp import BatchRamp
+    >>> from batchlab.schedule.batches.batch_ramp import BatchRamp
     >>> lr_factor(BatchRamp(4, 8, over=8), "sqrt", 4)(16)
     2.0
     """

@@ -19,9 +19,9 @@ from batchlab.integrations.adaptive_batch import AdaptiveBatch, BatchUpdate
 from batchlab.integrations.batch_rate import HeldRate, LrFactor
 from batchlab.integrations.measured_update import MeasuredUpdate
 from batchlab.integrations.micro_batches import MicroBatches, examples_in, loader_like
-from batchlab.schedule.controller import BatchController
-from batchlab.schedule.counted import Counted
-from batchlab.schedule.scheduled_batch import LrRule
+from batchlab.schedule.batches.controller import BatchController
+from batchlab.schedule.batches.scheduled_batch import LrRule
+from batchlab.schedule.rates.counted import Counted
 
 _SAVED = "batchlab.AdaptiveBatch"
 

@@ -17,9 +17,9 @@ from batchlab.integrations.adaptive_batch import AdaptiveBatch, BatchUpdate, res
 from batchlab.integrations.batch_rate import HeldRate, LrFactor
 from batchlab.integrations.measured_update import MeasuredUpdate
 from batchlab.integrations.micro_batches import MicroBatches, examples_in, micro_batch_loader
-from batchlab.schedule.controller import BatchController
-from batchlab.schedule.counted import Counted
-from batchlab.schedule.scheduled_batch import LrRule
+from batchlab.schedule.batches.controller import BatchController
+from batchlab.schedule.batches.scheduled_batch import LrRule
+from batchlab.schedule.rates.counted import Counted
 
 _SHARDED = ("FSDPStrategy", "ModelParallelStrategy")
 

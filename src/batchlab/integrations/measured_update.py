@@ -13,8 +13,8 @@ from batchlab.core.errors import InputError
 from batchlab.measure.noise.batch_tests import Moments
 from batchlab.measure.noise.gradient_noise import GradientNoise
 from batchlab.measure.noise.group_gradients import GroupGradients
-from batchlab.schedule.controller import BatchController
-from batchlab.schedule.norm_test_batch import check_no_batch_norm
+from batchlab.schedule.batches.controller import BatchController
+from batchlab.schedule.batches.norm_test_batch import check_no_batch_norm
 
 
 class MeasuredUpdate:

@@ -7,15 +7,15 @@ from typing import Any
 
 from batchlab.core.errors import InputError
 from batchlab.core.plan import Plan
-from batchlab.schedule.batch_ramp import BatchRamp
-from batchlab.schedule.by_examples import lr_factor
-from batchlab.schedule.controller import BatchController
-from batchlab.schedule.decay_by_batch import DecayByBatch
-from batchlab.schedule.goodput_batch import GoodputBatch
-from batchlab.schedule.inner_product_test_batch import InnerProductTestBatch
-from batchlab.schedule.milestones import Milestones
-from batchlab.schedule.noise_scale_batch import NoiseScaleBatch
-from batchlab.schedule.norm_test_batch import NormTestBatch
+from batchlab.schedule.batches.batch_ramp import BatchRamp
+from batchlab.schedule.batches.controller import BatchController
+from batchlab.schedule.batches.decay_by_batch import DecayByBatch
+from batchlab.schedule.batches.goodput_batch import GoodputBatch
+from batchlab.schedule.batches.inner_product_test_batch import InnerProductTestBatch
+from batchlab.schedule.batches.milestones import Milestones
+from batchlab.schedule.batches.noise_scale_batch import NoiseScaleBatch
+from batchlab.schedule.batches.norm_test_batch import NormTestBatch
+from batchlab.schedule.rates.by_examples import lr_factor
 
 _EXPONENTS = {"linear": 1.0, "saturating": 1.0, "sqrt": 2.0, "saturating_sqrt": 2.0}
 

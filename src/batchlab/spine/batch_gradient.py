@@ -21,7 +21,7 @@ from batchlab.measure.noise.batch_tests import Moments
 from batchlab.measure.noise.gradient_noise import GradientNoise
 from batchlab.measure.noise.group_gradients import GroupGradients
 from batchlab.optim.by_name import ADAM_LIKE, in_groups
-from batchlab.schedule.norm_test_batch import check_no_batch_norm
+from batchlab.schedule.batches.norm_test_batch import check_no_batch_norm
 from batchlab.spine.evaluate import scalar, units_of
 
 GROUPS = 8  # the fewest that make a variance between them worth having (Jiang et al. 2023, arXiv 2309.13681)

@@ -29,8 +29,8 @@ from batchlab.optim.average import WeightAverage
 from batchlab.optim.by_name import create
 from batchlab.optim.watch import watched_step
 from batchlab.rules.learning_rate import rescale
-from batchlab.schedule.by_examples import lr_factor, momentum_at
-from batchlab.schedule.controller import StepFacts
+from batchlab.schedule.batches.controller import StepFacts
+from batchlab.schedule.rates.by_examples import lr_factor, momentum_at
 from batchlab.spine.batch_control import make_controller
 from batchlab.spine.batch_gradient import BatchGradient
 from batchlab.spine.evaluate import evaluate, evaluating, scalar

@@ -26,7 +26,7 @@ from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate
 from batchlab.measure.noise.coordinate_test import CoordinateMoments
 from batchlab.parallel.agree import agree_min
-from batchlab.schedule.controller import BatchController, StepFacts
+from batchlab.schedule.batches.controller import BatchController, StepFacts
 
 Make = Callable[[], BatchController]
 UPDATES = 200

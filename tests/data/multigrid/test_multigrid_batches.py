@@ -12,8 +12,8 @@ from batchlab.core.errors import InputError
 from batchlab.data.multigrid.multigrid_batches import MultigridBatches
 from batchlab.data.multigrid.resample import Resampled, resample
 from batchlab.data.stream import SampleStream
-from batchlab.schedule.multigrid import Multigrid
-from batchlab.schedule.multigrid_cycles import GridShape
+from batchlab.schedule.grids.multigrid import Multigrid
+from batchlab.schedule.grids.multigrid_cycles import GridShape
 from tests.spine.forked import in_ranks
 
 

@@ -12,8 +12,8 @@ from batchlab.core.checks import check_count
 from batchlab.core.errors import InputError
 from batchlab.data.batch_sampler import BatchSampler, share_of
 from batchlab.data.stream import SampleStream
-from batchlab.schedule.multigrid import Multigrid
-from batchlab.schedule.multigrid_cycles import GridShape, LongEntry
+from batchlab.schedule.grids.multigrid import Multigrid
+from batchlab.schedule.grids.multigrid_cycles import GridShape, LongEntry
 
 
 class MultigridBatches(BatchSampler):

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from batchlab.core.checks import check_count
 from batchlab.core.errors import InputError
-from batchlab.schedule.multigrid_cycles import GridShape, scale_range, stride_range
+from batchlab.schedule.grids.multigrid_cycles import GridShape, scale_range, stride_range
 
 
 def resample(

@@ -1,0 +1,1 @@
+"""Batch sizes along a run: settled beforehand, or by what was measured."""

@@ -1,0 +1,1 @@
+"""Batch, frames and size moved together."""

@@ -1,0 +1,1 @@
+"""Learning rates and weight decays as functions of examples or tokens seen."""

@@ -1,0 +1,131 @@
+"""What the base of all batch controllers does with a wish; that each keeps it is in test_controller_contract.py."""
+
+import math
+import warnings
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from batchlab.core.errors import InputError
+from batchlab.schedule.batches.controller import BatchController, StepFacts
+
+
+class Wishing(BatchController):
+    """Wants what `wish` says."""
+
+    wish = None
+
+    def wanted(self, step, facts):
+        return self.wish
+
+
+def after(size, wish, **limits):
+    control = Wishing(size, **{"maximum": 10_000, **limits})
+    control.wish = wish
+    return control.next_batch(1, StepFacts(size, size))
+
+
+def test_a_wish_is_bounded_limited_and_rounded_down():
+    assert after(100, 150.9) == 150
+    assert after(100, 250.0) == 200 and after(100, 250.0, growth=3.0) == 250 and after(100, 1.0) == 50
+    assert after(100, 1e9, growth=math.inf, maximum=700) == 700 and after(100, 1e-9, growth=math.inf) == 1
+    assert after(96, 131.0, multiple_of=8, maximum=800) == 128 and after(96, 103.9, multiple_of=8, maximum=800) == 96
+    assert after(96, 90.0, multiple_of=8, maximum=800) == 88
+    assert after(24, 3.0, multiple_of=8, minimum=10, maximum=80, growth=math.inf) == 16  # never below the minimum
+    assert after(64, 512 * (1 - 1e-12), growth=math.inf) == 512  # whole but for rounding
+
+
+def test_growth_always_lets_one_multiple_through():
+    """From 1 with a growth of 1.5 nothing would ever change otherwise."""
+    assert after(1, 100.0, growth=1.5) == 2 and after(2, 0.5, growth=1.5) == 1
+    assert after(8, 100.0, growth=1.5, multiple_of=8, maximum=800) == 16
+    assert after(16, 1.0, growth=1.5, multiple_of=8, maximum=800) == 8
+
+
+@given(
+    size=st.integers(1, 200),
+    unit=st.integers(1, 9),
+    wish=st.floats(1e-3, 1e6),
+    growth=st.floats(1.0, 5.0),
+    low=st.integers(1, 50),
+)
+def test_a_change_goes_towards_the_wish_and_never_past_it(size, unit, wish, growth, low):
+    start, low = size * unit, min(low, size * unit)
+    maximum = 400 * unit
+    found = after(start, wish, multiple_of=unit, growth=growth, minimum=low, maximum=maximum)
+    assert low <= found <= maximum and found % unit == 0
+    if wish >= start:
+        assert start <= found <= max(wish, start) + 1e-6
+    else:
+        assert min(wish, start) - unit < found <= start or found < low + unit
+
+
+def test_what_is_no_wish_changes_nothing():
+    for wish in (None, math.nan, math.inf, -math.inf, 0.0, -3.0):
+        assert after(100, wish) == 100
+
+
+def test_due_says_when_the_next_call_may_move():
+    control = Wishing(10, maximum=1000, patience=3)
+    control.wish = 1000.0
+    told = []
+    for _ in range(7):
+        due = control.due
+        before = control.batch_size
+        told.append((due, control.next_batch(1, StepFacts(1, 1)) != before))
+    assert told == [(False, False), (False, False), (True, True)] * 2 + [(False, False)]
+
+
+def test_a_size_is_placed_as_micro_batches_over_workers_and_takes_their_product():
+    control = Wishing(100, maximum=1000)
+    placed = control.place(workers=8, max_micro_batch=4)
+    assert placed == (128, 4, 4) and control.batch_size == 128 == 4 * 4 * 8
+    assert control.place(workers=8, max_micro_batch=4) == placed  # once placed it stays
+    top = Wishing(1000, maximum=1000)
+    assert top.place(workers=8, max_micro_batch=4).batch == 992  # rounding up would pass the maximum
+    with pytest.raises(InputError, match="multiple_of must divide micro_batch x workers x accumulation = 9, got 8"):
+        Wishing(8, maximum=80, multiple_of=8).place(workers=3)
+
+
+def test_old_states_without_a_name_load_and_a_resumed_run_may_have_other_bounds():
+    control = Wishing(64, maximum=512, patience=3)
+    control.load_state_dict({"batch_size": 96, "waited": 2})
+    assert control.batch_size == 96 and control.due
+    on_eight = Wishing(64, maximum=512, multiple_of=64)
+    with pytest.warns(UserWarning, match="batch_size 100 is not in 1..512 in multiples of 64: going on with 64"):
+        on_eight.load_state_dict({"batch_size": 100, "waited": 0})
+    assert on_eight.batch_size == 64
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        on_eight.load_state_dict({"batch_size": 128, "waited": 0})
+
+
+def test_facts_alone_are_agreed():
+    facts = StepFacts(1, 1, seconds=0.5)
+    assert facts.agreed() == facts and StepFacts(1, 1).agreed() == StepFacts(1, 1)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Wishing(8, maximum=4), "1 <= minimum <= batch_size <= maximum, got 1, 8, 4"),
+        (lambda: Wishing(8, minimum=9, maximum=80), "got 9, 8, 80"),
+        (lambda: Wishing(0, maximum=4), "batch_size must be an integer of at least 1, got 0"),
+        (lambda: Wishing(8.0, maximum=80), "batch_size must be an integer of at least 1, got 8.0"),
+        (lambda: Wishing(8, maximum=math.inf), "maximum must be an integer of at least 1, got inf"),
+        (lambda: Wishing(10, maximum=80, multiple_of=8), "batch_size must be a multiple of multiple_of 8, got 10"),
+        (lambda: Wishing(8, maximum=81, multiple_of=8), "maximum must be a multiple of multiple_of 8, got 81"),
+        (lambda: StepFacts(1.5, 8), "seen must be an integer of at least 0, got 1.5"),
+        (lambda: StepFacts(8, 0), "batch must be an integer of at least 1, got 0"),
+        (lambda: StepFacts(8, 8, noise_scale=64.0), "noise_scale must be an Estimate or None, got 64.0"),
+        (lambda: Wishing(8, maximum=80, growth=0.5), "growth must be at least 1, got 0.5"),
+        (lambda: Wishing(8, maximum=80, growth=math.nan), "growth must be at least 1, got nan"),
+        (lambda: Wishing(8, maximum=80, deadband=0), "deadband must be at least 1, got 0"),
+        (lambda: Wishing(8, maximum=80, patience=0), "patience must be an integer of at least 1, got 0"),
+        (lambda: Wishing(8, maximum=80, patience=1.5), "patience must be an integer of at least 1, got 1.5"),
+    ],
+)
+def test_bad_limits_are_named(call, message):
+    with pytest.raises(InputError, match=message):
+        call()
