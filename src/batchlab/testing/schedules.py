@@ -5,8 +5,8 @@
         check(partial(MySchedule, batch=8, total=80))
 
 A check raises `AssertionError` that says what was broken. `make` takes an optimizer, and the units of an update by the
-name of `batch`; what it makes counts them as `batchlab.schedule.Counted` does. It should move within some ten updates of
-the batch given. Everything that it writes into parameter groups is compared, bit for bit.
+name of `batch`; what it makes counts them as `batchlab.schedule.Counted` does. It should move within some ten updates
+of the batch given. Everything that it writes into parameter groups is compared, bit for bit.
 """
 
 from __future__ import annotations
