@@ -133,7 +133,7 @@ def test_a_message_cannot_steer_the_terminal():
 def test_systems_as_json_is_one_line(capfd):
     assert main(["systems", "--json"]) == 0
     out = capfd.readouterr().out
-    assert out.count("\n") == 1 and json.loads(out)["systems"][0]["arxiv"] == "1812.06162"
+    assert out.count("\n") == 1 and json.loads(out)["systems"][0]["arxiv"] == "1705.08741"
 
 
 def test_systems_as_a_table(capfd):

@@ -1,7 +1,6 @@
 """Every row of `systems.toml` names things that are there."""
 
-import subprocess
-import sys
+import ast
 from importlib import import_module
 from pathlib import Path
 
@@ -36,13 +35,11 @@ def test_proofs_are_there(row):
         assert not name or f"def {name}(" in (ROOT / path).read_text(), proof
 
 
-def test_the_tests_can_be_collected():
-    tests = [test for row in ROWS for test in row.tests]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *tests],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stdout[-2000:]
+def test_the_tests_are_there():
+    """Files, and in them the functions that are named; to collect them all would take as long as to import them."""
+    for test in {test for row in ROWS for test in row.tests}:
+        file, *names = test.split("::")
+        tree = ast.parse((ROOT / file).read_text())
+        defined = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+        assert any(name.startswith("test_") for name in defined), test
+        assert {*names} <= defined, test

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
+PYTHON_FOLDERS = ("docs/optimizers", "docs/schedules", "docs/batches")
 _FENCE = re.compile(r"^(?P<ticks>`{3,})(?P<language>[^\n`]*)\n(?P<text>.*?)^(?P=ticks)[ \t]*$", re.M | re.S)
 _FILE_NAME = re.compile(r"# ([\w.-]+\.py)\n")
 
@@ -39,10 +40,14 @@ def pages() -> list[Path]:
 
 
 def groups() -> dict[str, list[Path]]:
-    """Pages that share a working folder: each alone, but the verbs' pages together, in the order of their contents."""
+    """Pages that share a working folder: each alone, but the verbs' pages together, in the order of their contents.
+
+    Without the folders whose pages are Python alone.
+    """
     verbs = ROOT / "docs/verbs"
     order = [verbs / f"{name}.md" for name in re.findall(r"^(\w+)$", (verbs / "index.md").read_text(), re.M)]
-    alone = {str(page.relative_to(ROOT)): [page] for page in pages() if verbs not in page.parents}
+    others = {verbs, *(ROOT / folder for folder in PYTHON_FOLDERS)}
+    alone = {str(page.relative_to(ROOT)): [page] for page in pages() if not others & {*page.parents}}
     return {name: found for name, found in alone.items() if any(map(_runs, found))} | {"docs/verbs": order}
 
 

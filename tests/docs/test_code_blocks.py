@@ -2,7 +2,7 @@
 
 `python` blocks with no `bash` block between them share one namespace; one that begins with `# name.py` is also
 written to that file. `bash` blocks run with `bash -e`. The command `batchlab` on their path is the real one with
-`--budget 8` added to `tune` and `probe` where the block names no budget, so that the pages run in two minutes; `make`
+`--budget 5` added to `tune` and `probe` where the block names no budget, so that the pages run in two minutes; `make`
 runs in the repository with that command and no installation. Blocks that no test can run are marked `text`.
 """
 
@@ -14,9 +14,9 @@ import sys
 import pytest
 
 from tests.cli.command import environment
-from tests.docs.blocks import ROOT, Block, blocks, groups, pages
+from tests.docs.blocks import PYTHON_FOLDERS, ROOT, Block, blocks, groups, pages
 
-BUDGET = 8
+BUDGET = 5
 KNOWN = {"python", "bash", "text", "json", "toml"}
 SHIM = """#!/bin/bash
 case "$1 $*" in
@@ -55,6 +55,20 @@ def test_code_blocks_run(name, tmp_path, monkeypatch):
                     run([sys.executable, "-c", pending], place, path, f"{page.name} before line {block.line}")
                     pending = ""
                 run(["bash", "-euo", "pipefail", "-c", block.text], place, path, where)
+
+
+@pytest.mark.parametrize("folder", PYTHON_FOLDERS)
+def test_pages_of_python_alone_run_in_one_process(folder, tmp_path):
+    """Each in a namespace and a folder of its own; a process for each would import torch as often."""
+    script = ["import os"]
+    for page in sorted((ROOT / folder).glob("*.md")):
+        place = tmp_path / page.stem
+        place.mkdir()
+        text = "\n".join(block.text for block in blocks(page) if block.language == "python")
+        script.append(
+            f"os.chdir({str(place)!r})\nexec(compile({text!r}, {page.name!r}, 'exec'), {{'__name__': '__main__'}})"
+        )
+    run([sys.executable, "-c", "\n".join(script)], tmp_path, os.environ["PATH"], folder)
 
 
 def run(command, place, path, where):

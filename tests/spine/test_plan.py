@@ -39,7 +39,7 @@ def made(facts_changes=None, plan_changes=None):
 def numbers(plain, name=""):
     """The names of the fields that hold a number, the hyperparameters among them."""
     for key, value in plain.items():
-        if key in ("schema", "target", "reasons", "frontier"):
+        if key in ("schema", "target", "reasons", "frontier") or value == {}:
             continue
         if key == "hyperparameters":
             yield from numbers(value)

@@ -116,7 +116,9 @@ class Visit:
 
 
 ONE_EACH = [("study", "phone", "dark"), ("partial", "desktop", "light"), ("hostile_run", "phone", "light")]
-VIEWS = [("verified", size, scheme) for size in SIZES for scheme in ("light", "dark")] + ONE_EACH
+CROSSED = [("verified", size, scheme) for size, scheme in (("desktop", "dark"), ("phone", "light"))]
+VIEWS = [("verified", "desktop", "light"), ("verified", "phone", "dark"), *ONE_EACH]
+VIEWS += [pytest.param(*view, marks=pytest.mark.slow) for view in CROSSED]
 REST = [("empty", "phone", "light"), ("one_step", "phone", "dark"), ("hostile_study", "desktop", "dark")]
 
 
