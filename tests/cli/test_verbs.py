@@ -86,6 +86,15 @@ def test_resume_goes_on_with_the_runs_own_plan(place):
     assert json.loads(more.stdout)["summary"]["steps"] == 6
 
 
+def test_the_batch_and_the_rate_are_moved_by_name(place):
+    given = "--batch-schedule decay_by_batch --schedule linear --max-steps 8"
+    done = batchlab(f"train train.py:job --plan never.json --out runs/moved {given} --json", place)
+    assert done.returncode == 0, done.stderr
+    plan = Run.open(place / "runs/moved").plan
+    assert (plan.batch_schedule, plan.schedule, plan.steps) == ("decay_by_batch", "linear", 8)
+    assert any("those of a batch that stays" in note for note in plan.notes) == (plan.predicted_steps is not None)
+
+
 def test_report_writes_the_page_beside_the_run(place):
     done = batchlab("report runs/a --json", place)
     assert done.returncode == 0, done.stderr

@@ -28,6 +28,16 @@ class BatchSchedule(StrEnum):
     INNER_PRODUCT_TEST = "inner_product_test"
 
 
+class Schedule(StrEnum):
+    """What the learning rate does after its warm-up; "power" needs settings, in the plan."""
+
+    CONSTANT = "constant"
+    LINEAR = "linear"
+    COSINE = "cosine"
+    WSD = "wsd"
+    ONE_CYCLE = "one_cycle"
+
+
 class Precision(StrEnum):
     """What is computed in."""
 

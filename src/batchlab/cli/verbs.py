@@ -25,6 +25,7 @@ from batchlab.cli.options import (
     MaxSteps,
     Precision,
     RunOut,
+    Schedule,
     Seed,
 )
 from batchlab.core.errors import InputError
@@ -209,6 +210,9 @@ def train(
         BatchSchedule | None,
         typer.Option(help="How the batch moves; adaptive follows the noise scale.", show_default="as planned"),
     ] = None,
+    schedule: Annotated[
+        Schedule | None, typer.Option(help="Of the learning rate, after its warm-up.", show_default="as planned")
+    ] = None,
     precision: Annotated[Precision | None, typer.Option(help="bf16 is autocast.", show_default="as planned")] = None,
     compile_: Annotated[bool, typer.Option("--compile", help="Through torch.compile.")] = False,
     target: Column = None,
@@ -221,6 +225,7 @@ def train(
         if plan is None and not resume:
             raise InputError("--plan is missing: make one with batchlab plan, or go on with a run by --resume")
         changes = {"steps": max_steps, "batch_schedule": batch_schedule and batch_schedule.value}
+        changes |= {"schedule": schedule and schedule.value}
         changes |= {"precision": precision and precision.value, "compile": compile_ or None}
         chosen = arguments.chosen_plan(plan, out, changes)
         from batchlab.parallel.torchrun import process_group

@@ -25,6 +25,7 @@ from batchlab.spine.folder import WRITE_FAILED, RunFolder, describe, describe_ag
 from batchlab.spine.learner import Learner, Update
 from batchlab.spine.signals import StopSignals
 
+MOVES = "the predicted steps and time are those of a batch that stays; this one moves"
 MAX_SKIPPED_IN_A_ROW = 5
 
 StepCallback = Callable[[dict[str, Any]], None]
@@ -176,6 +177,8 @@ def _check(job: Job, plan: Plan, seed: int) -> None:
 
 def _as_run(plan: Plan) -> Plan:
     """The plan for the ranks that there are: they may be others than it was made for, with the same batch."""
+    if plan.batch_schedule != "fixed" and plan.predicted_steps is not None and MOVES not in plan.notes:
+        plan = dataclasses.replace(plan, notes=(*plan.notes, MOVES))
     world = dist.get_world_size() if dist.is_initialized() else 1
     passes = math.ceil(math.ceil(plan.batch_size / world) / plan.micro_batch)
     if (world, passes) == (plan.world_size, plan.accumulation):
