@@ -75,11 +75,11 @@ def test_a_signal_while_python_and_torch_are_imported(delay, place):
     process = start("plan train.py:job --facts facts.json --out plan.json", place)
     time.sleep(delay)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=30)
+    _, err = process.communicate(timeout=30)
     if process.returncode == 0:  # it was done before the signal came
         assert (place / "plan.json").exists()
         return
-    assert process.returncode in (143, -signal.SIGTERM)  # the second: Python itself was not up yet
+    assert process.returncode in (143, -signal.SIGTERM), err  # the second: Python itself was not up yet
     assert not (place / "plan.json").exists()
 
 
@@ -109,6 +109,27 @@ def test_code_that_swallows_the_ending_is_ended_all_the_same(more, tmp_path):
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=25) == 143
     assert not (tmp_path / "written").exists()
+
+
+@pytest.mark.parametrize("error", ["ImportError('half imported')", "SystemExit(1)"])
+def test_code_that_makes_an_error_of_the_ending_is_ended_all_the_same(error, tmp_path):
+    code = f"""
+import sys, time
+from pathlib import Path
+from batchlab.cli.ending import exit_code
+def command():
+    try:
+        Path("reached").touch()
+        time.sleep(30)
+    except BaseException:
+        raise {error} from None
+sys.exit(exit_code(command))
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=environment(), stderr=subprocess.PIPE)
+    wait_for(tmp_path / "reached", process)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=25)
+    assert (process.returncode, err) == (143, b"")
 
 
 def test_cleaning_up_is_not_cut_short(tmp_path):

@@ -19,6 +19,7 @@ def _join(rank, world, store, function, arguments):
     import torch.distributed as dist
 
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    dist.barrier()  # a rank that leaves before another has heard of its connection leaves it hanging
     try:
         function(*arguments)
     finally:

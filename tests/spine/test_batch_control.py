@@ -67,6 +67,17 @@ def test_only_the_batch_is_another(name):
     torch.testing.assert_close(fixed.average.state_dict(), learner.average.state_dict(), rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("name", ["adaptive", "decay_by_batch"])
+def test_a_batch_that_follows_the_noise_measures_it_whatever_the_plan_says(name):
+    """As planned for one pass an update, where there is nothing to measure the noise by."""
+    plan = moving(name)
+    whole = dataclasses.replace(plan, measure_noise=False, micro_batch=plan.batch_size, accumulation=1, noise_every=7)
+    sizes = [update.batch_size for update in run_of(whole)[1]]
+    assert len({*sizes}) > 1
+    with pytest.raises(InputError, match=f"{name}' reads the noise scale, .* as 'vradam' does: choose another"):
+        Learner(toy_job(), dataclasses.replace(plan, optimizer="vradam"), device="cpu")
+
+
 @pytest.mark.parametrize("name", MOVES)
 def test_a_run_goes_on_across_a_change_bit_by_bit(name, tmp_path):
     plan = moving(name)

@@ -25,25 +25,26 @@ def exit_code(command: Callable[[], int]) -> int:
     """Runs `command` and answers whatever comes of it with an exit code and, where there is something to say, a line.
 
     0 to 2 as the command says; bad input 2; foreseen failures 1; anything unforeseen 1 with its traceback.
-    A signal's 128 + number ends the process here and now: no thread and no exit handler can hold it up.
+    A signal's 128 + number ends the process here and now: no thread and no exit handler can hold it up. It is the
+    answer too where the code that was interrupted made an error of it, as an extension module half imported does.
     """
     try:
-        with _signals_end_at_once():
-            code = _answer(command)
+        with _signals_end_at_once() as seen:
+            code = _answer(command, seen)
     except Ended as ended:
         _leave(int(str(ended.code)))
     return code
 
 
 @contextlib.contextmanager
-def _signals_end_at_once() -> Iterator[None]:
-    """The first SIGINT or SIGTERM unwinds with `Ended`; a second one leaves without unwinding.
+def _signals_end_at_once() -> Iterator[list[int]]:
+    """Gives the signals that came. The first SIGINT or SIGTERM unwinds with `Ended`; a second leaves without unwinding.
 
     Code that swallows `Ended` (a bare `except`, a finalizer) does not get away with it: it is raised again until it
     unwinds, and where that takes more than `UNWIND_SECONDS` the process leaves.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield []
         return
     seen: list[int] = []
     ticks = itertools.count()
@@ -65,7 +66,7 @@ def _signals_end_at_once() -> Iterator[None]:
     handlers = {signal.SIGINT: end, signal.SIGTERM: end, signal.SIGALRM: insist}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
-        yield
+        yield seen
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
@@ -80,27 +81,29 @@ def _unwinding(error: BaseException | None) -> bool:
     return False
 
 
-def _answer(command: Callable[[], int]) -> int:
+def _answer(command: Callable[[], int], seen: list[int]) -> int:
     try:
         return command()
     except Ended:
         raise
-    except SystemExit as stop:
-        if stop.code is None or isinstance(stop.code, int):
-            return stop.code or 0
-        return _fail(str(stop.code), FAILURE)
     except KeyboardInterrupt:
         raise Ended(128 + signal.SIGINT) from None
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return FAILURE
-    except Exception as error:
+    except (SystemExit, Exception) as error:
+        if seen:
+            raise Ended(128 + seen[0]) from None
         return _answer_error(error)
 
 
-def _answer_error(error: Exception) -> int:
+def _answer_error(error: SystemExit | Exception) -> int:
     from batchlab.core.errors import BatchlabError, InputError, Interrupted
 
+    if isinstance(error, SystemExit):
+        if error.code is None or isinstance(error.code, int):
+            return error.code or 0
+        return _fail(str(error.code), FAILURE)
+    if isinstance(error, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return FAILURE
     if isinstance(error, InputError):
         return _fail(str(error), BAD_INPUT)
     if isinstance(error, Interrupted):

@@ -54,7 +54,8 @@ class BatchGradient:
     by at most one example. in_geometry: whether the noise is measured in an Adam-like optimizer's geometry. needs: the
     facts that a batch controller reads; for "batch_test" the gradient is taken in groups.
 
-    noise: what measures the noise scale, where the plan says so and nothing else takes the gradient in groups.
+    noise: what measures the noise scale, where the plan says so or the controller reads it, and nothing else takes the
+    gradient in groups. Raises `InputError` where both want the gradient.
     """
 
     def __init__(
@@ -74,10 +75,16 @@ class BatchGradient:
         self._stream = stream
         self._by_optimizer: Any = self._grouping(optimizer)
         self._tested = self._testing() if "batch_test" in needs else None
-        wanted = plan.measure_noise and self._by_optimizer is None and self._tested is None
-        every = 1 if "noise_scale" in needs else plan.noise_every
+        read = "noise_scale" in needs
+        if read and self._by_optimizer is not None:
+            raise InputError(
+                f"batch_schedule {plan.batch_schedule!r} reads the noise scale, which is not measured where the optimizer "
+                f"takes the gradient in groups, as {plan.optimizer!r} does: choose another of one of them"
+            )
+        wanted = (plan.measure_noise or read) and self._by_optimizer is None and self._tested is None
+        every = 1 if read else plan.noise_every
         self.noise = self._measuring(optimizer, in_geometry, every) if wanted else None
-        self._fewest = 2 if "noise_scale" in needs else 1  # pieces over all ranks: one tells nothing of the noise
+        self._fewest = 2 if read else 1  # pieces over all ranks: one tells nothing of the noise
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._forward = self._wrapped(_Loss(job, model))
 

@@ -315,6 +315,7 @@ def test_a_state_goes_into_another_number_of_replicas(tmp_path):
 
 def _world(folder, name, rank, size):
     dist.init_process_group("gloo", init_method=f"file://{folder / name}", rank=rank, world_size=size)
+    dist.barrier()
 
 
 def _survivor(folder, number):
