@@ -98,8 +98,8 @@ def test_saturating_published_fit():
     ("optimizer", "noise_scale", "rule"),
     [
         ("sgd", 100.0, "saturating_sqrt"),
-        ("sgd", None, "linear"),
-        ("sgd", math.inf, "linear"),
+        ("sgd", None, "sqrt"),
+        ("sgd", math.inf, "sqrt"),
         ("adamw", 100.0, "saturating_sqrt"),
         ("adam", math.inf, "sqrt"),
         ("rmsprop", None, "sqrt"),
@@ -114,7 +114,14 @@ def test_rule_for_an_optimizer(optimizer, noise_scale, rule):
     assert choice.rule == rule
     assert choice.learning_rate == rules.rescale(1e-3, 32, 128, rule=rule, noise_scale=noise_scale)
     assert choice.formula and ("arXiv" in choice.source or rule == "none")
-    assert ("noise scale" in choice.holds_where) and choice.why == kind(optimizer).why
+    assert ("noise scale" in choice.holds_where) and choice.why.startswith(kind(optimizer).why)
+
+
+def test_sgd_without_a_noise_scale_says_why_it_is_not_linear():
+    choice = rules.for_optimizer("sgd", 0.1, 256, 1024)
+    assert choice.learning_rate == pytest.approx(0.2) and "benchmarks/rule_regret.py" in choice.source
+    assert "linear by Goyal" in choice.why and "neither is known here" in choice.why
+    assert rules.for_optimizer("adamw", 0.1, 256, 1024).why == kind("adamw").why
 
 
 def test_the_reason_says_what_the_rule_assumes():

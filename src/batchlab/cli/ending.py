@@ -40,6 +40,7 @@ def exit_code(command: Callable[[], int]) -> int:
 def _signals_end_at_once() -> Iterator[list[int]]:
     """Gives the signals that came. The first SIGINT or SIGTERM unwinds with `Ended`; a second leaves without unwinding.
 
+    In the midst of an `import` the process leaves at once: an extension module that an exception ends half-way aborts.
     Code that swallows `Ended` (a bare `except`, a finalizer) does not get away with it: it is raised again until it
     unwinds, and where that takes more than `UNWIND_SECONDS` the process leaves.
     """
@@ -49,8 +50,8 @@ def _signals_end_at_once() -> Iterator[list[int]]:
     seen: list[int] = []
     ticks = itertools.count()
 
-    def end(number: int, _: FrameType | None) -> None:
-        if seen:
+    def end(number: int, frame: FrameType | None) -> None:
+        if seen or _importing(frame):
             os._exit(128 + number)
         seen.append(number)
         signal.setitimer(signal.ITIMER_REAL, TICK_SECONDS, TICK_SECONDS)
@@ -71,6 +72,14 @@ def _signals_end_at_once() -> Iterator[list[int]]:
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if (frame.f_code.co_name, frame.f_code.co_filename) == ("_find_and_load", "<frozen importlib._bootstrap>"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _unwinding(error: BaseException | None) -> bool:

@@ -245,6 +245,11 @@ _REASONS: dict[str, tuple[str, str, str]] = {
         f"{_WITHIN}; past the peak it is held, as the law's fall is an expansion for small batches",
     ),
 }
+_SQRT_OF_SGD = "Hoffer et al. 2017, arXiv 1705.08741, and as measured by batchlab (benchmarks/rule_regret.py)"
+_NOT_LINEAR = (
+    "linear holds far below both the noise scale and the largest stable rate, of which neither is known here: from "
+    "tuned rates it arrived on none of the jobs measured"
+)
 
 
 RULES = tuple(_REASONS)
@@ -273,9 +278,9 @@ def for_optimizer(
 
     optimizer: its name, as of `FAMILY`; a name without a rule is refused, never guessed.
     noise_scale: in the unit of the batch sizes. With it, both the "sgd" and the "adam" family go by `saturating_sqrt`.
-    None or infinite if it is not known or not bounded: then both batches count as far below it, and the rate as far
-    below the largest stable one, and the "sgd" family goes by `linear`, the "adam" family by `sqrt`. The "adagrad"
-    family keeps its learning rate.
+    None or infinite if it is not known or not bounded: then both batches count as far below it, and both families go
+    by `sqrt`. For SGD theory says `linear` there, and that is what to name where the rate is known to be far below the
+    largest stable one; a tuned rate seldom is (docs/rules.md). The "adagrad" family keeps its learning rate.
 
     >>> for_optimizer("adamw", 0.001, 64, 256, noise_scale=256).rule
     'saturating_sqrt'
@@ -286,12 +291,14 @@ def for_optimizer(
     if noise_scale is not None:
         _check_noise_scale(noise_scale)
     found = kind(optimizer)
-    far_below: dict[Family, Rule] = {"sgd": "linear", "adam": "sqrt", "adagrad": "none"}
-    rule = far_below[found.family]
+    rule: Rule = "none" if found.family == "adagrad" else "sqrt"
     if noise_scale is not None and not math.isinf(noise_scale) and found.family != "adagrad":
         rule = "saturating_sqrt"
     value = rescale(learning_rate, base_batch_size, batch_size, rule=rule, noise_scale=noise_scale)
-    return Choice(value, rule, *_REASONS[rule], found.why)
+    formula, source, holds_where = _REASONS[rule]
+    if (found.family, rule) == ("sgd", "sqrt"):
+        return Choice(value, rule, formula, _SQRT_OF_SGD, holds_where, f"{found.why}; {_NOT_LINEAR}")
+    return Choice(value, rule, formula, source, holds_where, found.why)
 
 
 def rescale(

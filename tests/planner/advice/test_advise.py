@@ -153,7 +153,7 @@ def test_capitals_in_the_optimizers_name_change_nothing():
 
 @pytest.mark.parametrize(
     ("optimizer", "noise", "rule"),
-    [("adamw", None, "sqrt"), ("adamw", 1e6, "saturating_sqrt"), ("sgd", None, "linear")],
+    [("adamw", None, "sqrt"), ("adamw", 1e6, "saturating_sqrt"), ("sgd", None, "sqrt")],
 )
 def test_the_learning_rate_moves_by_the_optimizers_rule(optimizer, noise, rule):
     told = advise(**SEVEN, **TUNED, optimizer=optimizer, batch_tokens=2.0**22, noise_scale_tokens=noise)
