@@ -71,9 +71,15 @@ def test_only_the_batch_is_another(name):
 def test_a_batch_that_follows_the_noise_measures_it_whatever_the_plan_says(name):
     """As planned for one pass an update, where there is nothing to measure the noise by."""
     plan = moving(name)
-    whole = dataclasses.replace(plan, measure_noise=False, micro_batch=plan.batch_size, accumulation=1, noise_every=7)
-    sizes = [update.batch_size for update in run_of(whole)[1]]
-    assert len({*sizes}) > 1
+    whole = dataclasses.replace(plan, measure_noise=False, micro_batch=128, accumulation=1)
+    for every in (1, 4):
+        learner, updates = run_of(dataclasses.replace(whole, noise_every=every))
+        assert len({update.batch_size for update in updates}) > 1
+        pieces = []
+        for _ in range(8):
+            pieces.append(len(learner.gradient.pieces(learner.position, 64)))
+            learner.update(64)
+        assert sorted(pieces) == [1] * (8 - 8 // every) + [2] * (8 // every), "cut in two where it is measured alone"
     with pytest.raises(InputError, match=f"{name}' reads the noise scale, .* as 'vradam' does: choose another"):
         Learner(toy_job(), dataclasses.replace(plan, optimizer="vradam"), device="cpu")
 

@@ -180,7 +180,9 @@ def test_unknown_noise_stays_at_the_base():
     assert result.batch_size == 32 and result.noise_scale is None
     assert result.learning_rate == 1e-3 and result.learning_rate_rule == "sqrt"
     assert any("no signal in 12 updates" in note for note in result.notes)
-    assert made({"noise_scale": UNKNOWN, "optimizer": "sgd"}, {"batch_size": 64}).learning_rate == pytest.approx(2e-3)
+    assert made({"noise_scale": UNKNOWN, "optimizer": "sgd"}, {"batch_size": 64}).learning_rate == pytest.approx(
+        2**0.5 / 1e3
+    )
 
 
 def test_unreached_target_is_said():

@@ -72,7 +72,7 @@ class Plan(JsonNoun):
         last 1/(p + 1) of the run, at any batch size and length (Shamir and Zhang 2013). Both None for no average.
     evaluation_batch: examples of one forward pass in evaluation; the micro-batch if None.
     measure_noise: whether the noise scale is measured along the run, which takes two pieces an update. noise_every:
-        at one update in so many. Where the batch follows the noise it is measured at every one, whatever these say.
+        at one update in so many. Where the batch follows the noise it is measured whatever `measure_noise` says.
     evaluate_every, checkpoint_every: in updates. clip_norm: gradient norm limit, or None.
     precision: "float32", or "bf16" autocast. compile: whether the model goes through `torch.compile`.
     """

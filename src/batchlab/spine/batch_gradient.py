@@ -78,13 +78,12 @@ class BatchGradient:
         read = "noise_scale" in needs
         if read and self._by_optimizer is not None:
             raise InputError(
-                f"batch_schedule {plan.batch_schedule!r} reads the noise scale, which is not measured where the optimizer "
-                f"takes the gradient in groups, as {plan.optimizer!r} does: choose another of one of them"
+                f"batch_schedule {plan.batch_schedule!r} reads the noise scale, which is not measured where the "
+                f"optimizer takes the gradient in groups, as {plan.optimizer!r} does: choose another of one of them"
             )
         wanted = (plan.measure_noise or read) and self._by_optimizer is None and self._tested is None
-        every = 1 if read else plan.noise_every
-        self.noise = self._measuring(optimizer, in_geometry, every) if wanted else None
-        self._fewest = 2 if read else 1  # pieces over all ranks: one tells nothing of the noise
+        self.noise = self._measuring(optimizer, in_geometry, read) if wanted else None
+        self._read = read
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._forward = self._wrapped(_Loss(job, model))
 
@@ -105,10 +104,13 @@ class BatchGradient:
         check_no_batch_norm(self.model, examples=max(1, self.plan.batch_size // GROUPS))
         return GroupGradients(self.model.parameters(), dist.group.WORLD if self.world > 1 else None)
 
-    def _measuring(self, optimizer: torch.optim.Optimizer, in_geometry: bool, every: int) -> GradientNoise:
+    def _measuring(self, optimizer: torch.optim.Optimizer, in_geometry: bool, read: bool) -> GradientNoise:
+        settings: dict[str, Any] = {"every": self.plan.noise_every}
+        if read:  # what is followed remembers about 50 updates, however seldom it is measured, but five measurements
+            settings["ema"] = max(0.98**self.plan.noise_every, 0.8)
         if in_geometry and self.plan.optimizer in ADAM_LIKE:
-            return GradientNoise(self.model, weighting="preconditioned", optimizer=optimizer, every=every)
-        return GradientNoise(self.model, every=every)
+            settings |= {"weighting": "preconditioned", "optimizer": optimizer}
+        return GradientNoise(self.model, **settings)
 
     def _wrapped(self, loss: _Loss) -> nn.Module:
         wrapped: nn.Module = loss
@@ -149,7 +151,8 @@ class BatchGradient:
     def pieces(self, position: int, size: int, *, in_groups: bool = False) -> list[list[int]]:
         """This rank's micro-batches of the next `size` examples, as example indices."""
         share = np.array_split(self._stream.indices(position, size), self.world)[self.rank]
-        fewest = math.ceil(self._fewest / self.world)
+        compared = self._read and self.noise is not None and self.noise.due  # one piece tells nothing of the noise
+        fewest = math.ceil((2 if compared else 1) / self.world)
         most = min(self.plan.micro_batch, max(1, math.ceil(len(share) / fewest)))
         if in_groups:
             most = min(most, max(1, len(share) // math.ceil(GROUPS / self.world)))

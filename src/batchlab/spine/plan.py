@@ -195,12 +195,13 @@ def _length(
 
 def _noise_every(why: _Reasons, facts: Facts, steps: float, layout: Mapping[str, Any]) -> int:
     """At which share of the updates the noise scale is measured."""
-    if not layout["measure_noise"] or facts.noise_seconds is None:
-        said = "what measuring costs was not timed" if layout["measure_noise"] else "nothing to measure it by"
-        return int(why.keep("noise_every", 1, f"as good as any: {said}", OURS))
-    extra, step_seconds = layout["accumulation"] * max(0.0, facts.noise_seconds.value), layout["predicted_step_seconds"]
+    if facts.noise_seconds is None:
+        return int(why.keep("noise_every", 1, "as good as any: what measuring costs was not timed", OURS))
+    pieces, step_seconds = max(2, layout["accumulation"]), layout["predicted_step_seconds"]
+    extra = pieces * max(0.0, facts.noise_seconds.value)
     every = cadence.noise_every(steps, step_seconds=step_seconds, noise_seconds=extra)
     rule = "so seldom that measuring takes 1 % of the time, but 30 times in the predicted steps"
+    rule += "" if layout["measure_noise"] else "; only if the batch is made to follow it"
     return int(why.keep("noise_every", every, rule, OURS, noise_seconds=extra, step_seconds=step_seconds))
 
 

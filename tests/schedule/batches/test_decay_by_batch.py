@@ -53,6 +53,14 @@ def test_the_noise_scale_holds_it():
     assert {size for _, size in run(unknown, None)} == {64}
 
 
+def test_without_headroom_it_is_the_papers_and_reads_nothing():
+    made = {"share": linear_decay, "exponent": 1.0, "maximum": 256}
+    control = DecayByBatch(64, headroom=None, **made)
+    assert control.needs == frozenset() and DecayByBatch(64, **made).needs == {"noise_scale"}
+    assert run(control, None) == run(DecayByBatch(64, **made))
+    assert 256 / 1.1 < max(size for _, size in run(DecayByBatch(64, headroom=None, **made), None)) <= 256
+
+
 def test_it_never_shrinks_and_takes_the_whole_at_the_end():
     control = DecayByBatch(16, share=linear_decay, exponent=2.0, maximum=512, patience=1)
     assert control.next_batch(1, StepFacts(99_999, 16, noise_scale=LARGE)) == 32
@@ -66,6 +74,7 @@ def test_it_never_shrinks_and_takes_the_whole_at_the_end():
     ("settings", "message"),
     [
         ({"exponent": 0.0}, r"exponent must be finite and > 0, got 0"),
+        ({"headroom": 0}, r"headroom must be finite and > 0, got 0"),
         ({"headroom": -1.0}, r"headroom must be finite and > 0, got -1"),
         ({"maximum": 8}, r"sizes must satisfy 1 <= minimum <= batch_size <= maximum, got 1, 16, 8"),
     ],

@@ -135,6 +135,11 @@ class GradientNoise:
         few = self._norm_layers is not None and not self._norm_layers.calibrates
         return self._norm_layers.source if few and self._norm_layers is not None else self._all
 
+    @property
+    def due(self) -> bool:
+        """Whether the coming step is one to measure, for a loop that would not cut its batch otherwise."""
+        return self._turn == 0 and not self._closed
+
     def micro_batch(self, examples: int) -> contextlib.AbstractContextManager[None]:
         """Around the backward pass of one piece of `examples` examples; the forward pass may be inside too."""
         if self._closed:

@@ -8,6 +8,7 @@ does that too, in fewer updates of the same examples. With a schedule's share f(
 and the rate that the decay leaves, η·f(n), times (B/B₀)^(1/p) stays at the peak. A linear decay to 0 becomes half as
 many updates with p = 1, a third with p = 2. The paper multiplies at milestones, up to a fixed size; here B stays below
 `headroom` times the measured noise scale 𝓑, beyond which examples are lost, and where that holds it the rate decays.
+With headroom None nothing is measured, and it is the paper's.
 """
 
 from __future__ import annotations
@@ -25,12 +26,13 @@ class DecayByBatch(BatchController):
 
     batch_size: B₀, of the run's start. share: f, the schedule's share of the peak after so many examples, warm-up left
     out; `lr_factor` of `schedule.by_examples`, say. exponent: p, 1 for SGD, 2 for Adam-like optimizers. headroom: B is
-    at most so many noise scales; 1 by default, at which an example is worth half of one in a small batch.
+    at most so many noise scales; 1 by default, at which an example is worth half of one in a small batch. None: up to
+    `maximum`, which must then be chosen with a noise scale in mind.
     maximum, multiple_of, growth, deadband, patience: see `BatchController`; a change needs 10 % and 5 updates.
 
     The learning rate must move with the batch by the rule that goes with p, linear or square root, and keep its own
-    schedule: together they make it constant while the batch grows. Reads `noise_scale`; until that is known nothing
-    grows. Not for a schedule that does not fall, and not where the batch begins near the noise scale.
+    schedule: together they make it constant while the batch grows. Reads `noise_scale`, unless headroom is None; until
+    that is known nothing grows. Not for a schedule that does not fall, and not where the batch begins near the noise scale.
 
     >>> from batchlab.core.facts import Estimate
     >>> control = DecayByBatch(64, share=lambda seen: 1 - seen / 10_000, exponent=1.0, maximum=1024, patience=1)
@@ -39,8 +41,6 @@ class DecayByBatch(BatchController):
     [64, 128, 256]
     """
 
-    needs = frozenset({"noise_scale"})
-
     def __init__(
         self,
         batch_size: int,
@@ -48,22 +48,27 @@ class DecayByBatch(BatchController):
         share: Callable[[float], float],
         exponent: float,
         maximum: int,
-        headroom: float = 1.0,
+        headroom: float | None = 1.0,
         deadband: float = 1.1,
         growth: float = 2.0,
         patience: int = 5,
         **limits: Any,
     ) -> None:
         super().__init__(batch_size, maximum=maximum, deadband=deadband, growth=growth, patience=patience, **limits)
-        check_positive(exponent=exponent, headroom=headroom)
+        check_positive(exponent=exponent)
+        if headroom is not None:
+            check_positive(headroom=headroom)
+        self.needs = frozenset() if headroom is None else frozenset({"noise_scale"})
         self.base, self.share, self.exponent, self.headroom = self.batch_size, share, exponent, headroom
 
     def wanted(self, step: int, facts: StepFacts) -> float | None:
         """B₀·f^-p or what the noise scale allows, where that is more than the present size."""
-        noise = facts.noise_scale
-        if noise is None or not 0 < noise.value < math.inf:
-            return None
         share = self.share(facts.seen)
         asked = self.base * share**-self.exponent if share > 0 else math.inf
-        size = min(asked, self.headroom * noise.value, float(self.maximum))
+        size = min(asked, float(self.maximum))
+        if self.headroom is not None:
+            noise = facts.noise_scale
+            if noise is None or not 0 < noise.value < math.inf:
+                return None
+            size = min(size, self.headroom * noise.value)
         return size if size > self.batch_size else None
