@@ -32,7 +32,7 @@ class DecayByBatch(BatchController):
 
     The learning rate must move with the batch by the rule that goes with p, linear or square root, and keep its own
     schedule: together they make it constant while the batch grows. Reads `noise_scale`, unless headroom is None; until
-    that is known nothing grows. Not for a schedule that does not fall, and not where the batch begins near the noise scale.
+    that is known nothing grows. Not for a schedule that does not fall, nor where the batch begins near the noise scale.
 
     >>> from batchlab.core.facts import Estimate
     >>> control = DecayByBatch(64, share=lambda seen: 1 - seen / 10_000, exponent=1.0, maximum=1024, patience=1)
