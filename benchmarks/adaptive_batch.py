@@ -5,16 +5,18 @@ The planner's batch B0 is that of `plan(job, probe(job), goal="balanced")`. Ever
 its budget of examples, but where its name says another schedule, and has no average. The final loss L* is the median
 over seeds of the planner's batch after the full budget; the other budgets are 0.5, 0.71, 1.41 and 2 times that, and
 what a method takes to L* is read between them (the median loss against the logarithm of the budget). Each method, and
-each fixed batch, has its rate tuned alike: seven rates a factor 2 apart, at the full budget, with a seed of its own.
+each fixed batch, has its rate tuned alike: eight rates a factor 2 apart, at the full budget, with a seed of its own.
 
-  fixed B             B0/4 to 16 B0: the sweep; its best is the one that comes to L* first, in seconds
+  fixed B             B0/8 to 4 B0: the sweep; its best is the one that comes to L* first, in seconds
   wsd, power          at B0, with the schedules of those names
   adascale            at 4 B0 the rate times the measured gain, and a clock that runs by it (Johnson et al. 2020)
   adaptive            follows the noise scale from B0 on, the rate by the square root
   goodput             follows the noise scale and the clock, the rate by the square root
-  decay_by_batch      grows where the decay would lower the rate, below the noise scale
+  decay B             from B on grows where the decay would lower the rate, up to 8 B0 (Smith et al. 2018)
+  decay B, noise      the same, and below twice the noise scale
 
-Seconds are the processor's, of updates alone, one thread; evaluation is left out.
+The noise is measured at one update in eight, but for AdaScale at each. Seconds are the processor's, of updates alone,
+one thread; evaluation is left out. By seed: each seed's own losses against L*.
 """
 
 import argparse
@@ -33,18 +35,17 @@ import batchlab as bl
 from batchlab.core.plan import Plan
 from batchlab.schedule.rates.by_examples import lr_factor
 from batchlab.spine.learner import Learner
-from batchlab.workloads import autoencoder, diabetes, digits, pystdlib
+from batchlab.workloads import autoencoder, digits, pystdlib
 
 JOBS: dict[str, tuple[Callable[[], bl.Job], int]] = {
-    "digits": (digits, 15 * 1437),
-    "diabetes": (diabetes, 15 * 354),
-    "autoencoder": (autoencoder, 15 * 1437),
+    "digits": (digits, 6 * 1437),
+    "autoencoder": (autoencoder, 10 * 1437),
     "pystdlib": (lambda: pystdlib(context=32, width=48, layers=1, heads=2), 16_384),
 }
 BUDGETS = (0.5, 2**-0.5, 1.0, 2**0.5, 2.0)
-RATES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0)
-FIXED = (0.25, 0.5, 1, 2, 4, 8, 16)
-WARMUP = 0.05
+RATES = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0, 8.0, 16.0)
+FIXED = (0.125, 0.25, 0.5, 1, 2, 4)
+WARMUP, GROWTH, EVERY = 0.05, 8, 8
 
 
 class AdaScale(Learner):
@@ -74,18 +75,22 @@ class AdaScale(Learner):
 
 def methods(job: bl.Job, planned: Plan) -> dict[str, dict[str, Any]]:
     """The changes to the plan that make each method."""
-    base = planned.batch_size
-    sizes = sorted({max(1, min(round(base * factor), len(job.train) // 2)) for factor in FIXED})
-    most = len(job.train)
-    moving = {"learning_rate_rule": "sqrt", "max_batch_size": most, "min_batch_size": max(1, base // 8)}
-    moving["noise_scale"] = planned.noise_scale
+    base, most = planned.batch_size, len(job.train)
+    sizes = sorted({max(4, min(round(base * factor), most // 2)) for factor in FIXED})
+    moving: dict[str, Any]
+    moving = {"learning_rate_rule": "sqrt", "max_batch_size": min(most, GROWTH * base), "noise_every": EVERY}
+    moving |= {"min_batch_size": max(4, base // GROWTH), "noise_scale": planned.noise_scale}
+    found: dict[str, dict[str, Any]]
     found = {f"fixed {size}": {"batch_size": size, "measure_noise": False} for size in sizes}
     found["wsd"] = {"schedule": "wsd", "measure_noise": False}
     found["power"] = {"schedule": "power", "schedule_settings": {"knee_share": 0.1, "decay_share": 0.1}}
     found["power"] |= {"measure_noise": False}
-    found["adascale"] = {"batch_size": 4 * base}
-    for name in ("adaptive", "goodput", "decay_by_batch"):
-        found[name] = {"batch_schedule": name, **moving}
+    found["adascale"] = {"batch_size": min(4 * base, most), "measure_noise": True, "noise_every": 1}
+    found |= {name: {"batch_schedule": name, **moving} for name in ("adaptive", "goodput")}
+    for start in sorted({max(4, round(base * share)) for share in (0.25, 0.5, 1.0)}):
+        decay = {"batch_schedule": "decay_by_batch", "batch_size": start, "measure_noise": False, **moving}
+        found[f"decay {start}"] = decay | {"batch_settings": {"headroom": None}}
+        found[f"decay {start}, noise"] = decay | {"batch_settings": {"headroom": 2.0}}
     return found
 
 
@@ -124,7 +129,10 @@ def row(job: bl.Job, planned: Plan, name: str, changes: dict[str, Any], full: in
     """One method: its rate, and each seed's loss, updates, examples and seconds at each budget."""
     base = planned.batch_size
     plan = dataclasses.replace(planned, **({"schedule": "linear"} | changes))
-    moved = plan.learning_rate * math.sqrt(plan.batch_size / base) if name.startswith("fixed") else plan.learning_rate
+    pieces = 2 if plan.measure_noise and plan.batch_schedule == "fixed" else 1
+    plan = dataclasses.replace(plan, micro_batch=len(job.train) if pieces == 1 else math.ceil(plan.batch_size / 2))
+    plan = dataclasses.replace(plan, accumulation=pieces)
+    moved = plan.learning_rate * (1.0 if name == "adascale" else math.sqrt(plan.batch_size / base))
     tried = {}
     for factor in RATES:
         one = dataclasses.replace(plan, learning_rate=moved * factor)
@@ -144,6 +152,9 @@ def compared(rows: list[dict[str, Any]], base: int) -> list[dict[str, Any]]:
     planned = next(row for row in rows if row["method"] == f"fixed {base}")
     target = statistics.median(planned["loss"][BUDGETS.index(1.0)])
     for row in rows:
+        for what in ("steps", "seconds"):
+            own = zip(zip(*row["loss"], strict=True), zip(*row[what], strict=True), strict=True)
+            row[f"{what}_by_seed"] = [crossing(BUDGETS, list(loss), list(value), target) for loss, value in own]
         losses = [statistics.median(each) for each in row["loss"]]
         for what in ("steps", "examples", "seconds"):
             middle = [statistics.median(each) for each in row[what]]
