@@ -32,9 +32,12 @@ from batchlab.workloads.models import ByteTransformer, ConvNet
 LIMITS = {"micro_batch": 1.02, "ranks": 1.02, "norm_layers": 1.03, "per_example": 1.25}
 MEMORY = {"micro_batch": 1.02, "ranks": 1.02, "norm_layers": 1.02, "per_example": 1.10}
 GPT, WIDE = "4-layer GPT, width 128, length 64, batch 32", "4-layer GPT, width 256, length 64, batch 32"
+LONG = "4-layer GPT, width 256, length 256, batch 16"
 METHODS = [
     *((GPT, method, pieces) for method in ("ranks", "norm_layers", "per_example") for pieces in (1, 4)),
     *((WIDE, method, pieces) for method, pieces in (("micro_batch", 4), ("ranks", 1), ("per_example", 1))),
+    *((LONG, method, 1) for method in ("ranks", "norm_layers", "per_example")),
+    *((LONG, method, 4) for method in ("micro_batch", "ranks", "norm_layers", "per_example")),
 ]
 
 
@@ -80,7 +83,7 @@ def jobs() -> dict[str, tuple[nn.Module, Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(0)
     layers = [layer for _ in range(5) for layer in (nn.Linear(256, 256), nn.ReLU())]
     features = torch.randn(256, 256, generator=generator)
-    tokens = torch.randint(256, (32, 65), generator=generator)
+    tokens, long = (torch.randint(256, (32, length + 1), generator=generator) for length in (64, 256))
     images = torch.randn(64, 1, 8, 8, generator=generator)
     classes = torch.randint(10, (256,), generator=generator)
     return {
@@ -91,6 +94,7 @@ def jobs() -> dict[str, tuple[nn.Module, Tensor, Tensor]]:
             tokens[:, 1:],
         ),
         WIDE: (ByteTransformer(64, width=256, layers=4, heads=4), tokens[:, :-1], tokens[:, 1:]),
+        LONG: (ByteTransformer(256, width=256, layers=4, heads=4), long[:16, :-1], long[:16, 1:]),
         "digits CNN, batch 64": (ConvNet(1, 8, 10), images, classes[:64]),
     }
 
@@ -103,7 +107,7 @@ def main() -> None:
     clock = time.process_time if given.processor_time else time.perf_counter
     rows: list[dict[str, Any]] = []
     for name, job in jobs().items():
-        for pieces in () if name == WIDE else (2, 4):
+        for pieces in () if name in (WIDE, LONG) else (2, 4):
             settings: dict[str, Any] = {"pairs": given.pairs, "calls": 4 if "GPT" in name else 40, "clock": clock}
             row = {"model": name, "micro_batches": pieces}
             rows.append(row | timed(job, pieces, every=1, **settings))
