@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from batchlab.optim.mkor.factors import Knee, precondition, update_inverse_, update_released_
-from tests.optim.mkor.test_mkor import DOUBLE, close, drawn
+from tests.optim.mkor.small_mlp import DOUBLE, close, drawn
 
 
 def test_a_chain_of_updates_is_the_inverse_of_the_average():

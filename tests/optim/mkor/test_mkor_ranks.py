@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from batchlab.core.errors import InputError
-from tests.optim.mkor.test_mkor import DOUBLE, batch, close, drawn, made, mlp, run
+from tests.optim.mkor.small_mlp import DOUBLE, batch, close, drawn, made, mlp, run
 from tests.spine.forked import in_ranks
 
 SIZES = (3, 1, 4)
