@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 from batchlab.core.errors import InputError
 from batchlab.optim.adversarial.concurrent_adversarial import ConcurrentAdversarial
 from batchlab.optim.adversarial.dual_batchnorm import convert_dual_batchnorm, use_bn
-from tests.optim.adversarial.test_concurrent_adversarial import (
+from tests.optim.adversarial.small_network import (
     RHO,
     assert_same,
     by_hand,
