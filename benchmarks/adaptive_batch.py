@@ -5,8 +5,8 @@ The planner's batch B0 is that of `plan(job, probe(job), goal="balanced")`. Ever
 its budget of examples, but where its name says another schedule, and has no average. The final loss L* is the median
 over seeds of the planner's batch after the full budget; the other budgets are 0.5, 0.71, 1.41 and 2 times that, and
 what a method takes to L* is read between them (the median loss against the logarithm of the budget). Each method, and
-each fixed batch, has its rate tuned alike: eight rates a factor 2 apart, at the full budget, by the median loss of three
-seeds that are not used again.
+each fixed batch, has its rate tuned alike: eight rates a factor 2 apart, at the full budget, by the median loss of
+three seeds that are not used again.
 
   fixed B             B0/8 to 4 B0: the sweep; its best is the one that comes to L* first, in seconds
   wsd, power          at B0, with the schedules of those names

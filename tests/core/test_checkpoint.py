@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from batchlab.core.checkpoint import checkpoints, drop_old, load_checkpoint, newest_whole, save_checkpoint
+from batchlab.core.checkpoint import _decode, checkpoints, drop_old, load_checkpoint, newest_whole, save_checkpoint
 from batchlab.core.errors import CheckpointError, StorageError
 
 
@@ -76,6 +76,20 @@ def test_old_ones_are_dropped_newest_first(tmp_path):
         save_checkpoint(tmp_path, step, {})
     drop_old(tmp_path, keep=2)
     assert [int(path.name[5:15]) for path in checkpoints(tmp_path)] == [10, 2]
+
+
+def test_dtypes_are_kept_and_unknown_tensors_and_dtypes_are_named(tmp_path):
+    path = save_checkpoint(tmp_path, 1, {"kind": torch.bfloat16})
+    assert load_checkpoint(path)["kind"] is torch.bfloat16
+    for tree, message in (
+        ({"$dtype": "load"}, "the dtype load, which this torch does not know"),
+        (
+            {"$in_few_bits": "Thing", "parts": {}, "own": [[], [], []]},
+            "holds a Thing, which this batchlab does not know",
+        ),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            _decode(tree, {})
 
 
 def test_no_code_runs_from_a_checkpoint(tmp_path):

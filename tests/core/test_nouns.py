@@ -184,3 +184,11 @@ def test_numpys_numbers_are_written_as_pythons():
     plain = to_plain({"a": np.float32(math.inf), "b": [np.int8(3)], "c": np.float64(0.5)})
     assert plain == {"a": "inf", "b": [3], "c": 0.5}
     assert type(plain["b"][0]) is int and type(plain["c"]) is float
+
+
+def test_a_plan_keeps_every_kind_of_hyperparameter():
+    settings = {"weight_decay": 0.1, "ns_steps": 5, "nesterov": True, "state_dtype": "8bit", "clamp": None}
+    settings |= {"betas": (0.9, 0.99), "three": (0.9, 0.99, 0.999)}
+    plan = toy_plan(hyperparameters=settings)
+    read = Plan.from_json(plan.to_json()).hyperparameters
+    assert read == settings and list(map(type, read.values())) == list(map(type, settings.values()))

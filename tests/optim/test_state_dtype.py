@@ -1,14 +1,18 @@
 """State in 8 bits, by torchao: near the full state's steps, a quarter of its memory, and it goes through torch.save."""
 
+import dataclasses
 import io
 
 import pytest
 import torch
 from torch import nn
 
+from batchlab.core.checkpoint import load_checkpoint, save_checkpoint
 from batchlab.core.errors import InputError
 from batchlab.optim import LAMB, Lion
-from batchlab.optim.state_dtype import check_state_dtype
+from batchlab.optim.state_dtype import checked_state_dtype
+from batchlab.spine.learner import Learner
+from tests.spine.jobs import toy_job, toy_plan
 
 STEPS = 20
 
@@ -53,6 +57,37 @@ def test_eight_bits_go_through_torch_save():
     assert torch.equal(w, again)
 
 
+@pytest.mark.parametrize("state_dtype", ["8bit", "bfloat16", torch.bfloat16])
+def test_a_checkpoint_keeps_the_bits(state_dtype, tmp_path):
+    w, optimizer = trained(LAMB, state_dtype)
+    kept = load_checkpoint(save_checkpoint(tmp_path, 1, optimizer.state_dict()))
+    again = nn.Parameter(w.detach().clone())
+    resumed = LAMB([again], lr=0.01, state_dtype=state_dtype)
+    resumed.load_state_dict(kept)
+    assert type(resumed.state[again]["exp_avg"]) is type(optimizer.state[w]["exp_avg"])
+    for parameter, each in ((w, optimizer), (again, resumed)):
+        parameter.grad = torch.ones_like(parameter)
+        each.step()
+    assert torch.equal(w, again)
+
+
+@pytest.mark.parametrize("state_dtype", ["8bit", "bfloat16"])
+def test_a_run_with_few_bits_resumes_bit_by_bit(state_dtype, tmp_path):
+    layers = lambda: nn.Sequential(nn.Linear(6, 1024), nn.ReLU(), nn.Linear(1024, 1))  # noqa: E731
+    wide = dataclasses.replace(toy_job(dtype=torch.float32), model=layers)
+    plan = toy_plan(optimizer="lamb", hyperparameters={"state_dtype": state_dtype})
+    assert type(plan).from_json(plan.to_json()) == plan
+    learners = [Learner(wide, plan, device="cpu") for _ in range(2)]
+    for _ in range(3):
+        learners[0].update()
+    learners[1].load_state_dict(load_checkpoint(save_checkpoint(tmp_path, 3, learners[0].state_dict())))
+    for _ in range(3):
+        for learner in learners:
+            learner.update()
+    for one, other in zip(learners[0].model.parameters(), learners[1].model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_a_rule_that_needs_its_state_says_so():
     with pytest.raises(InputError, match="keeps its state in float32, got state_dtype='8bit': its rule needs it"):
-        check_state_dtype("8bit", "Learned", allowed=False)
+        checked_state_dtype("8bit", "Learned", allowed=False)

@@ -1,12 +1,14 @@
 """Checkpoints: one safetensors file each, named by its step and by the digest of its bytes. No pickle.
 
 Tensors are the file's tensors; all else is strict JSON in its header. The name's digest covers every byte, so that
-a cut or flipped file is known before anything of it is believed.
+a cut or flipped file is known before anything of it is believed. torchao's states in few bits are kept as they are, by
+the tensors within them.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import math
 import re
@@ -22,11 +24,16 @@ from batchlab.core.files import replace_atomic
 
 SCHEMA = 1
 _KEY = "batchlab"
+_IN_FEW_BITS = {
+    "OptimState4bit": "torchao.optim.subclass_4bit",
+    "OptimState8bit": "torchao.optim.subclass_8bit",
+    "OptimStateFp8": "torchao.optim.subclass_fp8",
+}
 _NAME = re.compile(r"step-(\d{10})-([0-9a-f]{32})\.safetensors")
 
 
 def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
-    """Writes `state` (nested dicts, lists, tuples, tensors, numbers, strings) durably; returns its path.
+    """Writes `state` (nested dicts, lists, tuples, tensors, dtypes, numbers, strings) durably; returns its path.
 
     When it returns, the file is whole on disk under its final name; if it does not, no file bears such a name.
     """
@@ -103,8 +110,15 @@ def _digest(path: Path) -> str:
 
 
 def _encode(value: Any, tensors: dict[str, Tensor], seen: dict[tuple[Any, ...], str]) -> Any:
+    if isinstance(value, Tensor) and type(value).__module__ == _IN_FEW_BITS.get(type(value).__name__):
+        names, context = value.__tensor_flatten__()  # type: ignore[attr-defined]
+        parts = {name: _encode(getattr(value, name), tensors, seen) for name in names}
+        own = _encode([list(context), list(value.shape), list(value.stride())], tensors, seen)
+        return {"$in_few_bits": type(value).__name__, "parts": parts, "own": own}
     if isinstance(value, Tensor):
         return {"$tensor": _stored(value.detach(), tensors, seen)}
+    if isinstance(value, torch.dtype):
+        return {"$dtype": str(value).removeprefix("torch.")}
     if isinstance(value, Mapping):
         return (
             {"$dict": [[_encode(k, tensors, seen), _encode(v, tensors, seen)] for k, v in value.items()]}
@@ -140,6 +154,10 @@ def _decode(tree: Any, tensors: dict[str, Tensor]) -> Any:
         return tree
     if "$tensor" in tree:
         return tensors[tree["$tensor"]].clone()
+    if "$in_few_bits" in tree:
+        return _made(tree["$in_few_bits"], _decode(tree["parts"], tensors), *_decode(tree["own"], tensors))
+    if "$dtype" in tree:
+        return _dtype(tree["$dtype"])
     if "$tuple" in tree:
         return tuple(_decode(item, tensors) for item in tree["$tuple"])
     if "$dict" in tree:
@@ -147,3 +165,22 @@ def _decode(tree: Any, tensors: dict[str, Tensor]) -> Any:
     if "$float" in tree:
         return float(tree["$float"])
     return {key: _decode(item, tensors) for key, item in tree.items()}
+
+
+def _made(name: str, parts: dict[str, Tensor], context: list[Any], shape: list[int], stride: list[int]) -> Any:
+    """The tensor of a class that is known here; no other name is ever imported."""
+    if name not in _IN_FEW_BITS:
+        raise CheckpointError(f"the checkpoint holds a {name}, which this batchlab does not know")
+    try:
+        module = importlib.import_module(_IN_FEW_BITS[name])
+    except ImportError as error:
+        message = f'the checkpoint holds a {name}, which needs torchao: pip install "batchlab[lowbit]"'
+        raise CheckpointError(message) from error
+    return getattr(module, name).__tensor_unflatten__(parts, context, shape, stride)
+
+
+def _dtype(name: str) -> torch.dtype:
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype):
+        raise CheckpointError(f"the checkpoint holds the dtype {name}, which this torch does not know")
+    return found

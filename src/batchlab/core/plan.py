@@ -86,7 +86,7 @@ class Plan(JsonNoun):
     steps: int
     optimizer: str
     learning_rate: float
-    hyperparameters: Mapping[str, float | tuple[float, float]] = field(default_factory=dict)
+    hyperparameters: Mapping[str, int | float | bool | str | tuple[float, ...] | None] = field(default_factory=dict)
     predicted_steps: Estimate | None = None
     predicted_step_seconds: float | None = None
     noise_scale: Estimate | None = None

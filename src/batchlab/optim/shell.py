@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from batchlab.core.errors import InputError
-from batchlab.optim.state_dtype import StateDtype, check_state_dtype, in_dtype, state_like
+from batchlab.optim.state_dtype import StateDtype, checked_state_dtype, in_dtype, state_like
 from batchlab.parallel.owners import Whole, at_owners
 from batchlab.parallel.shards import share
 from batchlab.parallel.sums import Layout, layout_of, sums_over
@@ -109,7 +109,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             raise InputError(f"{type(self).__name__} cannot be differentiated through: differentiable must be False")
         if foreach and fused:
             raise InputError("foreach and fused cannot both be True: fused compiles whichever form is the faster")
-        check_state_dtype(state_dtype, type(self).__name__, allowed=self.LOW_BITS)
+        state_dtype = checked_state_dtype(state_dtype, type(self).__name__, allowed=self.LOW_BITS)
         self._watched = False
         self._report: dict[str, dict[str, Tensor]] = {}
         self._compiled: dict[Form, Callable[..., Any]] = {}

@@ -1,9 +1,10 @@
 """In how many bits an optimizer keeps its state: float32, bfloat16, or 8 bits in torchao's tensors.
 
 None: float32 for parameters in half precision, else the parameter's own dtype. torch.bfloat16: half the memory; an
-average of squares, with a share of new values below 2^-8, would stand still in it and stays in float32.
-"8bit": torchao's blockwise 8-bit (Dettmers et al. 2021, arXiv 2110.02861), for tensors
-of 4,096 elements and more that its blocks of 256 divide; smaller ones stay in float32, as torchao has it.
+average of squares, with a share of new values below 2^-8, would stand still in it and stays in float32. "8bit":
+torchao's blockwise 8-bit (Dettmers et al. 2021, arXiv 2110.02861), for tensors of 4,096 elements and more that its
+blocks of 256 divide; smaller ones stay in float32, as torchao has it. A dtype may also be given by its name, as a plan
+in JSON has it.
 """
 
 from __future__ import annotations
@@ -16,24 +17,28 @@ from torch import Tensor
 from batchlab.core.errors import InputError
 from batchlab.parallel.shards import is_spread, share
 
-StateDtype = torch.dtype | Literal["8bit"] | None
+StateDtype = torch.dtype | Literal["float32", "bfloat16", "8bit"] | None
+_NAMED: dict[Any, StateDtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BLOCK, FEWEST = 256, 4096
 
 
-def check_state_dtype(state_dtype: StateDtype, optimizer: str, *, allowed: bool) -> None:
-    """Refuses what is not known, or what the optimizer's rule does not allow; asks for torchao where it is missing."""
+def checked_state_dtype(state_dtype: StateDtype, optimizer: str, *, allowed: bool) -> StateDtype:
+    """A name as its dtype. Refuses what is not known, what the rule does not allow, and 8 bits without torchao."""
+    state_dtype = _NAMED.get(state_dtype, state_dtype)
     if state_dtype is None:
-        return
+        return None
     if state_dtype not in (torch.float32, torch.bfloat16, "8bit"):
         raise InputError(f'state_dtype must be None, torch.float32, torch.bfloat16 or "8bit", got {state_dtype!r}')
     if state_dtype is not torch.float32 and not allowed:
         raise InputError(f"{optimizer} keeps its state in float32, got state_dtype={state_dtype!r}: its rule needs it")
     if state_dtype == "8bit":
         _torchao()
+    return state_dtype
 
 
 def state_like(parameter: Tensor, state_dtype: StateDtype, *, squares: bool) -> Tensor:
     """Zeros like the parameter, spread as it is. squares: whether what is kept is never negative."""
+    state_dtype = _NAMED.get(state_dtype, state_dtype)
     if state_dtype == "8bit":
         part = share(parameter).part
         if parameter.numel() >= FEWEST and part.numel() % BLOCK == 0 and part.numel() > 0:
@@ -41,7 +46,7 @@ def state_like(parameter: Tensor, state_dtype: StateDtype, *, squares: bool) -> 
         state_dtype = torch.float32
     if state_dtype is None or (squares and state_dtype == torch.bfloat16):
         state_dtype = torch.promote_types(parameter.dtype, torch.float32)
-    return torch.zeros_like(parameter, dtype=state_dtype, requires_grad=False)
+    return torch.zeros_like(parameter, dtype=cast(torch.dtype, state_dtype), requires_grad=False)
 
 
 def in_dtype(part: Tensor, dtype: torch.dtype) -> Tensor:
