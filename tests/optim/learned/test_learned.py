@@ -1,67 +1,20 @@
-"""LearnedOptimizer against a naive loop over elements, closed-form networks, and its own promises."""
+"""LearnedOptimizer against a naive loop over elements, networks of a known output, and its own promises."""
 
 import copy
-import importlib.util
 import math
-import sys
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from batchlab.core.errors import InputError
-from batchlab.optim.learned import learned
-from batchlab.optim.learned.features import FEATURES, INPUTS, TAUS, factored_dims, pieces
+from batchlab.optim.learned.features import FEATURES, INPUTS, TAUS
 from batchlab.optim.learned.learned import LearnedOptimizer
-from batchlab.optim.learned.weights import (
-    PYLO_DELTAS,
-    SHIPPED,
-    OptimizerWeights,
-    fresh_weights,
-    load_weights,
-    save_weights,
-)
+from batchlab.optim.learned.weights import PYLO_DELTAS, OptimizerWeights, fresh_weights
 from batchlab.testing.optimizers import compiled_equals_the_loop
-
-SHAPES = [(7,), (5, 3), (4, 3, 3, 3), (6, 6), ()]
-SCRIPTS = Path(__file__).parents[3] / "scripts"
-
-
-def parameters(shapes=SHAPES, seed=0, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed)
-    return [nn.Parameter(0.3 * torch.randn(shape, generator=generator, dtype=dtype)) for shape in shapes]
-
-
-def give_gradients(held, step, scale=1.0):
-    generator = torch.Generator().manual_seed(100 + step)
-    for p in held:
-        p.grad = (scale * torch.randn(p.shape, generator=generator, dtype=torch.float64)).to(p.dtype)
-
-
-def after(held, steps=4, **options):
-    """The weights after some steps."""
-    optimizer = LearnedOptimizer(held, **{"weights": fresh_weights(0)} | options)
-    for step in range(steps):
-        give_gradients(held, step)
-        optimizer.step()
-    return [p.detach().clone() for p in held]
-
-
-def constant(d, q, hidden=4):
-    """A network that says the same of all elements."""
-    zeros = {"w0": torch.zeros(INPUTS, hidden), "b0": torch.zeros(hidden)}
-    return zeros | {"w1": torch.zeros(hidden, 2), "b1": torch.tensor([d, q])}
-
-
-def passing(index):
-    """A network whose direction is input `index`: relu(x) - relu(-x)."""
-    w0 = torch.zeros(INPUTS, 2)
-    w0[index] = torch.tensor([1.0, -1.0])
-    return {"w0": w0, "b0": torch.zeros(2), "w1": torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), "b1": torch.zeros(2)}
+from tests.optim.learned.parameters import after, constant, give_gradients, parameters, passing
 
 
 class Naive:
@@ -179,24 +132,6 @@ def test_the_gradients_scale_is_hardly_seen_above_its_floor():
     torch.testing.assert_close(seen(1e-4), torch.full((16, 8), (1e-8 / (1e-5 + 1e-8)) ** 0.5, dtype=torch.float64))
 
 
-def test_the_decays_of_pylo():
-    deltas = torch.tensor(sum(PYLO_DELTAS.values(), ()), dtype=torch.float64)
-    start = [0.9, 0.99, 0.999, 0.999, 0.9, 0.99, 0.999]
-    expected = [1 - math.exp(10 * (math.log(1 - b) / 10 + d)) for b, d in zip(start, deltas.tolist(), strict=True)]
-    found = OptimizerWeights((), deltas).betas().tolist()
-    assert found == pytest.approx(expected, abs=1e-14)
-    rounded = [0.5420, 0.9584, 0.9980, 0.99889, 0.3562, 0.99663, 0.99946]  # the paper's code, to the digits known
-    assert found == pytest.approx(rounded, abs=5e-5)
-    clipped = OptimizerWeights((), torch.tensor([9.0, -9.0, 0, 0, 0, 0, 0])).betas()
-    assert clipped[0] == 0 and clipped[1] == 1
-
-
-def test_squares_and_ties_take_the_last_dimensions():
-    assert factored_dims((6, 6)) == (0, 1)
-    assert factored_dims((3, 9, 3, 9)) == (1, 3)
-    assert factored_dims((2,) * 20) == (18, 19)  # numpy's default sort is not stable here
-
-
 def test_a_transposed_weight_takes_the_transposed_step():
     [wide] = parameters([(3, 8)])
     tall = nn.Parameter(wide.detach().t().clone())
@@ -207,40 +142,6 @@ def test_a_transposed_weight_takes_the_transposed_step():
         for optimizer in optimizers:
             optimizer.step()
     torch.testing.assert_close(wide.detach().t(), tall.detach(), rtol=1e-13, atol=1e-14)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_chunks_change_no_bit(dtype, monkeypatch):
-    """The network never sees more than a chunk, and sums do not depend on it."""
-    monkeypatch.setitem(learned.BLOCK, "cpu", 64)  # as if these tensors were large
-    widths = []
-
-    def watched(layers, x):
-        widths.append(x.shape[1])
-        return learned_network(layers, x)
-
-    learned_network = learned.network
-    monkeypatch.setattr(learned, "network", watched)
-    shapes = [(301,), (13, 11), (2, 150), (3, 4, 5, 3), (9, 1), ()]
-    whole = after(parameters(shapes, dtype=dtype), 3, chunk=10_000)
-    for chunk in (7, 64, 100, 299):
-        widths.clear()
-        for ours, theirs in zip(after(parameters(shapes, dtype=dtype), 3, chunk=chunk), whole, strict=True):
-            assert torch.equal(ours, theirs), f"chunk {chunk}, shape {tuple(ours.shape)}"
-        assert max(widths) <= chunk
-
-
-CUT = [((7,), 3), ((2, 150), 7), ((3, 4, 5, 7), 30), ((5, 3), 100), ((), 1), ((4, 0), 1)]
-
-
-@pytest.mark.parametrize("shape, most", CUT)
-def test_pieces_make_up_the_tensor_once(shape, most):
-    counted, sizes = torch.zeros(shape), []
-    for piece in pieces(shape, most):
-        part = counted[piece] if piece else counted
-        part += 1
-        sizes.append(part.numel())
-    assert (counted == 1).all() and max(sizes) <= most
 
 
 def test_numbers_are_vectors_of_one():
@@ -330,59 +231,6 @@ def test_a_copy_goes_on_with_the_same_network():
     assert torch.equal(held[0], twin[0])
 
 
-def test_the_layouts_hold_the_same_network(tmp_path):
-    """PyLO's file, JAX's nested tree and its arrays give one network; a round trip through a file loses nothing."""
-    weights = fresh_weights(5)
-    scaled = OptimizerWeights(weights.layers, weights.deltas, 0.02, 0.003, {"by": "me"})
-    save_weights(tmp_path / "ours.safetensors", scaled)
-    back = load_weights(tmp_path / "ours.safetensors")
-    assert back.digest == weights.digest and (back.step_mult, back.exp_mult, back.about["by"]) == (0.02, 0.003, "me")
-    names = ["input", "linear_0", "output"]
-    pairs = list(zip(weights.layers[::2], weights.layers[1::2], strict=True))
-    plain, tree = {}, {}
-    for index, (name, (weight, bias)) in enumerate(zip(names, pairs, strict=True)):
-        plain |= {f"network.{name}.weight": weight, f"network.{name}.bias": bias}
-        tree |= {f"w{index}": weight.T.numpy(), f"b{index}": bias.numpy()}
-    save_file(plain, tmp_path / "pylo.safetensors")
-    np.savez(tmp_path / "jax.npz", **{f"nn/~/{name}": each for name, each in tree.items()})
-    zeros = {"momentum_decays": np.zeros(3), "rms_decays": np.zeros(1), "adafactor_decays": np.zeros(3)}
-    pylo, arrays = load_weights(tmp_path / "pylo.safetensors"), load_weights(tmp_path / "jax.npz")
-    nested = load_weights({"nn": {"~": tree}} | zeros)
-    for each in (pylo, nested, arrays):
-        assert all(torch.equal(a, b) for a, b in zip(each.layers, weights.layers, strict=True))
-    assert nested.digest == weights.digest
-    assert pylo.deltas.tolist() == arrays.deltas.tolist() == pytest.approx(sum(PYLO_DELTAS.values(), ()))
-
-
-def test_wrong_weights_are_refused(tmp_path):
-    [p] = parameters([(2,)])
-    make = partial(LearnedOptimizer, [p])
-    with pytest.raises(InputError, match=r"weights must be layers of 39 inputs.*\(32, 39\).*w0 \(39, 32\).*\(4, 28\)"):
-        make(weights=constant(1.0, 0.0) | {"w0": torch.zeros(28, 4)})
-    with pytest.raises(InputError, match=r"weights must be layers of 39 inputs.*got \[\]"):
-        make(weights={"other": torch.zeros(3)})
-    with pytest.raises(InputError, match="weights must be finite"):
-        make(weights=constant(math.nan, 0.0))
-    with pytest.raises(InputError, match="rms_decays must hold 1 numbers, got 2"):
-        make(weights=constant(1.0, 0.0) | {"rms_decays": torch.zeros(2)})
-    with pytest.raises(InputError, match=r"weights\['b0'\] must be an array of numbers"):
-        make(weights=constant(1.0, 0.0) | {"b0": "zeros"})
-    with pytest.raises(InputError, match="does not exist"):
-        make(weights=tmp_path / "nowhere.safetensors")
-    (tmp_path / "text.safetensors").write_text("no weights here")
-    with pytest.raises(InputError, match=r"weights must be a \.safetensors or \.npz file"):
-        make(weights=tmp_path / "text.safetensors")
-    save_weights(tmp_path / "scale.safetensors", OptimizerWeights(fresh_weights(0).layers, torch.zeros(7), -1.0))
-    with pytest.raises(InputError, match=r"step_mult must be .*, got -1\.0"):
-        make(weights=tmp_path / "scale.safetensors")
-
-
-def test_without_weights_the_error_says_how_to_have_them(monkeypatch, tmp_path):
-    monkeypatch.setattr("batchlab.optim.learned.weights.SHIPPED", tmp_path / "gone.safetensors")
-    with pytest.raises(InputError, match=r"scripts/meta_train_optimizer\.py.*nothing is downloaded"):
-        LearnedOptimizer(parameters([(2,)]))
-
-
 @pytest.mark.parametrize(
     "options, word",
     [
@@ -399,95 +247,6 @@ def test_without_weights_the_error_says_how_to_have_them(monkeypatch, tmp_path):
 def test_refusals(options, word):
     with pytest.raises(InputError, match=word):
         LearnedOptimizer(parameters([(2,)]), weights=fresh_weights(0), **options)
-
-
-def test_the_weights_that_ship_say_how_they_were_made():
-    weights = load_weights(None)
-    assert [tuple(each.shape) for each in weights.layers] == [(32, 39), (32,), (32, 32), (32,), (2, 32), (2,)]
-    assert "evolution strategies" in weights.about["trained_by"] and "digits" in weights.about["trained_on"]
-    assert float(weights.about["held_out_meta_loss"]) < float(weights.about["held_out_meta_loss_at_start"])
-    assert SHIPPED.stat().st_size < 20_000
-
-
-def script(name):
-    if str(SCRIPTS) not in sys.path:
-        sys.path.insert(0, str(SCRIPTS))
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_meta_training_runs_the_shipped_rule():
-    """Its batched runs equal LearnedOptimizer's, task by task, each with its own network."""
-    train, tasks = script("meta_train_optimizer"), script("optimizer_tasks")
-    like = train.first_weights(0)
-    noise = torch.randn(2, 2409, generator=torch.Generator().manual_seed(0))
-    layers, deltas = train.unflat(train.flat(like) + 0.05 * noise, like)
-    drawn = tasks.draw_tasks(tasks.Kind("digits", 16, 10, (32,), "tanh", 16), 2, 20, 5)
-    inner = train.Inner(drawn, 1)
-    inner.run(layers, train.betas(deltas), 20)
-    for i in range(2):
-        held = [nn.Parameter(w[i].clone()) for w in drawn.weights]
-        optimizer = LearnedOptimizer(held, weights=OptimizerWeights(tuple(each[i] for each in layers), deltas[i]))
-        for step in range(20):
-            _, grads = tasks.gradients(drawn, [torch.stack([p.detach()] * 2) for p in held], step)
-            for p, g in zip(held, grads, strict=True):
-                p.grad = g[i]
-            optimizer.step()
-        for p, w in zip(held, inner.weights, strict=True):
-            torch.testing.assert_close(p.detach(), w[i], rtol=0, atol=2e-6)
-
-
-def test_the_outer_gradient_is_that_of_evolution_strategies(monkeypatch):
-    """Of a meta-loss linear in θ it is aᵀε·ε over pairs; persistent: of part k, ε_k against the sum of ε so far."""
-    train = script("meta_train_optimizer")
-    like, a = train.first_weights(0), torch.linspace(-1, 1, 2409)
-    theta = train.flat(like)
-
-    class Linear:
-        def __init__(self, tasks, copies):
-            pass
-
-        def run(self, layers, decays, steps):
-            shifts = (1 - decays).log() - torch.tensor([0.1, 0.01, 0.001, 0.001, 0.1, 0.01, 0.001]).log()
-            return (torch.cat([*(each.flatten(1) for each in layers), shifts], 1) @ a)[None].expand(steps, -1)
-
-    monkeypatch.setattr(train, "Inner", Linear)
-    monkeypatch.setattr(train, "scaled", lambda found, tasks: found.mean(0))
-    found = train.outer_gradient(theta, like, 0, pairs=3, sigma=0.01, steps=4, part=2)
-    generator = torch.Generator().manual_seed(0)
-    first, second = torch.randn(3, 2409, generator=generator), torch.randn(3, 2409, generator=generator)
-    expected = [((first @ a)[:, None] * first).mean(0), ((second @ a)[:, None] * (first + second)).mean(0)]
-    for (gradient, _), right in zip(found, expected, strict=True):
-        torch.testing.assert_close(gradient, right, rtol=0, atol=2e-2 * right.abs().max().item())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_the_weights_that_ship_beat_the_best_rate_of_sgd_on_held_out_tasks(seed):
-    """The mean loss over 100 steps, of four kinds with four tasks each; SGD takes its best of five rates by kind."""
-    train, tasks, weights = script("meta_train_optimizer"), script("optimizer_tasks"), load_weights(None)
-    ours, theirs = [], []
-    for place in range(4):
-        number = tasks.JUDGED_FROM + 500_000 + 1000 * seed + place
-        drawn = tasks.draw_tasks(tasks.draw_kind(number), 4, 100, number)
-        layers = [each.expand(4, *each.shape) for each in weights.layers]
-        found = train.Inner(drawn, 1).run(layers, train.betas(weights.deltas.expand(4, -1)), 100)
-        ours.append(train.scaled(found, drawn).mean().item())
-        runs = []
-        for rate in (0.03, 0.1, 0.3, 1.0, 3.0):
-            held, losses = [nn.Parameter(w.clone()) for w in drawn.weights], []
-            sgd = torch.optim.SGD(held, lr=rate)
-            for step in range(100):
-                loss, grads = tasks.gradients(drawn, held, step)
-                losses.append(loss)
-                for p, g in zip(held, grads, strict=True):
-                    p.grad = g
-                sgd.step()
-            runs.append(train.scaled(torch.stack(losses), drawn).mean().item())
-        theirs.append(min(runs))
-    assert sum(ours) < sum(theirs), f"{ours} against {theirs}"
 
 
 @pytest.mark.slow
