@@ -45,12 +45,6 @@ def test_bad_arguments_are_named(make, message):
         make()
 
 
-def test_a_parameter_in_two_groups_is_refused():
-    p = nn.Parameter(torch.zeros(1))
-    with pytest.raises(ValueError, match="more than one parameter group"):
-        AGVM(torch.optim.SGD([{"params": [p]}, {"params": [p]}], lr=0.1))
-
-
 def test_a_wrong_use_of_halves_is_told():
     modules, agvm = pair()
     with pytest.raises(InputError, match="step 0 measures: run its backward passes in half"):

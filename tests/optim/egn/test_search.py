@@ -27,16 +27,15 @@ def naive_search(f, start, slope, goldstein):
 
 @pytest.mark.parametrize("goldstein", [False, True])
 def test_the_search_is_the_authors_loop(goldstein):
-    for k in (0.1, 0.7, 1.0, 2.0, 7.0, 300.0):
+    for k in (0.3, 0.7, 1.0, 2.0, 7.0, 300.0):
         for start in (1.0, 0.3, 1e-3):
 
             def f(s, k=k):
                 return (1 - k * s) ** 2 + 0.1 * math.sin(5 * s)
 
             slope = -2 * k + 0.5
-            if slope < 0:
-                found, after = search(start, f(0.0), slope, f, goldstein=goldstein, eps=0.0)
-                assert found == naive_search(f, start, slope, goldstein) and after == f(found)
+            found, after = search(start, f(0.0), slope, f, goldstein=goldstein, eps=0.0)
+            assert found == naive_search(f, start, slope, goldstein) and after == f(found)
     assert search(1.0, 1.0, -1.0, lambda s: math.nan, eps=0.0)[0] == pytest.approx(0.8**15)
     assert (first_share("armijo", 0.8), first_share("armijo", 0.5)) == (1.0, 0.75)
     assert first_share("conservative", 0.5) == first_share("goldstein", 0.5) == 0.5
