@@ -228,11 +228,13 @@ def test_a_second_trainer_is_refused_and_told_of_the_first(tmp_path):
 @pytest.mark.parametrize("change", ["learning_rate", "batch_size", "optimizer"])
 def test_another_recipe_cannot_be_resumed(tmp_path, change):
     train(toy_job(), toy_plan(steps=4), out=tmp_path / "r", device="cpu")
+    told = Run.open(tmp_path / "r").meta
     other = dataclasses.replace(
         toy_plan(steps=8), **{change: {"learning_rate": 0.5, "batch_size": 32, "optimizer": "sgd"}[change]}
     )
     with pytest.raises(InputError, match=f"cannot resume with another {change}"):
         train(toy_job(), other, out=tmp_path / "r", resume=True, device="cpu")
+    assert Run.open(tmp_path / "r").meta == told, "or the run could not be resumed by its own plan any more"
 
 
 def test_nan_from_the_start_writes_nothing(tmp_path):

@@ -49,12 +49,13 @@ class RunFolder:
 
     def __init__(self, out: str | Path, meta: dict[str, Any], *, resume: bool) -> None:
         self.path = Path(out)
+        self._meta = meta
         self.failed = 0
         self._error: BatchlabError | None = None
         self._writer: RunWriter | None = None
         if is_main():
             try:
-                self._writer = RunWriter(out, meta, resume=resume)
+                self._writer = RunWriter(out, {} if resume else meta, resume=resume)
             except BatchlabError as error:
                 self._error = error
         if agree_max(int(self._error is not None)):
@@ -71,7 +72,7 @@ class RunFolder:
         """Brings the learner to the newest whole checkpoint and cuts off the lines after it; returns the status.
 
         With no checkpoint yet, the run starts again from the beginning. The status is "reached" where the run
-        had met its target by then, else "running".
+        had met its target by then, else "running". `run.json` says how it goes on only once nothing refuses it.
         """
         state, problems = newest_whole(self.path / CHECKPOINTS)
         if state is None and problems:
@@ -79,6 +80,7 @@ class RunFolder:
         if state is not None:
             _check_same(state["plan"], to_plain(learner.plan))
             learner.load_state_dict(state["learner"])
+        self._write(lambda writer: writer.write_meta(**self._meta))
         self._write(lambda writer: writer.keep_steps(learner.step))
         self._agree()
         summary = summarize(Run.open(self.path).steps(), learner.plan, "running")
