@@ -30,11 +30,11 @@ def ademamix_(
     *,
     rate: Tensor,
     share1: float,
-    keep2: float,
+    keep2: Tensor,
     share2: float,
     share3: Tensor,
     alpha: Tensor,
-    eps: float,
+    eps: Tensor,
     keep: float,
 ) -> None:
     """One step on one tensor.
@@ -59,11 +59,11 @@ def ademamix_foreach_(
     *,
     rate: Tensor,
     share1: float,
-    keep2: float,
+    keep2: Tensor,
     share2: float,
     share3: Tensor,
     alpha: Tensor,
-    eps: float,
+    eps: Tensor,
     keep: float,
 ) -> None:
     """`ademamix_` on lists of tensors."""

@@ -32,12 +32,12 @@ def lamb_(
     *,
     rate: Tensor,
     share1: float,
-    keep2: float,
+    keep2: Tensor,
     share2: float,
-    eps: float,
+    eps: Tensor,
     decay: Tensor,
     decays: bool,
-    k: float,
+    k: Tensor,
     clamp: tuple[float, float] | None,
     max_ratio: float | None,
     adapt: bool,
@@ -66,12 +66,12 @@ def lamb_foreach_(
     *,
     rate: Tensor,
     share1: float,
-    keep2: float,
+    keep2: Tensor,
     share2: float,
-    eps: float,
+    eps: Tensor,
     decay: Tensor,
     decays: bool,
-    k: float,
+    k: Tensor,
     clamp: tuple[float, float] | None,
     max_ratio: float | None,
     adapt: bool,
@@ -208,7 +208,7 @@ def lamb_schedule(
 
 
 def _ratio(
-    w_norm: Tensor, u_norm: Tensor, *, k: float, clamp: tuple[float, float] | None, max_ratio: float | None
+    w_norm: Tensor, u_norm: Tensor, *, k: Tensor, clamp: tuple[float, float] | None, max_ratio: float | None
 ) -> Tensor:
     length = w_norm if clamp is None else w_norm.clamp(*clamp)
     ratio = k * length / u_norm

@@ -45,7 +45,10 @@ def lars_(
         return None
     norms = yield squares(w, g)
     ratio = _ratio(*norms.sqrt(), weight_decay=weight_decay, trust=trust, eps=eps, limit=rate if clip else None)
-    v.mul_(momentum).addcmul_(g.add(w, alpha=weight_decay), ratio * rate if lr_in_momentum else ratio)
+    scale = ratio * rate if lr_in_momentum else ratio
+    v.mul_(momentum).addcmul_(g, scale)
+    if weight_decay:
+        v.addcmul_(w, scale * weight_decay)
     if lr_in_momentum:
         w.sub_(v)
     else:

@@ -35,14 +35,24 @@ def adam_numbers(
 
       m ← m + a₁(g - m);   v ← b₂v + a₂g²;   w ← w - η'·[m/(√v + ε') + λ'w]  =  w - η·[m̂/(√v̂ + ε) + λw]
 
-    rate and decay, η' and λ', are tensors of `like`'s kind: they move from step to step, and a compiled rule would be
-    compiled anew for numbers. decays: whether λ is not 0.
+    rate and decay, η' and λ', and with them b₂, ε' and k are tensors of `like`'s kind: most move from step to step, and a
+    compiled rule would be compiled anew for numbers, or take 20 µs for each to make a tensor of it. decays: whether λ is
+    not 0.
     """
-    c1, c2 = bias_corrections(betas, t) if bias_correction else (1.0, 1.0)
+    k, numbers = _shared(like.dtype, like.device, tuple(betas), eps, weight_decay, t if bias_correction else None)
+    return numbers | {"rate": rate_of(lr, like, by=k)}
+
+
+@lru_cache(maxsize=256)
+def _shared(
+    dtype: torch.dtype, device: torch.device, betas: tuple[float, float], eps: float, weight_decay: float, t: int | None
+) -> tuple[float, dict[str, Any]]:
+    """k, and what is one for all tensors of a group at step t (None: without a correction): nobody may change it."""
+    c1, c2 = (1.0, 1.0) if t is None else bias_corrections(betas, t)
     k = c1 / c2**0.5
-    numbers: dict[str, Any] = {"share1": 1 - betas[0], "keep2": betas[1], "share2": 1 - betas[1], "eps": eps * c2**0.5}
-    decay = scalar(weight_decay * k, like.dtype, like.device)
-    return numbers | {"rate": rate_of(lr, like, by=k), "decay": decay, "decays": weight_decay != 0, "k": k}
+    moving = {"keep2": betas[1], "eps": eps * c2**0.5, "decay": weight_decay * k, "k": k}
+    numbers: dict[str, Any] = {name: scalar(value, dtype, device) for name, value in moving.items()}
+    return k, numbers | {"share1": 1 - betas[0], "share2": 1 - betas[1], "decays": weight_decay != 0}
 
 
 def rate_of(lr: float | Tensor, like: Tensor, *, by: float = 1.0) -> Tensor:

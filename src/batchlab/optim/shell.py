@@ -111,7 +111,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             raise InputError("foreach and fused cannot both be True: fused compiles whichever form is the faster")
         state_dtype = checked_state_dtype(state_dtype, type(self).__name__, allowed=self.LOW_BITS)
         self._watched = False
-        self._report: dict[str, dict[str, Tensor]] = {}
+        self._noted: list[tuple[list[str], dict[str, Tensor]]] = []
         self._compiled: dict[Form, Callable[..., Any]] = {}
         options = {"foreach": foreach, "fused": fused, "maximize": maximize, "state_dtype": state_dtype}
         super().__init__(params, defaults | options)
@@ -180,7 +180,7 @@ class RuleOptimizer(torch.optim.Optimizer):
                 self.state[leaf.parameter]["step"] -= 1
             return loss
         kept = {id(leaf): leaf.w.clone() for _, each in leaves for leaf in each} if self._watched else {}
-        self._report = {}
+        self._noted = []
         loose: list[tuple[Rule, list[Leaf]]] = []
         for group, each in leaves:
             loose += self._run(group, each)
@@ -245,15 +245,13 @@ class RuleOptimizer(torch.optim.Optimizer):
         return leaves
 
     def _note(self, leaves: list[Leaf], found: dict[str, Tensor] | None) -> None:
-        for what, values in (found or {}).items():
-            for leaf, value in zip(leaves, values.reshape(-1).unbind(), strict=True):
-                self._report.setdefault(leaf.name, {})[what] = value
+        if found:
+            self._noted.append(([leaf.name for leaf in leaves], found))
 
     def _note_sizes(self, leaves: list[Leaf], kept: Mapping[int, Tensor]) -> None:
         requests = [squares(kept[id(leaf)], leaf.w - kept[id(leaf)]) for leaf in leaves]
         for leaf, (w_sq, moved_sq) in zip(leaves, sums_over(requests, [leaf.layout for leaf in leaves]), strict=True):
-            found = {"weight_norm": w_sq.sqrt(), "update_ratio": (moved_sq / w_sq).sqrt()}
-            self._report.setdefault(leaf.name, {}).update(found)
+            self._note([leaf], {"weight_norm": w_sq.sqrt(), "update_ratio": (moved_sq / w_sq).sqrt()})
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -266,7 +264,12 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def report(self) -> dict[str, dict[str, float]]:
         """What the last step noted, by parameter: `trust_ratio` and the like; within `watching`, `update_ratio` too."""
-        return {name: {what: float(value) for what, value in found.items()} for name, found in self._report.items()}
+        told: dict[str, dict[str, float]] = {}
+        for names, found in self._noted:
+            for what, values in found.items():
+                for name, value in zip(names, values.reshape(-1).tolist(), strict=True):
+                    told.setdefault(name, {})[what] = value
+        return told
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but that the state keeps the dtype it was saved in: torch would round it to the parameter's."""
@@ -284,7 +287,7 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._watched, self._report, self._compiled = False, {}, {}
+        self._watched, self._noted, self._compiled = False, [], {}
 
 
 # sizes of 1, to 4,096 and beyond, dtypes and flags are a graph each; where torch can, each rule counts its own
@@ -347,10 +350,11 @@ def _leaf(name: str, parameter: Tensor, gradient: Tensor, state: Mapping[str, An
         held, gradient = share(held).part, share(gradient).part
         kept = {key: share(value).part for key, value in kept.items()}
     dtype = torch.promote_types(held.dtype, torch.float32)
-    w, g = held.to(dtype), gradient.to(dtype)
+    w, g = in_dtype(held, dtype), in_dtype(gradient, dtype)
     fine = {key: in_dtype(value, dtype) for key, value in kept.items()}
-    pairs = [(held, w), *((kept[key], value) for key, value in fine.items())]
-    rounded = [(coarse, value) for coarse, value in pairs if coarse is not value]
+    rounded = [(kept[key], value) for key, value in fine.items() if kept[key] is not value]
+    if held is not w:
+        rounded.append((held, w))
     step = int(state["step"].item())
     return Leaf(name, parameter, w, g.neg() if maximize else g, fine, step, parameter.shape, layout, rounded)
 

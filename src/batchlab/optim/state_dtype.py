@@ -51,6 +51,8 @@ def state_like(parameter: Tensor, state_dtype: StateDtype, *, squares: bool) -> 
 
 def in_dtype(part: Tensor, dtype: torch.dtype) -> Tensor:
     """In the dtype of the arithmetic: the tensor itself where it is in it already."""
+    if part.dtype == dtype and type(part) is Tensor:
+        return part
     return part.dequantize().to(dtype) if hasattr(part, "codes") else part.to(dtype)
 
 
