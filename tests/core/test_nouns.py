@@ -95,6 +95,14 @@ def test_a_newer_schema_is_refused():
         ({"average_power": -1.0}, "plan average_power must be finite and >= 0, got -1.0"),
         ({"average_power": 1.0, "ema_half_life": 5.0}, "plan ema_half_life and average_power are two averages"),
         ({"warmup_examples": -1}, "plan warmup_examples must not be negative, got -1"),
+        ({"warmup_examples": 1e3}, "plan warmup_examples must be int, got 1000.0"),
+        ({"min_batch_size": 0}, "plan min_batch_size must be an integer of at least 1, got 0"),
+        ({"max_batch_size": 1e3}, "plan max_batch_size must be an integer of at least 1, got 1000.0"),
+        ({"batch_schedule": "adaptve"}, r"plan batch_schedule must be one of \['fixed', 'adaptive', .* got 'adaptve'"),
+        ({"learning_rate_rule": "root"}, "plan learning_rate_rule must be one of .* got 'root'"),
+        ({"precision": "fp16"}, r"plan precision must be one of \['float32', 'bf16'\], got 'fp16'"),
+        ({"batch_settings": None}, "plan batch_settings must be an object, got None"),
+        ({"batch_settings": {"share": math.sqrt}}, "plan batch_settings cannot be written as JSON: builtin_function"),
     ],
 )
 def test_plans_that_cannot_be(changes, message):

@@ -91,6 +91,18 @@ def from_plain(cls: type[T], plain: Any, *, source: str = "JSON") -> T:
     return cls(**values)
 
 
+def check_fields(noun: Any, name: str) -> None:
+    """Each field must be what could be read back: of its type, and one of its choices. name: the noun's, for errors."""
+    hints = _hints(type(noun))
+    for field in dataclasses.fields(noun):
+        value, where = getattr(noun, field.name), f"{name} {field.name}"
+        try:
+            plain = _plain(value, free=_is_free(hints[field.name]))
+        except TypeError as error:
+            raise InputError(f"{where} {error}") from None
+        _convert(hints[field.name], plain, where)
+
+
 def _is_free(hint: Any) -> bool:
     return hint is Any or Any in typing.get_args(hint)
 

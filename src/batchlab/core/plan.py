@@ -9,7 +9,7 @@ from typing import Any, Literal
 from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate
 from batchlab.core.job import Target
-from batchlab.core.jsonio import JsonNoun
+from batchlab.core.jsonio import JsonNoun, check_fields
 
 SCHEMA = 1
 BatchSchedule = Literal[
@@ -128,10 +128,16 @@ class Plan(JsonNoun):
             "noise_every",
             "evaluate_every",
             "checkpoint_every",
+            "min_batch_size",
+            "max_batch_size",
+            "evaluation_batch",
         ):
             value = getattr(self, name)
+            if value is None and name in ("max_batch_size", "evaluation_batch"):
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InputError(f"plan {name} must be an integer of at least 1, got {value!r}")
+        check_fields(self, "plan")
         if self.batch_size < self.world_size:
             raise InputError(
                 f"plan batch_size {self.batch_size} is smaller than world_size {self.world_size}: "

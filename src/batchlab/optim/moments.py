@@ -35,9 +35,9 @@ def adam_numbers(
 
       m ← m + a₁(g - m);   v ← b₂v + a₂g²;   w ← w - η'·[m/(√v + ε') + λ'w]  =  w - η·[m̂/(√v̂ + ε) + λw]
 
-    rate and decay, η' and λ', and with them b₂, ε' and k are tensors of `like`'s kind: most move from step to step, and a
-    compiled rule would be compiled anew for numbers, or take 20 µs for each to make a tensor of it. decays: whether λ is
-    not 0.
+    rate and decay, η' and λ', and with them b₂, ε' and k are tensors of `like`'s kind: most move from step to step, and
+    a compiled rule would be compiled anew for numbers, or take 20 µs for each to make a tensor of it. decays: whether λ
+    is not 0.
     """
     k, numbers = _shared(like.dtype, like.device, tuple(betas), eps, weight_decay, t if bias_correction else None)
     return numbers | {"rate": rate_of(lr, like, by=k)}

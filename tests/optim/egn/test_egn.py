@@ -1,6 +1,5 @@
 """EGN's step against the d x d system it stands for, however the batch is cut; its state."""
 
-
 import pytest
 import torch
 from torch import nn
