@@ -93,8 +93,9 @@ def from_plain(cls: type[T], plain: Any, *, source: str = "JSON") -> T:
 
 def check_fields(noun: Any, name: str) -> None:
     """Each field must be what could be read back: of its type, and one of its choices. name: the noun's, for errors."""
-    hints = _hints(type(noun))
-    for field in dataclasses.fields(noun):
+    cls: Any = type(noun)
+    hints = _hints(cls)
+    for field in dataclasses.fields(cls):
         value, where = getattr(noun, field.name), f"{name} {field.name}"
         try:
             plain = _plain(value, free=_is_free(hints[field.name]))
