@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from batchlab.core.checks import check_inside, check_not_negative, check_positive
-from batchlab.optim.moments import rate_of
+from batchlab.optim.moments import rate_of, scalar
 from batchlab.optim.shell import Form, Leaf, Numbers, Rule, RuleOptimizer, squares, squares_of_lists
 from batchlab.optim.state_dtype import StateDtype
 
@@ -27,15 +27,17 @@ def lars_(
     v: Tensor,
     *,
     rate: Tensor,
-    momentum: float,
+    momentum: Tensor,
     weight_decay: float,
-    trust: float,
-    eps: float,
+    trust: Tensor,
+    eps: Tensor,
     clip: bool,
     adapt: bool,
     lr_in_momentum: bool,
 ) -> Rule:
-    """One step on one tensor. rate: γ. adapt: false takes λ = 1 and no decay."""
+    """One step on one tensor. rate: γ; tensors are for numbers that a compiled rule need not know. adapt: false takes
+    λ = 1 and no decay.
+    """
     if not adapt:
         v.mul_(momentum)
         if lr_in_momentum:
@@ -62,10 +64,10 @@ def lars_foreach_(
     vs: list[Tensor],
     *,
     rate: Tensor,
-    momentum: float,
+    momentum: Tensor,
     weight_decay: float,
-    trust: float,
-    eps: float,
+    trust: Tensor,
+    eps: Tensor,
     clip: bool,
     adapt: bool,
     lr_in_momentum: bool,
@@ -146,8 +148,9 @@ class LARS(RuleOptimizer):
 
     def arguments(self, leaf: Leaf, group: dict[str, Any]) -> tuple[tuple[Tensor, ...], Numbers]:
         """Tensors and numbers of `lars_`."""
-        names = ("momentum", "weight_decay", "trust", "eps", "clip", "lr_in_momentum")
-        numbers = {name: group[name] for name in names} | {"adapt": adapted(leaf, group)}
+        plain, tensors = ("weight_decay", "clip", "lr_in_momentum"), ("momentum", "trust", "eps")
+        numbers = {name: group[name] for name in plain} | {"adapt": adapted(leaf, group)}
+        numbers |= {name: scalar(group[name], leaf.w.dtype, leaf.w.device) for name in tensors}
         numbers["rate"] = rate_of(group["lr"], leaf.w)
         return (leaf.w, leaf.g, leaf.state["momentum_buffer"]), numbers
 
@@ -158,7 +161,7 @@ def adapted(leaf: Leaf, group: dict[str, Any]) -> bool:
 
 
 def _ratio(
-    w_norm: Tensor, g_norm: Tensor, *, weight_decay: float, trust: float, eps: float, limit: Tensor | None
+    w_norm: Tensor, g_norm: Tensor, *, weight_decay: float, trust: Tensor, eps: Tensor, limit: Tensor | None
 ) -> Tensor:
     ratio = trust * w_norm / (g_norm + weight_decay * w_norm + eps)
     if limit is not None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from batchlab.core.errors import InputError
 from batchlab.core.plan import Plan
+from batchlab.rules.learning_rate import rescale
 from batchlab.schedule.batches.batch_ramp import BatchRamp
 from batchlab.schedule.batches.controller import BatchController
 from batchlab.schedule.batches.decay_by_batch import DecayByBatch
@@ -15,9 +16,22 @@ from batchlab.schedule.batches.inner_product_test_batch import InnerProductTestB
 from batchlab.schedule.batches.milestones import Milestones
 from batchlab.schedule.batches.noise_scale_batch import NoiseScaleBatch
 from batchlab.schedule.batches.norm_test_batch import NormTestBatch
+from batchlab.schedule.batches.scheduled_batch import check_points
 from batchlab.schedule.rates.by_examples import lr_factor
 
 _EXPONENTS = {"linear": 1.0, "saturating": 1.0, "sqrt": 2.0, "saturating_sqrt": 2.0}
+_MEASURED = ("adaptive", "goodput", "decay_by_batch")
+_GROWS = ("decay_by_batch", "norm_test", "inner_product_test")
+_THE_PLANS = {
+    "start": "batch_size",
+    "batch_size": "batch_size",
+    "minimum": "min_batch_size",
+    "maximum": "max_batch_size",
+    "exchange_rate": "batch_size and noise_scale",
+    "share": "schedule",
+    "lr_rule": "learning_rate_rule",
+    "lr_batch": "batch_size",
+}
 
 
 def make_controller(plan: Plan, examples: int, world: int) -> BatchController | None:
@@ -30,10 +44,9 @@ def make_controller(plan: Plan, examples: int, world: int) -> BatchController | 
         if given:
             raise InputError(f'batch_settings are of a batch that moves, and batch_schedule is "fixed", got {given!r}')
         return None
-    bounds: dict[str, Any] = {
-        "minimum": max(plan.min_batch_size, world),
-        "maximum": min(plan.max_batch_size or examples, examples),
-    }
+    _check_given(given)
+    bounds = _bounds(plan, examples, world)
+    _check_rate_rule(plan)
     try:
         if name == "adaptive":
             return NoiseScaleBatch(plan.batch_size, exchange_rate=_exchange_rate(plan), **bounds, **given)
@@ -53,7 +66,45 @@ def make_controller(plan: Plan, examples: int, world: int) -> BatchController | 
             f"the sizes of batch_schedule {name!r} must lie in {bounds['minimum']}..{bounds['maximum']}, got "
             f"{planned.minimum}..{planned.maximum}"
         )
+    if planned.minimum == planned.maximum:
+        raise InputError(f"the sizes of batch_schedule {name!r} must differ, got {planned.minimum} alone")
     return planned
+
+
+def _check_given(given: dict[str, Any]) -> None:
+    """Refuses what the plan says elsewhere, or what `train` does not measure."""
+    for setting in sorted(given.keys() & _THE_PLANS.keys()):
+        raise InputError(
+            f"batch_settings must leave {setting!r} to the plan's {_THE_PLANS[setting]}, got {given[setting]!r}"
+        )
+    if given.get("coordinate_wise"):
+        raise InputError(
+            "batch_settings must leave 'coordinate_wise' out: in a plan the gradients of groups are compared whole"
+        )
+
+
+def _bounds(plan: Plan, examples: int, world: int) -> dict[str, Any]:
+    """The least and the most that the batch may be: an example a rank, two where its noise is measured."""
+    name, size = plan.batch_schedule, plan.batch_size
+    fewest = 2 if name in _MEASURED else 1
+    if size < fewest:
+        raise InputError(
+            f"batch_schedule {name!r} compares parts of a batch: batch_size must be at least 2, got {size}"
+        )
+    low, high = max(plan.min_batch_size, world, fewest), min(plan.max_batch_size or examples, examples)
+    if low == high or (name in _GROWS and size == high):
+        only = "only grows the batch" if name in _GROWS else "moves the batch"
+        raise InputError(
+            f"batch_schedule {name!r} {only}, and batch_size {size} has no room to: min_batch_size and max_batch_size "
+            f"leave {low}..{high}, of {examples} examples"
+        )
+    return {"minimum": low, "maximum": high}
+
+
+def _check_rate_rule(plan: Plan) -> None:
+    """Refuses a rule that could not be asked once the batch is another."""
+    noise = plan.noise_scale.value if plan.noise_scale else None
+    rescale(plan.learning_rate, plan.batch_size, plan.batch_size, rule=plan.learning_rate_rule, noise_scale=noise)
 
 
 def _exchange_rate(plan: Plan) -> float:
@@ -63,27 +114,23 @@ def _exchange_rate(plan: Plan) -> float:
     return plan.batch_size**2 / plan.noise_scale.value
 
 
-def _decaying(plan: Plan, bounds: dict[str, Any], given: dict[str, Any]) -> DecayByBatch:
+def _decaying(plan: Plan, bounds: dict[str, Any], settings: dict[str, Any]) -> DecayByBatch:
     exponent = _EXPONENTS.get(plan.learning_rate_rule)
     if exponent is None:
         raise InputError(
             f"batch_schedule 'decay_by_batch' needs a learning_rate_rule of {sorted(_EXPONENTS)}, got "
             f"{plan.learning_rate_rule!r}: it is with the batch that the rate stays up"
         )
-    if plan.schedule in ("constant", "one_cycle"):
-        raise InputError(f"batch_schedule 'decay_by_batch' needs a schedule that falls, got {plan.schedule!r}")
+    named: dict[str, Any] = {"total_examples": plan.examples, "schedule": plan.schedule}
+    named["settings"] = plan.schedule_settings
+    if plan.schedule == "one_cycle" or not lr_factor(plan.examples, **named) < 1:
+        given = f" with {dict(plan.schedule_settings)}" if plan.schedule_settings else ""
+        raise InputError(f"batch_schedule 'decay_by_batch' needs a schedule that falls, got {plan.schedule!r}{given}")
 
     def share(seen: float) -> float:
-        after = max(seen, plan.warmup_examples)
-        return lr_factor(
-            after,
-            total_examples=plan.examples,
-            warmup_examples=plan.warmup_examples,
-            schedule=plan.schedule,
-            settings=plan.schedule_settings,
-        )
+        return lr_factor(max(seen, plan.warmup_examples), warmup_examples=plan.warmup_examples, **named)
 
-    return DecayByBatch(plan.batch_size, share=share, **{"exponent": exponent, **bounds, **given})
+    return DecayByBatch(plan.batch_size, share=share, **{"exponent": exponent, **bounds, **settings})
 
 
 def _ramp(plan: Plan, given: dict[str, Any]) -> BatchRamp:
@@ -92,11 +139,10 @@ def _ramp(plan: Plan, given: dict[str, Any]) -> BatchRamp:
 
 def _milestones(plan: Plan, given: dict[str, Any]) -> Milestones:
     sizes = given.pop("sizes", None)
-    pairs = isinstance(sizes, (list, tuple)) and all(
-        isinstance(each, (list, tuple)) and len(each) == 2 for each in sizes
-    )
-    if not pairs:
+    listed = isinstance(sizes, (list, tuple)) and len(sizes) > 0
+    if not listed or not all(isinstance(each, (list, tuple)) and len(each) == 2 for each in sizes):
         raise InputError(f'batch_settings["sizes"] must be [[examples, size], ...], got {sizes!r}')
+    check_points("sizes' points", [point for point, _ in sizes])
     return Milestones(plan.batch_size, {point: size for point, size in sizes}, **given)
 
 
