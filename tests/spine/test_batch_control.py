@@ -198,6 +198,55 @@ def test_a_plans_other_schedules_write_the_rate_and_the_momentum(schedule):
             {"batch_schedule": "milestones", "batch_settings": {"sizes": [[100, 1000]]}},
             r"the sizes of batch_schedule 'milestones' must lie in 1..256, got 64..1000",
         ),
+        (
+            {"batch_schedule": "milestones", "batch_settings": {"sizes": [[500, 128], [500, 32]]}},
+            r"sizes' points must rise from one to the next, got \[500, 500\]",
+        ),
+        (
+            {"batch_schedule": "milestones", "batch_settings": {"sizes": [[[500], 128]]}},
+            r"sizes' points must be an integer of at least 1, got \[500\]",
+        ),
+        (
+            {"batch_schedule": "milestones", "batch_settings": {"sizes": []}},
+            r'batch_settings\["sizes"\] must be \[\[examples, size\], ...\], got \[\]',
+        ),
+        (
+            {"batch_schedule": "ramp", "batch_settings": {"end": 64, "over": 100}},
+            "the sizes of batch_schedule 'ramp' must differ, got 64 alone",
+        ),
+        (
+            {"batch_schedule": "ramp", "batch_settings": {"end": 128, "over": 100, "lr_rule": "sqrt"}},
+            "batch_settings must leave 'lr_rule' to the plan's learning_rate_rule, got 'sqrt'",
+        ),
+        (
+            {"batch_schedule": "decay_by_batch", "batch_settings": {"maximum": 1000}},
+            "batch_settings must leave 'maximum' to the plan's max_batch_size, got 1000",
+        ),
+        (
+            {"batch_schedule": "norm_test", "batch_settings": {"coordinate_wise": True}},
+            "batch_settings must leave 'coordinate_wise' out",
+        ),
+        (
+            {"batch_schedule": "ramp", "batch_settings": {"end": 128, "over": 100}, "learning_rate_rule": "surge"},
+            "the rule 'surge' needs noise_scale, got None",
+        ),
+        (
+            {"batch_schedule": "adaptive", "noise_scale": NOISE, "batch_size": 1},
+            "'adaptive' compares parts of a batch: batch_size must be at least 2, got 1",
+        ),
+        (
+            {"batch_schedule": "goodput", "min_batch_size": 64, "max_batch_size": 64},
+            r"'goodput' moves the batch, and batch_size 64 has no room to: .* leave 64\.\.64, of 256 examples",
+        ),
+        (
+            {"batch_schedule": "norm_test", "max_batch_size": 64},
+            r"'norm_test' only grows the batch, and batch_size 64 has no room to: .* leave 1\.\.64",
+        ),
+        (
+            {"batch_schedule": "decay_by_batch", "schedule": "wsd", "schedule_settings": {"decay_share": 0.0}}
+            | {"learning_rate_rule": "sqrt"},
+            r"'decay_by_batch' needs a schedule that falls, got 'wsd' with \{'decay_share': 0.0\}",
+        ),
         ({"batch_schedule": "norm_test", "optimizer": "vrsgd"}, r"'norm_test' and the optimizer 'vrsgd' both take"),
         ({"batch_schedule": "decay_by_batch", "schedule": "linear"}, r"'decay_by_batch' needs a learning_rate_rule of"),
         (
