@@ -41,7 +41,7 @@ from batchlab.workloads import autoencoder, digits, pystdlib
 JOBS: dict[str, tuple[Callable[[], bl.Job], int]] = {
     "digits": (digits, 6 * 1437),
     "autoencoder": (autoencoder, 10 * 1437),
-    "pystdlib": (lambda: pystdlib(context=32, width=48, layers=1, heads=2), 16_384),
+    "pystdlib": (lambda: pystdlib(context=32, width=48, layers=1, heads=2), 4_096),
 }
 BUDGETS = (0.5, 2**-0.5, 1.0, 2**0.5, 2.0)
 RATES = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0, 8.0, 16.0)

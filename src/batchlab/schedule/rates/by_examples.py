@@ -10,9 +10,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from batchlab.core.checks import check_positive, check_share
+from batchlab.core.checks import check_positive, check_share, holds
 from batchlab.core.errors import InputError
 from batchlab.measure.course.learning_rate import ONE_CYCLE
+from batchlab.schedule.rates.cooled import check_shape
 from batchlab.schedule.rates.one_cycle import CYCLE_SHARE, FINAL_RATIO, MOMENTUM, cycle_momentum, cycle_rate
 from batchlab.schedule.rates.power import B
 from batchlab.schedule.rates.wsd import wsd_share
