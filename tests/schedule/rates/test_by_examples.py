@@ -75,14 +75,23 @@ def test_a_wrong_name_is_refused_in_warm_up_too():
         ("wsd", {"decay": 0.1}, r"schedule_settings of 'wsd' must be of \['decay_share', .*\], got 'decay'"),
         ("wsd", {"decay_share": 1.5}, r"decay_share must lie in \[0, 1\], got 1.5"),
         ("wsd", {"shape": "stairs"}, r"shape must be one of .*, got 'stairs'"),
+        ("wsd", {"shape": "root"}, r"shape must be one of \['linear', .*\], got 'root'"),
+        ("power", {"knee_share": 0.1, "floor": 2}, r"floor must lie in \[0, 1\), got 2"),
+        ("power", {"knee_share": 0.1, "exponent": "-0.5"}, "exponent must be finite, got '-0.5'"),
         ("power", {}, r'the schedule "power" needs schedule_settings\["knee_share"\]'),
         ("power", {"knee_share": 0.0}, r"knee_share must be finite and > 0, got 0"),
         ("one_cycle", {"ratio": 1.0}, r"ratio, the peak over the base, must be > 1, got 1.0"),
     ],
 )
 def test_settings_that_it_has_not_are_named(schedule, settings, message):
-    with pytest.raises(InputError, match=message):
-        lr_factor(9, total_examples=10, schedule=schedule, settings=settings)
+    with pytest.raises(InputError, match=message):  # at the start already, where a run has written nothing yet
+        lr_factor(0, total_examples=10, schedule=schedule, settings=settings)
+
+
+@pytest.mark.parametrize("momentum", [0.9, [0.9], [0.8, 0.9], ["a", "b"]])
+def test_a_momentum_that_is_no_pair_is_named(momentum):
+    with pytest.raises(InputError, match=r"momentum must be \(high, low\) with 0 <= low <= high < 1, got"):
+        momentum_at(0, total_examples=10, schedule="one_cycle", settings={"momentum": momentum})
 
 
 def test_one_cycle_warms_up_by_itself():

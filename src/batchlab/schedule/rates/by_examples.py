@@ -82,8 +82,7 @@ def momentum_at(
     given = schedule_settings(schedule, settings)
     if schedule != "one_cycle" or given["momentum"] is None:
         return None
-    high, low = given["momentum"]
-    return cycle_momentum(examples, half=given["half_share"] * total_examples, momentum=(high, low))
+    return cycle_momentum(examples, half=given["half_share"] * total_examples, momentum=given["momentum"])
 
 
 def schedule_settings(schedule: str, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -101,8 +100,11 @@ def schedule_settings(schedule: str, settings: Mapping[str, Any] | None = None) 
                 'the schedule "power" needs schedule_settings["knee_share"]: where the rate begins to fall'
             )
         check_positive(knee_share=found["knee_share"])
+        if not holds(math.isfinite, found["exponent"]):
+            raise InputError(f"exponent must be finite, got {found['exponent']!r}")
     if "decay_share" in found:
         check_share(decay_share=found["decay_share"])
+        check_shape(found["shape"], found["floor"])
     return found
 
 
