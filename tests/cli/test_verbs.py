@@ -93,6 +93,10 @@ def test_the_batch_and_the_rate_are_moved_by_name(place):
     plan = Run.open(place / "runs/moved").plan
     assert (plan.batch_schedule, plan.schedule, plan.steps) == ("decay_by_batch", "linear", 8)
     assert any("those of a batch that stays" in note for note in plan.notes) == (plan.predicted_steps is not None)
+    given = "--schedule one_cycle --max-steps 3"  # which warms up by itself, whatever was planned
+    done = batchlab(f"train train.py:job --plan never.json --out runs/cycle {given} --json", place)
+    assert done.returncode == 0, done.stderr
+    assert Run.open(place / "runs/cycle").plan.warmup_examples == 0
 
 
 def test_report_writes_the_page_beside_the_run(place):

@@ -29,7 +29,7 @@ class BatchSchedule(StrEnum):
 
 
 class Schedule(StrEnum):
-    """What the learning rate does after its warm-up; "power" needs settings, in the plan."""
+    """What the learning rate does after its warm-up, if any; "power" needs settings, in the plan."""
 
     CONSTANT = "constant"
     LINEAR = "linear"

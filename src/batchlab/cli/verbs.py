@@ -211,7 +211,8 @@ def train(
         typer.Option(help="How the batch moves; adaptive follows the noise scale.", show_default="as planned"),
     ] = None,
     schedule: Annotated[
-        Schedule | None, typer.Option(help="Of the learning rate, after its warm-up.", show_default="as planned")
+        Schedule | None,
+        typer.Option(help="Of the learning rate, after its warm-up; one_cycle needs none.", show_default="as planned"),
     ] = None,
     precision: Annotated[Precision | None, typer.Option(help="bf16 is autocast.", show_default="as planned")] = None,
     compile_: Annotated[bool, typer.Option("--compile", help="Through torch.compile.")] = False,
@@ -226,6 +227,7 @@ def train(
             raise InputError("--plan is missing: make one with batchlab plan, or go on with a run by --resume")
         changes = {"steps": max_steps, "batch_schedule": batch_schedule and batch_schedule.value}
         changes |= {"schedule": schedule and schedule.value}
+        changes |= {"warmup_examples": 0} if schedule == Schedule.ONE_CYCLE else {}
         changes |= {"precision": precision and precision.value, "compile": compile_ or None}
         chosen = arguments.chosen_plan(plan, out, changes)
         from batchlab.parallel.torchrun import process_group
