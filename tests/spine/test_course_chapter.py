@@ -1,11 +1,14 @@
 """The report's part on batch size and learning rate: drawn from the lines, and not where neither moved."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from batchlab.core.run import Run
 from batchlab.spine.columns import columns
 from batchlab.spine.course_chapter import course
+from batchlab.spine.headline import sizes
 from batchlab.spine.report import report
 from batchlab.spine.train import train
 from batchlab.viz.course import batch_course, rate_course
@@ -28,6 +31,11 @@ def test_a_batch_that_moves_is_drawn_at_every_change():
     assert list(rate.figure.data[0].y) == [0.1] * 5
     assert "2 changes, from 16 to 64 examples: 5 updates" in section.blocks[1].text
     assert [row[1] for row in batch.table.rows] == ["16", "16", "32", "32", "64"]
+
+
+def test_a_batch_that_should_have_moved_and_did_not_is_told():
+    section = course(toy_plan(batch_schedule="adaptive"), columns(lines([16] * 5, [0.1] * 5)))
+    assert section.blocks[1].text == "It never moved: 16 examples in each of 5 updates."
 
 
 def test_nothing_is_shown_where_nothing_moved():
@@ -62,3 +70,9 @@ def test_it_is_on_the_page_of_a_run_whose_batch_moves(tmp_path):
     run = train(toy_job(), plan, out=tmp_path / "run", device="cpu")
     page = report(Run.open(run.path), tmp_path / "page.html").read_text()
     assert "Batch size and learning rate along training" in page and "batch-course" in page
+    assert sizes(run) == [("Batch sizes", "64 to 128", "2 changes, now 128")]
+    still = dataclasses.replace(plan, steps=1)
+    assert sizes(train(toy_job(), still, out=tmp_path / "still", device="cpu")) == [
+        ("Batch sizes", "64", "it never moved in 1 step")
+    ]
+    assert sizes(train(toy_job(), toy_plan(steps=1), out=tmp_path / "fixed", device="cpu")) == []

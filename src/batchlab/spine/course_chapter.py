@@ -16,9 +16,10 @@ TABLE_ROWS = 20
 
 
 def course(plan: Plan, taken: Columns) -> Section | None:
-    """Batch size and learning rate along training; None where neither of them moved."""
+    """Batch size and learning rate along training; None where neither of them moved, or was to move."""
     size, rate = taken.steps["batch_size"], taken.steps["lr"]
-    if not len(taken) or (_still(size) and _still(rate)):
+    fixed = plan.batch_schedule == "fixed"
+    if len(taken) < 2 or (_still(size) and _still(rate) and fixed):
         return None
     examples = taken.steps["examples"]
     kept = _ends(size) if len(_ends(size)) <= POINTS else thin(size)
@@ -28,7 +29,7 @@ def course(plan: Plan, taken: Columns) -> Section | None:
             "batch-course",
             "Batch size",
             f"Begun with {plural(plan.batch_size, 'example')}; it {MOVES[plan.batch_schedule]}."
-            if plan.batch_schedule != "fixed"
+            if not fixed
             else "The same in each step.",
             batch_course(examples[kept].tolist(), size[kept].tolist()),
             table,
@@ -42,13 +43,15 @@ def course(plan: Plan, taken: Columns) -> Section | None:
         ),
     ]
     blocks: list[Block] = [Row(charts)]
-    if not _still(size):
+    if not (_still(size) and fixed):
         blocks.append(Paragraph(_moved(plan, size), quiet=True))
     return Section("course", "Batch size and learning rate along training", blocks)
 
 
 def _moved(plan: Plan, size: Column) -> str:
     """What the moves came to, beside a batch that stays."""
+    if _still(size):
+        return f"It never moved: {plural(int(size[0]), 'example')} in each of {plural(len(size), 'update')}."
     changes = plural(int(np.count_nonzero(np.diff(size))), "change")
     fixed = float(size.sum()) / plan.batch_size
     return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
@@ -145,4 +146,15 @@ def of_run(run: Run) -> list[Line]:
     """The lines of the first part: settings and outcome."""
     job = run.meta.get("job") or {}
     lines = settings(run.plan, str(job.get("unit", "example")), job.get("units_per_example"))
-    return [*lines, *outcome(run.plan, run.summary)]
+    return [*lines, *sizes(run), *outcome(run.plan, run.summary)]
+
+
+def sizes(run: Run) -> list[Line]:
+    """Which sizes a batch that was to move had; nothing of one that stays."""
+    taken = [] if run.plan.batch_schedule == "fixed" else [line["batch_size"] for line in run.steps()]
+    if not taken:
+        return []
+    if len({*taken}) == 1:
+        return [("Batch sizes", f"{taken[0]:,}", f"it never moved in {plural(len(taken), 'step')}")]
+    changes = sum(a != b for a, b in itertools.pairwise(taken))
+    return [("Batch sizes", f"{min(taken):,} to {max(taken):,}", f"{plural(changes, 'change')}, now {taken[-1]:,}")]
