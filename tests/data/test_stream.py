@@ -3,6 +3,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
@@ -139,6 +140,19 @@ def test_it_holds_a_block_and_no_more():
 def test_a_place_that_is_none_is_refused(start, count):
     with pytest.raises(InputError, match="(start|count) must be an integer of at least 0"):
         SampleStream(10).indices(start, count)
+
+
+@pytest.mark.parametrize("n", [10, 100])
+@pytest.mark.parametrize("integer", [np.int64, np.int32, torch.tensor])
+def test_integers_of_other_libraries_are_the_same_numbers(n, integer):
+    found = SampleStream(integer(n), integer(3)).indices(integer(2), integer(5))
+    assert (found == SampleStream(n, 3).indices(2, 5)).all()
+
+
+@pytest.mark.parametrize("seed", [3.0, "3", None, True])
+def test_a_seed_that_is_none_is_refused(seed):
+    with pytest.raises(InputError, match="seed must be an integer, got "):
+        SampleStream(10, seed)
 
 
 def test_a_size_beyond_64_bits_is_refused():

@@ -10,10 +10,12 @@ was found.
 
 from __future__ import annotations
 
+import operator
+
 import numpy as np
 from numpy.typing import NDArray
 
-from batchlab.core.checks import check_count
+from batchlab.core.checks import check_count, holds
 from batchlab.core.errors import InputError
 from batchlab.core.random import derive_seed, mix64
 
@@ -51,8 +53,10 @@ class SampleStream:
         if n > _MOST:
             raise InputError(f"n must be at most 2^62, got {n}")
         self.n = int(n)
-        self.seed = seed
-        self._half_bits = max(1, ((n - 1).bit_length() + 1) // 2)
+        if isinstance(seed, bool) or not holds(lambda value: operator.index(value) is not None, seed):
+            raise InputError(f"seed must be an integer, got {seed!r}")
+        self.seed = operator.index(seed)
+        self._half_bits = max(1, ((self.n - 1).bit_length() + 1) // 2)
         self._cached = (-1, -1, np.empty(0, dtype=np.int64))
         self._end = 0  # of the last request
 
@@ -60,6 +64,7 @@ class SampleStream:
         """The example indices at positions start .. start + count - 1; shape (count,)."""
         if not (type(start) is type(count) is int and start >= 0 <= count):  # quick, for small batches
             check_count(0, start=start, count=count)
+            start, count = operator.index(start), operator.index(count)
         ahead = 0 <= start - self._end < _BLOCK  # else it may be a single seek, or the share of one of many ranks
         parts, end = [], start + count
         while start < end:
