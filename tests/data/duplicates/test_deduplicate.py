@@ -187,6 +187,7 @@ def test_no_documents():
     ("given", "message"),
     [
         ({"texts": "one text"}, "texts must be an iterable of documents, got one str"),
+        ({"texts": {"x": ["a"], "y": "one text"}}, "texts['y'] must be an iterable of documents, got one str"),
         ({"texts": ["a", b"b"]}, "texts must be str, got bytes at 1"),
         ({"sources": ["x", 2]}, "sources must be str, got int at 1"),
         ({"sources": ["x"]}, "sources must have one entry for each text"),

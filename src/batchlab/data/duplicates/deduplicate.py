@@ -169,6 +169,8 @@ def _pairs(texts: Texts, sources: Iterable[str] | None) -> Iterator[tuple[str, s
         if sources is not None:
             raise InputError("sources must be None where texts is a mapping: its keys name the sources")
         for source, documents in texts.items():
+            if isinstance(documents, str):
+                raise InputError(f"texts[{source!r}] must be an iterable of documents, got one str")
             for text in documents:
                 yield text, source
         return
