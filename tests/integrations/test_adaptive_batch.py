@@ -314,3 +314,20 @@ def test_bad_steps_and_states():
         next(iter(sampler))
         with pytest.raises(InputError, match=f"reads {name}"):
             adaptive.step()
+
+
+def test_a_noise_that_is_followed_and_never_measured_is_refused():
+    """Its estimate would be undefined for ever, and the batch would never move."""
+    sampler = MicroBatches(N, 8, accumulation=2)
+    noise = GradientNoise(Net())
+    controller = NoiseScaleBatch(8, exchange_rate=8.0, maximum=16, multiple_of=2)
+    adaptive = AdaptiveBatch(controller, sampler, noise=noise)
+    pieces = iter(sampler)
+    next(pieces)
+    adaptive.step(skipped=True)  # nothing need be measured of an update that was not made
+    for _ in range(2):
+        next(pieces)
+    with pytest.raises(InputError, match=r"NoiseScaleBatch reads the noise scale: call noise.step\(\) before"):
+        adaptive.step()
+    noise.skip()
+    adaptive.step()

@@ -118,6 +118,7 @@ class AdaptiveBatch:
             raise InputError(
                 f"sampler and controller must start at one size, got {sampler.batch_size} and {controller.batch_size}"
             )
+        self._measured = 0 if noise is None else noise.steps
         self.rate = None if schedule is None else BatchRate(schedule, factor, self._size_of(self.updates))
 
     def step(
@@ -140,6 +141,7 @@ class AdaptiveBatch:
         size = self._size_of(self.updates)
         self._check_counted(examples, size)
         self._check_given(batch_test is not None or skipped, seconds is not None)
+        self._check_measured(skipped)
         self.updates, self.seen = self.updates + 1, self.seen + size
         noise = None if self.noise is None else self.noise.estimate()
         facts = StepFacts(self.seen, size, loss, noise, batch_test, seconds, skipped)
@@ -171,6 +173,16 @@ class AdaptiveBatch:
             raise InputError(f"{name} reads batch_test where it is due: give this update's Moments")
         if "seconds" in needs and not timed:
             raise InputError(f"{name} reads seconds: give what the update took")
+
+    def _check_measured(self, skipped: bool) -> None:
+        if self.noise is None:
+            return
+        before, self._measured = self._measured, self.noise.steps
+        if self.noise.steps == before and not skipped and "noise_scale" in self.controller.needs:
+            raise InputError(
+                f"{type(self.controller).__name__} reads the noise scale: call noise.step() before adaptive.step(), "
+                "after the update's last backward pass"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """As of the last `step`, whatever the loader has begun since."""

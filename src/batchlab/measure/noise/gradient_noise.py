@@ -71,8 +71,8 @@ class GradientNoise:
     are left out where the caller gives the norm.
 
     The pieces of all ranks count. One piece in all tells nothing: there is nothing to compare it with. A step that is
-    not finite is skipped on all ranks and counted in `skipped`. `pair` holds the last step's own two parts, None where
-    it gave none.
+    not finite is skipped on all ranks and counted in `skipped`. `steps` counts `step` and `skip`. `pair` holds the last
+    step's own two parts, None where it gave none.
 
     An example is whatever is drawn independently: for language models a sequence. With batch normalisation the
     pieces' gradients depend on each other, and the estimate with them. A loss scale is taken out by `scaler.unscale_`
@@ -107,7 +107,7 @@ class GradientNoise:
         if every != "auto" and not is_count(every):
             raise InputError(f'every must be an integer of at least 1, or "auto", got {every!r}')
         self.statistics = RatioOfMeans(ema=ema, coverage=coverage)
-        self.method, self.weighting, self.skipped = method, weighting, 0
+        self.method, self.weighting, self.skipped, self.steps = method, weighting, 0, 0
         self._closed = False
         self._every, self._turn, self._examples = 1 if every == "auto" else every, 0, 1.0
         self._latest: Estimate | None = None
@@ -167,6 +167,7 @@ class GradientNoise:
 
     def _go_on(self) -> None:
         """To the next step, with hooks only if it is one to measure."""
+        self.steps += 1
         self._turn = (self._turn + 1) % self._every
         if self._timed is not None:
             self._timed.ended()
