@@ -124,13 +124,13 @@ def test_the_norm_test_sees_the_gradients_of_the_batchs_eighths():
     plan = moving("norm_test", batch_size=37, micro_batch=64)
     learner = Learner(toy_job(), plan, device="cpu")
     pieces = learner.gradient.pieces(0, 37, in_groups=True)
-    assert [len(piece) for piece in pieces] == [4] * 9 + [1]
+    assert [len(piece) for piece in pieces] == [4] * 7 + [3] * 3
     model, job, rows = learner.model, learner.job, []
     for piece in pieces:
         grads = torch.autograd.grad(job.loss(model, job.train[piece]), list(model.parameters()))
         rows.append(torch.cat([grad.flatten() for grad in grads]))
     found = learner.gradient.backward(0, 37).moments
-    assert [*found] == pytest.approx([*batch_moments([torch.stack(rows)], examples=[4] * 9 + [1])], rel=1e-9)
+    assert [*found] == pytest.approx([*batch_moments([torch.stack(rows)], examples=[4] * 7 + [3] * 3)], rel=1e-9)
 
 
 def test_gradients_of_groups_are_taken_only_when_a_test_is_due():
@@ -268,6 +268,14 @@ def test_batch_norm_and_a_test_of_single_examples_are_refused():
     with pytest.raises(InputError, match="model must not normalise over the batch"):
         Learner(toy_job(batch_norm=True), moving("norm_test", batch_size=8), device="cpu")
     Learner(toy_job(batch_norm=True), moving("norm_test", batch_size=16), device="cpu")
+
+
+def test_no_pass_is_left_with_one_example():
+    """Of which batch normalisation makes nothing, and refuses it: 65 examples are 33 and 32, not 64 and 1."""
+    plan = moving("milestones", micro_batch=64, batch_settings={"sizes": [[64, 65]]})
+    learner = Learner(toy_job(batch_norm=True), plan, device="cpu")
+    assert [learner.update().batch_size for _ in range(2)] == [64, 65]
+    assert [len(piece) for piece in learner.gradient.pieces(64, 65)] == [33, 32]
 
 
 def test_the_stream_is_the_same_at_any_batches():

@@ -52,8 +52,8 @@ class FrontierRow(JsonNoun):
 class Plan(JsonNoun):
     """What to run. Counts of examples are global, over all devices; schedules are counted in examples.
 
-    batch_size: examples an update, over all devices. micro_batch: examples of one forward and backward pass.
-    accumulation: such passes on one device for one update, the last one possibly smaller.
+    batch_size: examples an update, over all devices. micro_batch: the most examples of one forward and backward pass.
+    accumulation: such passes on one device for one update, alike in size to one example.
     steps: the most updates to run at `batch_size`; where the batch moves, the run ends after as many examples.
     predicted_steps: updates to the target, with its interval.
     learning_rate: the peak. hyperparameters: the optimizer's others, by torch's names.

@@ -149,14 +149,14 @@ class BatchGradient:
         return Found(loss.item() / self.world, norm.item(), moments)
 
     def pieces(self, position: int, size: int, *, in_groups: bool = False) -> list[list[int]]:
-        """This rank's micro-batches of the next `size` examples, as example indices."""
+        """This rank's micro-batches of the next `size` examples, as example indices; sizes differ by one at most."""
         share = np.array_split(self._stream.indices(position, size), self.world)[self.rank]
         compared = self._read and self.noise is not None and self.noise.due  # one piece tells nothing of the noise
         fewest = math.ceil((2 if compared else 1) / self.world)
         most = min(self.plan.micro_batch, max(1, math.ceil(len(share) / fewest)))
         if in_groups:
             most = min(most, max(1, len(share) // math.ceil(GROUPS / self.world)))
-        return [share[i : i + most].tolist() for i in range(0, len(share), most)]
+        return [piece.tolist() for piece in np.array_split(share, math.ceil(len(share) / most))]
 
     def _total_units(self, units: list[int], size: int) -> int:
         if not callable(self.job.units_per_example):
