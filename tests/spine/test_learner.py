@@ -268,3 +268,13 @@ def test_compiled_training_takes_the_same_steps():
     job = toy_job(dtype=torch.float32)
     compiled, plain = (_trained(job, toy_plan(compile=flag), steps=5) for flag in (True, False))
     torch.testing.assert_close(_weights(compiled), _weights(plain), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [2, 3, 5, 17, 64])
+def test_no_micro_batch_of_one_where_the_model_normalises(size):
+    """A single example has no variance: torch refuses it in training."""
+    learner = Learner(toy_job(batch_norm=True), toy_plan(micro_batch=2), device="cpu")
+    assert min(len(piece) for piece in learner.gradient.pieces(0, size)) >= 2
+    learner.update(size)
+    plain = Learner(toy_job(), toy_plan(micro_batch=2), device="cpu")
+    assert max(len(piece) for piece in plain.gradient.pieces(0, size)) <= 2

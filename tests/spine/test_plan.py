@@ -270,3 +270,13 @@ def test_integers_of_numpy_are_integers():
         plan(hand_job(), hand_facts(), batch_size=np.int64(64)),
     )
     assert numpys.to_json() == given.to_json()
+
+
+def test_a_model_that_normalises_over_the_batch_gets_as_much_as_fits_at_once():
+    """A micro-batch is part of what such a model computes; others take the sizes that are the fastest."""
+    facts = hand_facts(micro_batches=(2, 8, 32))
+    for size, micro in ((32, 32), (64, 32), (80, 27)):
+        normalised = plan(hand_job(), dataclasses.replace(facts, batch_norm=True), batch_size=size)
+        assert normalised.micro_batch == micro and normalised.accumulation == math.ceil(size / 32)
+        assert "batch normalisation" in normalised.reasons["micro_batch"].rule
+    assert "batch normalisation" not in plan(hand_job(), facts, batch_size=64).reasons["micro_batch"].rule

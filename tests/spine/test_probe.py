@@ -117,6 +117,17 @@ def test_the_callers_generators_are_kept():
     assert states() == before
 
 
+def test_a_model_that_normalises_over_the_batch_is_probed_planned_and_trained(tmp_path):
+    """BatchNorm1d refuses a single example in training: nothing may ask it for one."""
+    job = toy_job(batch_norm=True)
+    facts = probe(job, budget=1.5, device="cpu")
+    assert facts.batch_norm and min(point.examples for point in facts.micro_batches) == 2
+    made = dataclasses.replace(plan(job, facts), steps=3)
+    train(job, made, out=tmp_path / "run", device="cpu")
+    only = probe(job, budget=2.0, device="cpu", only=["memory", "noise"])
+    assert only.memory is not None
+
+
 def test_the_jobs_own_target_is_kept_and_counted():
     target = Target("loss", 1.0)
     facts = probe(toy_job(target=target), budget=8.0, device="cpu")

@@ -113,6 +113,7 @@ class Facts(JsonNoun):
     update_seconds: one optimizer step, whatever the batch. noise_seconds: what measuring the noise scale adds to an
         update, for each micro-batch; None if it was not timed.
     base_batch_size, base_learning_rate: a learning rate that was found good at that batch size.
+    batch_norm: whether the model normalises over the batch, so that a micro-batch is part of what it computes.
     target, target_origin: what counts as trained, and where that came from ("job" or "reference run").
     warnings: what makes these facts less than they should be, in sentences. notes: how else they came about.
     """
@@ -137,6 +138,7 @@ class Facts(JsonNoun):
     target_origin: str
     evaluation_seconds: float = 0.0
     noise_seconds: Estimate | None = None
+    batch_norm: bool = False
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     seed: int = 0

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from batchlab.core.errors import InputError
 from batchlab.core.job import Job
+from batchlab.core.model import least_examples
 from batchlab.core.plan import Plan
 from batchlab.data.fetch import fetch, to_device
 from batchlab.data.stream import SampleStream
@@ -85,6 +86,7 @@ class BatchGradient:
         self.noise = self._measuring(optimizer, in_geometry, read) if wanted else None
         self._read = read
         self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._least = least_examples(model)
         self._forward = self._wrapped(_Loss(job, model))
 
     def _grouping(self, optimizer: torch.optim.Optimizer) -> Any:
@@ -149,14 +151,18 @@ class BatchGradient:
         return Found(loss.item() / self.world, norm.item(), moments)
 
     def pieces(self, position: int, size: int, *, in_groups: bool = False) -> list[list[int]]:
-        """This rank's micro-batches of the next `size` examples, as example indices; sizes differ by one at most."""
+        """This rank's micro-batches of the next `size` examples, as example indices; sizes differ by one at most.
+
+        None is of a single example where the model normalises over the batch.
+        """
         share = np.array_split(self._stream.indices(position, size), self.world)[self.rank]
         compared = self._read and self.noise is not None and self.noise.due  # one piece tells nothing of the noise
         fewest = math.ceil((2 if compared else 1) / self.world)
         most = min(self.plan.micro_batch, max(1, math.ceil(len(share) / fewest)))
         if in_groups:
             most = min(most, max(1, len(share) // math.ceil(GROUPS / self.world)))
-        return [piece.tolist() for piece in np.array_split(share, math.ceil(len(share) / most))]
+        count = min(math.ceil(len(share) / most), max(1, len(share) // self._least))
+        return [piece.tolist() for piece in np.array_split(share, count)]
 
     def _total_units(self, units: list[int], size: int) -> int:
         if not callable(self.job.units_per_example):

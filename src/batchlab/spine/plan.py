@@ -67,7 +67,7 @@ def plan(
         chosen = next(row for row in rows if (row.batch_size, row.devices) == (batch_size, devices))
     why = _Reasons()
     size = _size(why, facts, prediction, rows, chosen, goal=None if batch_size else goal)
-    layout = _layout(why, facts, chosen)
+    layout = _layout(why, facts, chosen, whole=facts.batch_norm)
     length = _length(why, facts, prediction, chosen, layout)
     optimizer = _optimizer(why, facts, prediction, chosen, length["steps"])
     why.keep("frontier", len(rows), "S(B)·t(B, n), and n times it, for each batch size and number of devices", OURS)
@@ -140,11 +140,17 @@ def _size(
     }
 
 
-def _layout(why: _Reasons, facts: Facts, chosen: FrontierRow) -> dict[str, Any]:
-    """Micro-batches: the fastest measured; halved where that hardly costs time and lets the noise be measured."""
+def _layout(why: _Reasons, facts: Facts, chosen: FrontierRow, *, whole: bool) -> dict[str, Any]:
+    """Micro-batches: the fastest measured; halved where that hardly costs time and lets the noise be measured.
+
+    whole: as much of a device's share as fits, for the model normalises over it.
+    """
     share = math.ceil(chosen.batch_size / chosen.devices)
     micro, rule = facts.best_micro_batch(share), "the measured size that gets through a device's share soonest"
-    if chosen.devices == 1 and micro == share > 1:
+    if whole:
+        passes = math.ceil(share / facts.max_micro_batch)
+        micro, rule = math.ceil(share / passes), "as much as fits: batch normalisation is over a micro-batch"
+    elif chosen.devices == 1 and micro == share > 1:
         whole_seconds, half_seconds = (facts.step_time(share, 1, size) for size in (share, math.ceil(share / 2)))
         if half_seconds <= SPLIT_COST * whole_seconds:
             micro = math.ceil(share / 2)

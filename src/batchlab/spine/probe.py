@@ -15,7 +15,7 @@ from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate, Facts
 from batchlab.core.job import Job, Target
 from batchlab.core.jsonio import from_plain
-from batchlab.core.model import check_fresh
+from batchlab.core.model import check_fresh, least_examples, make_model
 from batchlab.core.plan import Plan
 from batchlab.core.random import derive_seed, preserved_generators
 from batchlab.measure.course.learning_rate import Choice
@@ -113,9 +113,10 @@ def probe(
         check_fresh(job)
         first_step(job.optimizer)
         watch = Stopwatch(budget, progress)
-        found, speed = _speed(job, watch, seed=own, device=where)
+        least = least_examples(make_model(job))
+        found, speed = _speed(job, watch, least=least, seed=own, device=where)
         base, notes = _base_batch(job, speed, budget)
-        plan = _plan(job, base, speed, found.size)
+        plan = _plan(job, base, speed, least=least, largest=found.size)
         check_first_loss(job, plan, seed=own, device=where)
         choice, said, warned = _learning_rate(job, plan, speed, found.size, watch, seed=own, device=where)
         plan = dataclasses.replace(plan, learning_rate=choice.learning_rate)
@@ -123,7 +124,7 @@ def probe(
         courses, target = _reference(job, plan, speed, watch, seed=own, device=where)
         speed = dataclasses.replace(speed, update=update)
         facts = gather(job, plan, found, speed, choice, courses, target, notes + said, warned, seed=seed, device=where)
-        facts = dataclasses.replace(facts, noise_seconds=noise_seconds)
+        facts = dataclasses.replace(facts, noise_seconds=noise_seconds, batch_norm=least > 1)
         return from_plain(Facts, from_first_rank(facts))
 
 
@@ -146,12 +147,12 @@ def _world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def _speed(job: Job, watch: Stopwatch, *, seed: int, device: torch.device) -> tuple[MicroBatch, Throughput]:
-    """The largest micro-batch to use, and the time of powers of two up to it."""
+def _speed(job: Job, watch: Stopwatch, *, least: int, seed: int, device: torch.device) -> tuple[MicroBatch, Throughput]:
+    """The largest micro-batch to use, and the time of powers of two up to it, from the least that can be trained on."""
     watch.report("memory and speed", 0.0)
     found = find_micro_batch(job, device=device, seconds=MEMORY_UNTIL * watch.budget, seed=seed)
     watch.report("memory and speed", 0.5)
-    sizes = {2**k for k in range(found.size.bit_length())} | {found.size}
+    sizes = {2**k for k in range(least - 1, found.size.bit_length())} | {found.size}
     seconds = max(watch.left(SPEED_UNTIL), 0.02 * watch.budget)
     peaks = {each.size: each.peak_bytes for each in found.tries if each.fits}
     local = throughput(job, sorted(sizes), seconds=seconds, device=device, seed=seed, memory_bytes=peaks)
@@ -179,14 +180,16 @@ def _power_of_two(value: float) -> int:
 
 def _update_seconds(speed: Throughput, batch: int, micro_batch: int) -> float:
     """Seconds of an update with micro-batches of about `micro_batch`, by the nearest measured size below."""
-    point = max((p for p in speed.micro_batches if p.examples <= micro_batch), key=lambda p: p.examples)
+    points = sorted(speed.micro_batches, key=lambda p: p.examples)
+    point = max((p for p in points if p.examples <= micro_batch), key=lambda p: p.examples, default=points[0])
     share = math.ceil(batch / _world())
     return share / point.examples * point.seconds.value + speed.update.value
 
 
-def _plan(job: Job, base: int, speed: Throughput, largest: int) -> Plan:
+def _plan(job: Job, base: int, speed: Throughput, *, least: int, largest: int) -> Plan:
     """How the short runs and the reference run train; `plan` makes the user's own run alike."""
-    micro = min(max(1, base // max(PIECES, 2 * _world())), largest)
+    pieces = PIECES if least == 1 else 2  # batch normalisation is over a piece: as few as tell the noise
+    micro = min(max(least, base // max(pieces, 2 * _world())), largest)
     return Plan(
         job=job.name,
         goal="probe",
@@ -270,7 +273,8 @@ def _other_seconds(
     optimizer's step alone, and None.
     """
     by_size = {point.examples: point.seconds.value for point in speed.micro_batches}
-    size = max(size for size in by_size if size <= max(1, plan.batch_size // (2 * _world())))
+    half = plan.batch_size // (2 * _world())
+    size = max((size for size in by_size if size <= half), default=min(by_size))
     bare = dataclasses.replace(
         plan, batch_size=2 * size * _world(), micro_batch=size, accumulation=2, measure_noise=False
     )

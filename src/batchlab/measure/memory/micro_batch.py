@@ -33,7 +33,7 @@ from batchlab.parallel.agree import agree_min
 
 HEADROOM = {"cuda": 0.1, "cpu": 0.5}
 SATURATION = {"cuda": None, "cpu": 0.05}
-START = {"cuda": 32, "cpu": 1}
+START = {"cuda": 32, "cpu": 2}  # no lower: with batch normalisation a single example may have no variance
 EXAMPLE = "example"
 
 
