@@ -26,6 +26,9 @@ def place(tmp_path_factory):
     assert trained.returncode == 0, trained.stderr
     (folder / "trained.json").write_text(trained.stdout)
     (folder / "trained.err").write_text(trained.stderr)
+    plan = json.loads((folder / "plan.json").read_text())
+    plan["target"]["value"] = -1.0
+    (folder / "never.json").write_text(json.dumps(plan))
     return folder
 
 
@@ -69,9 +72,6 @@ def test_an_existing_run_is_refused_and_named(place):
 
 def test_a_target_never_reached_ends_well_and_says_so(place):
     words = "train train.py:job --plan never.json --out runs/never --max-steps 5 --json"
-    plan = json.loads((place / "plan.json").read_text())
-    plan["target"]["value"] = -1.0
-    (place / "never.json").write_text(json.dumps(plan))
     done = batchlab(words, place)
     assert done.returncode == 0
     summary = json.loads(done.stdout)["summary"]
@@ -97,6 +97,24 @@ def test_the_batch_and_the_rate_are_moved_by_name(place):
     done = batchlab(f"train train.py:job --plan never.json --out runs/cycle {given} --json", place)
     assert done.returncode == 0, done.stderr
     assert Run.open(place / "runs/cycle").plan.warmup_examples == 0
+
+
+def test_settings_of_a_schedule_are_given_by_name(place):
+    words = "train train.py:job --plan never.json --out runs/set --max-steps 4"
+    ramp = "--batch-schedule ramp --batch-set end=64 --batch-set over=128 --schedule wsd --schedule-set decay_share=0.5"
+    done = batchlab(f"{words} {ramp} --json", place)
+    assert done.returncode == 0, done.stderr
+    plan = Run.open(place / "runs/set").plan
+    assert plan.batch_settings == {"end": 64, "over": 128} and plan.schedule_settings == {"decay_share": 0.5}
+    assert len({line["batch_size"] for line in Run.open(place / "runs/set").steps()}) > 1
+    for given, message in (
+        ("--batch-schedule ramp", "end"),
+        ("--batch-schedule ramp --batch-set end", "--batch-set must be NAME=VALUE, got 'end'"),
+        ("--batch-set speed=3", "batch_schedule is \"fixed\", got {'speed': 3}"),
+    ):
+        done = batchlab(f"{words.replace('set', 'bad')} {given}", place)
+        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+        assert not (place / "runs/bad").exists()
 
 
 def test_report_writes_the_page_beside_the_run(place):

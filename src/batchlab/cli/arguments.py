@@ -6,7 +6,7 @@ import contextlib
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -151,15 +151,35 @@ def named_values(texts: Sequence[str]) -> dict[str, Any]:
     >>> named_values(["x=tokens", "draws=20", "within=1e1", "target_losses=3.2,3.4"])
     {'x': 'tokens', 'draws': 20, 'within': 10.0, 'target_losses': (3.2, 3.4)}
     """
-    values: dict[str, Any] = {}
-    for text in texts:
-        name, sign, value = text.partition("=")
-        if not name.strip() or not sign or not value.strip():
-            raise InputError(f"--set must be NAME=VALUE, got {text!r}")
-        if name.strip() in ("table", "law"):
-            raise InputError(f"--set must name an option of the law, got {name.strip()!r}")
-        values[name.strip()] = _value(value.strip())
+    values = {name: _value(value) for name, value in _pairs(texts, "--set")}
+    for name in {"table", "law"} & set(values):
+        raise InputError(f"--set must name an option of the law, got {name!r}")
     return values
+
+
+def settings(texts: Sequence[str] | None, option: str, *, of: object) -> dict[str, Any] | None:
+    """NAME=VALUE, a value as JSON has it or else as text. Without any: none where `of`, whose they are, is given anew,
+    else None, for those of the plan.
+
+    >>> settings(["end=512", "headroom=null", "sizes=[[0, 64], [1000, 128]]"], "--batch-set", of="ramp")
+    {'end': 512, 'headroom': None, 'sizes': [[0, 64], [1000, 128]]}
+    """
+    import json
+
+    found: dict[str, Any] = {}
+    for name, value in _pairs(texts or (), option):
+        found[name] = value
+        with contextlib.suppress(ValueError):
+            found[name] = json.loads(value)
+    return found or ({} if of else None)
+
+
+def _pairs(texts: Sequence[str], option: str) -> Iterator[tuple[str, str]]:
+    for text in texts:
+        name, sign, value = (part.strip() for part in text.partition("="))
+        if not name or not sign or not value:
+            raise InputError(f"{option} must be NAME=VALUE, got {text!r}")
+        yield name, value
 
 
 def _value(text: str) -> int | float | str | tuple[float, ...]:

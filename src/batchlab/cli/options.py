@@ -18,7 +18,7 @@ class Goal(StrEnum):
 
 
 class BatchSchedule(StrEnum):
-    """Whether the batch stays, or what moves it; those with settings of their own are chosen in the plan."""
+    """Whether the batch stays, or what moves it; a ramp and milestones need settings."""
 
     FIXED = "fixed"
     ADAPTIVE = "adaptive"
@@ -26,16 +26,19 @@ class BatchSchedule(StrEnum):
     DECAY_BY_BATCH = "decay_by_batch"
     NORM_TEST = "norm_test"
     INNER_PRODUCT_TEST = "inner_product_test"
+    RAMP = "ramp"
+    MILESTONES = "milestones"
 
 
 class Schedule(StrEnum):
-    """What the learning rate does after its warm-up, if any; "power" needs settings, in the plan."""
+    """What the learning rate does after its warm-up, if any."""
 
     CONSTANT = "constant"
     LINEAR = "linear"
     COSINE = "cosine"
     WSD = "wsd"
     ONE_CYCLE = "one_cycle"
+    POWER = "power"
 
 
 class Precision(StrEnum):

@@ -214,6 +214,14 @@ def train(
         Schedule | None,
         typer.Option(help="Of the learning rate, after its warm-up; one_cycle needs none.", show_default="as planned"),
     ] = None,
+    batch_set: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="Of --batch-schedule, may be repeated.", show_default="as planned"),
+    ] = None,
+    schedule_set: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="Of --schedule, may be repeated.", show_default="as planned"),
+    ] = None,
     precision: Annotated[Precision | None, typer.Option(help="bf16 is autocast.", show_default="as planned")] = None,
     compile_: Annotated[bool, typer.Option("--compile", help="Through torch.compile.")] = False,
     target: Column = None,
@@ -225,8 +233,10 @@ def train(
             raise InputError("--resume needs --out, the folder of the run to go on with")
         if plan is None and not resume:
             raise InputError("--plan is missing: make one with batchlab plan, or go on with a run by --resume")
-        changes = {"steps": max_steps, "batch_schedule": batch_schedule and batch_schedule.value}
+        changes: dict[str, Any] = {"steps": max_steps, "batch_schedule": batch_schedule and batch_schedule.value}
         changes |= {"schedule": schedule and schedule.value}
+        changes |= {"batch_settings": arguments.settings(batch_set, "--batch-set", of=batch_schedule)}
+        changes |= {"schedule_settings": arguments.settings(schedule_set, "--schedule-set", of=schedule)}
         changes |= {"warmup_examples": 0} if schedule == Schedule.ONE_CYCLE else {}
         changes |= {"precision": precision and precision.value, "compile": compile_ or None}
         chosen = arguments.chosen_plan(plan, out, changes)

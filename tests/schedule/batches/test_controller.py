@@ -129,3 +129,22 @@ def test_facts_alone_are_agreed():
 def test_bad_limits_are_named(call, message):
     with pytest.raises(InputError, match=message):
         call()
+
+
+class Reading(Wishing):
+    needs = frozenset({"noise_scale"})
+
+
+def test_a_fact_that_never_comes_is_warned_of_once():
+    control = Reading(64, maximum=128)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(1, 101):
+            control.next_batch(step, StepFacts(64 * step, 64))
+        assert not caught
+        for step in range(101, 400):
+            control.next_batch(step, StepFacts(64 * step, 64))
+    (warning,) = caught
+    assert str(warning.message) == (
+        "Reading reads noise_scale, which has not come for 101 updates: the batch stays at 64"
+    )

@@ -21,6 +21,7 @@ from batchlab.measure.noise.batch_tests import Moments, Placement, place_batch
 from batchlab.measure.noise.coordinate_test import CoordinateMoments
 from batchlab.parallel.agree import agree_min
 
+_SILENT = 100  # updates; a test that is due now and then, or a noise scale measured seldom, comes sooner
 _NEARLY = 1e-9  # a float that is a whole number but for rounding counts as that number
 
 
@@ -84,6 +85,9 @@ class BatchController(ABC):
     a skipped update does not count for patience either. `needs` names the facts that a rule reads, beyond `seen` and
     `batch`, so that a loop need not measure others. Given equal facts, all ranks decide alike: see `StepFacts.agreed`.
 
+    Warns once where a fact in `needs` has not come for longer than `patience` and 100 updates: a loop that measures
+    nothing would hold the batch still in silence.
+
     A rule that remembers something overrides `note`, `rule_state` and `load_rule_state`.
     """
 
@@ -114,7 +118,7 @@ class BatchController(ABC):
         self.batch_size = int(batch_size)
         self.minimum, self.maximum, self.multiple_of = int(minimum), int(maximum), int(multiple_of)
         self.growth, self.deadband, self.patience = float(growth), float(deadband), int(patience)
-        self._waited = 0
+        self._waited, self._missed = 0, 0
 
     @abstractmethod
     def wanted(self, step: int, facts: StepFacts) -> float | None:
@@ -136,6 +140,7 @@ class BatchController(ABC):
         if not facts.counts:
             return self.batch_size
         self._waited += 1
+        self._watch_for_facts(facts)
         self.note(step, facts)
         if self._waited < self.patience:
             return self.batch_size
@@ -146,6 +151,16 @@ class BatchController(ABC):
         if size != self.batch_size:
             self.batch_size, self._waited = size, 0
         return self.batch_size
+
+    def _watch_for_facts(self, facts: StepFacts) -> None:
+        missing = sorted(name for name in self.needs if getattr(facts, name) is None)
+        self._missed = self._missed + 1 if missing else 0
+        if self._missed == max(self.patience, _SILENT) + 1:
+            warnings.warn(
+                f"{type(self).__name__} reads {', '.join(missing)}, which has not come for {self._missed} updates: "
+                f"the batch stays at {self.batch_size}",
+                stacklevel=3,
+            )
 
     def _decided(self, wanted: float) -> int:
         """Deadband, growth, rounding; `wanted` is in the bounds."""

@@ -2,7 +2,7 @@
 
 Of B examples with gradients g_i and mean ḡ the test asks for ΣVar(g_i)/(η²|ḡ|²), which is when the mean gradient's
 expected error is at most η of its norm. The batch grows to that and never shrinks. |ḡ|² has the noise of B examples in
-it, so that one test asks for no more than about B/η²; growth is gradual by construction.
+it, so that one test asks for no more than about B/η²; that is gradual for η near 1, and 100 times at η = 0.1.
 """
 
 from __future__ import annotations
