@@ -203,7 +203,15 @@ def main() -> None:
         for each in mine:
             shown = ("method", "steps_ratio", "time_ratio", "holds")
             print(name, {key: each[key] for key in shown}, "best fixed:", each["best_fixed"], flush=True)
+    rows = [{name: finite(value) for name, value in row.items()} for row in rows]
     report("adaptive_batch", " ".join((__doc__ or "").split("\n\n")[0].split()), rows, save=given.save)
+
+
+def finite(value: Any) -> Any:
+    """None for what was never reached, as JSON has no infinity."""
+    if isinstance(value, list):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and math.isinf(value) else value
 
 
 if __name__ == "__main__":

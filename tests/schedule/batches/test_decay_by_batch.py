@@ -50,7 +50,8 @@ def test_the_noise_scale_holds_it():
     below = DecayByBatch(64, share=linear_decay, exponent=1.0, maximum=1024)
     assert {size for _, size in run(below, Estimate(40.0, 30.0, 50.0, "given"))} == {64}
     unknown = DecayByBatch(64, share=linear_decay, exponent=1.0, maximum=1024)
-    assert {size for _, size in run(unknown, None)} == {64}
+    with pytest.warns(UserWarning, match="reads noise_scale, which has not come"):
+        assert {size for _, size in run(unknown, None)} == {64}
 
 
 def test_without_headroom_it_is_the_papers_and_reads_nothing():
