@@ -9,7 +9,7 @@ import torch
 from batchlab import optim
 from batchlab.core.errors import InputError
 from batchlab.optim.by_name import names
-from batchlab.rules.learning_rate import for_optimizer
+from batchlab.rules.learning_rate import for_optimizer, rescale
 from batchlab.rules.optimizer_family import FAMILY, decay_kind, family, kind, plain_name
 
 MEAN, EXAMPLES, BATCH, KAPPA = 0.01, 2048, 4, 4
@@ -78,8 +78,8 @@ def close(base, larger):
 @pytest.mark.parametrize("name", MAKE)
 def test_equal_progress_far_below_the_noise_scale(name):
     """μ²B/σ² is at most 1/600, 1/30 of what a momentum averages, and the updates are many against its memory."""
-    rate = 1e-3
-    moved = for_optimizer(name, rate, BATCH, BATCH * KAPPA).learning_rate
+    rate, rules = 1e-3, {"sgd": "linear", "adam": "sqrt", "adagrad": "none"}
+    moved = rescale(rate, BATCH, BATCH * KAPPA, rule=rules[family(name)])
     close(progress(MAKE[name], rate, BATCH), progress(MAKE[name], moved, BATCH * KAPPA))
 
 

@@ -105,7 +105,7 @@ def recipe(
     in fewer updates give less, as a warning then says. Not for optimizers without a learning-rate rule.
 
     >>> base = Recipe(256, 1_281_167 * 90, "sgd", 0.1, momentum=0.9, weight_decay=1e-4, warmup_examples=5 * 1_281_167)
-    >>> moved = recipe(base, 8192)
+    >>> moved = recipe(base, 8192, rule="linear")
     >>> moved.recipe.learning_rate, moved.recipe.weight_decay, moved.recipe.devices, moved.recipe.steps
     (3.2, 0.0001, 32, 14076)
     """
