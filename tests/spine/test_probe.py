@@ -125,7 +125,8 @@ def test_a_model_that_normalises_over_the_batch_is_probed_planned_and_trained(tm
     made = dataclasses.replace(plan(job, facts), steps=3)
     train(job, made, out=tmp_path / "run", device="cpu")
     only = probe(job, budget=2.0, device="cpu", only=["memory", "noise"])
-    assert only.memory is not None
+    assert only.memory.size >= 2 and only.noise.batch_size >= 2
+    assert min(size for size, *_ in only.memory.tries) >= 2
 
 
 def test_the_jobs_own_target_is_kept_and_counted():

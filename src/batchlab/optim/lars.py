@@ -35,8 +35,8 @@ def lars_(
     adapt: bool,
     lr_in_momentum: bool,
 ) -> Rule:
-    """One step on one tensor. rate: γ; tensors are for numbers that a compiled rule need not know. adapt: false takes
-    λ = 1 and no decay.
+    """One step on one tensor. rate: γ; it, momentum, trust and eps are tensors, for a compiled rule takes any of them.
+    adapt: false takes λ = 1 and no decay.
     """
     if not adapt:
         v.mul_(momentum)
