@@ -13,7 +13,7 @@ from batchlab.core.errors import BatchlabError, CheckpointError, InputError, Sto
 from batchlab.core.facts import Facts
 from batchlab.core.files import replace_atomic
 from batchlab.core.job import Job
-from batchlab.core.jsonio import to_plain
+from batchlab.core.jsonio import from_plain, to_plain
 from batchlab.core.plan import Plan
 from batchlab.core.provenance import git_commit, machine, versions
 from batchlab.core.run import CHECKPOINTS, SCHEMA, Run, summarize
@@ -23,21 +23,10 @@ from batchlab.spine.learner import Learner
 
 WEIGHTS_FILE = "model.safetensors"
 WRITE_FAILED = 255
-_SAME_ON_RESUME = (
-    "job",
-    "optimizer",
-    "learning_rate",
-    "hyperparameters",
-    "batch_size",
-    "batch_schedule",
-    "batch_settings",
-    "warmup_examples",
-    "schedule",
-    "schedule_settings",
-    "ema_half_life",
-    "average_power",
-    "clip_norm",
-    "precision",
+_MAY_DIFFER_ON_RESUME = frozenset(  # what is said of a run, or looked at, or how and how long it is computed
+    ("goal", "target", "predicted_steps", "predicted_step_seconds", "reasons", "frontier", "notes", "schema")
+    + ("steps", "micro_batch", "accumulation", "world_size", "compile")
+    + ("evaluation_batch", "evaluate_every", "checkpoint_every", "measure_noise")
 )
 
 
@@ -77,9 +66,12 @@ class RunFolder:
         state, problems = newest_whole(self.path / CHECKPOINTS)
         if state is None and problems:
             raise CheckpointError(f"no whole checkpoint is left: {problems[0]}")
+        begun = Run.open(self.path)
+        _check_same(begun.plan if state is None else from_plain(Plan, state["plan"]), learner.plan)
         if state is not None:
-            _check_same(state["plan"], to_plain(learner.plan))
             learner.load_state_dict(state["learner"])
+        elif begun.meta["seed"] != learner.seed:
+            raise InputError(f"cannot resume with another seed: the run has {begun.meta['seed']}, got {learner.seed}")
         self._write(lambda writer: writer.write_meta(**self._meta))
         self._write(lambda writer: writer.keep_steps(learner.step))
         self._agree()
@@ -195,8 +187,10 @@ def describe_again(plan: Plan, learner: Learner) -> dict[str, Any]:
     }
 
 
-def _check_same(before: dict[str, Any], now: dict[str, Any]) -> None:
-    for name in _SAME_ON_RESUME:
-        was = before.get(name, {} if name.endswith("_settings") else None)
-        if was != now[name]:
-            raise InputError(f"cannot resume with another {name}: the run has {was!r}, the plan says {now[name]!r}")
+def _check_same(before: Plan, now: Plan) -> None:
+    """Refuses a plan by which another run would come, in any field but those that may differ."""
+    was, is_ = to_plain(before), to_plain(now)
+    other = [name for name in was if name not in _MAY_DIFFER_ON_RESUME and was[name] != is_[name]]
+    if other:
+        said = "; ".join(f"another {name}: the run has {was[name]!r}, the plan says {is_[name]!r}" for name in other)
+        raise InputError(f"cannot resume with {said}")

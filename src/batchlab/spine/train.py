@@ -45,7 +45,8 @@ def train(
     """Trains `job` as `plan` says and writes the folder `out`, until the target is met or the steps are done.
 
     seed: of the weights, the sample stream and all else that is random. resume: go on from the newest whole
-    checkpoint in `out`; micro-batch, world size, number of steps and evaluation may differ from before.
+    checkpoint in `out`; micro-batch, world size, number of steps, target and evaluation may differ from before, and
+    nothing that an update depends on.
     callbacks: each is called on every rank with each line of `steps.jsonl`, a dict, after it was written.
     device: where to compute; the first GPU if there is one. facts: stored with the run, for its report.
 
