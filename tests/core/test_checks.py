@@ -33,7 +33,7 @@ def test_what_is_no_number_is_refused_by_name(check, value):
         (check_not_negative, [0, 1, math.inf], [-5e-324]),
         (check_share, [0, 0.5, 1], [1.0000001]),
         (check_inside, [5e-324, 0.95], [0, 1]),
-        (check_count, [1, np.int64(64), 10**30], [0, 1.0, True, np.float64(2)]),
+        (check_count, [1, np.int64(64), 10**30], [0, 1.0, True, np.True_, torch.tensor(True), np.float64(2)]),
     ],
 )
 def test_the_edges(check, inside, outside):

@@ -3,9 +3,11 @@
 import dataclasses
 import json
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -47,6 +49,32 @@ def test_plans_go_round():
     back = Plan.from_json(plan.to_json())
     assert back == plan and isinstance(back.hyperparameters["betas"], tuple)
     assert plan.explain() == [("batch_size", "64", "rule; a = 1.5, b = x", "source")]
+
+
+def test_a_plan_keeps_the_numbers_of_any_library_as_pythons():
+    given = toy_plan(
+        batch_size=np.int64(64),
+        steps=torch.tensor(20),
+        warmup_examples=np.uint8(5),
+        learning_rate=np.float32(0.5),
+        clip_norm=Fraction(1, 4),
+        hyperparameters={"betas": (np.float16(0.5), np.float64(0.75)), "eps": np.float32(2**-20)},
+        batch_settings={"end": np.int32(128)},
+        target=Target("loss", np.float32(0.5)),
+    )
+    settings = {"batch_settings": {"end": 128}, "hyperparameters": {"betas": (0.5, 0.75), "eps": 2**-20}}
+    plain = toy_plan(steps=20, warmup_examples=5, learning_rate=0.5, clip_norm=0.25, **settings)
+    plain = dataclasses.replace(plain, target=Target("loss", 0.5))
+    assert (
+        repr(given) == repr(plain) and given.to_json() == plain.to_json() and Plan.from_json(given.to_json()) == given
+    )
+
+
+@pytest.mark.parametrize("value", [True, np.True_, torch.tensor(True), 5.0, np.float64(5), "5", [5]])
+@pytest.mark.parametrize("name", ["batch_size", "steps", "warmup_examples"])
+def test_what_is_no_integer_is_no_count_of_a_plan(name, value):
+    with pytest.raises(InputError, match=f"^plan {name} "):
+        dataclasses.replace(toy_plan(), **{name: value})
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import shutil
 import signal
 import threading
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -413,6 +414,14 @@ def test_a_plan_for_other_devices_is_said_to_be(tmp_path):
     run = train(toy_job(), plan, out=tmp_path / "r", device="cpu")
     assert (run.plan.world_size, run.plan.accumulation, run.plan.predicted_step_seconds) == (1, 4, None)
     assert run.plan.notes == ("planned for 4 devices with 1 passes, run on 1 with 4: the predicted time does not hold",)
+
+
+def test_integers_of_numpy_are_integers(tmp_path):
+    plan = toy_plan(batch_size=np.int64(64), micro_batch=np.int32(64), steps=np.int64(2), learning_rate=np.float32(0.5))
+    run = train(toy_job(), plan, out=tmp_path / "r", seed=np.int64(3), device="cpu")
+    assert run.plan == plan and run.meta["seed"] == 3
+    with pytest.raises(InputError, match="seed must be an integer, got True"):
+        train(toy_job(), plan, out=tmp_path / "r", seed=True, device="cpu")
 
 
 def test_what_is_written_holds_no_pickle(uninterrupted):

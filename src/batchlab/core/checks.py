@@ -52,9 +52,20 @@ def check_count(least: int = 1, /, **counts: int) -> None:
             raise InputError(f"{name} must be an integer of at least {least}, got {count!r}")
 
 
+def is_whole(value: Any) -> bool:
+    """Whether it is an integer, of any library; True is none.
+
+    >>> import torch
+    >>> is_whole(torch.tensor(3)), is_whole(torch.tensor(True)), is_whole(3.0)
+    (True, False, False)
+    """
+    truth = isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
+    return not truth and holds(lambda value: operator.index(value) is not None, value)
+
+
 def is_count(value: Any, least: int = 1) -> bool:
     """Whether it is an integer of at least `least`."""
-    return not isinstance(value, bool) and holds(lambda value: operator.index(value) >= least, value)
+    return is_whole(value) and operator.index(value) >= least
 
 
 def holds(condition: Callable[[Any], Any], value: Any) -> bool:

@@ -1,7 +1,8 @@
 """JSON both ways for the frozen nouns: strict JSON on disk, non-finite floats as strings.
 
 Every noun is a dataclass of numbers, strings, mappings, tuples and other such dataclasses; `to_plain`
-and `from_plain` walk its type hints, so that a new field needs no code here. NumPy's numbers are written as Python's.
+and `from_plain` walk its type hints, so that a new field needs no code here. Numbers of other libraries are written as
+Python's.
 Where a field may hold anything (`Any`), "inf", "-inf" and "nan" are numbers too, and a text that reads so is told
 apart as {"text": "inf"}.
 """
@@ -12,6 +13,7 @@ import dataclasses
 import json
 import math
 import numbers
+import operator
 import types
 import typing
 from collections.abc import Mapping
@@ -19,6 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+from batchlab.core.checks import is_whole
 from batchlab.core.errors import InputError
 
 T = TypeVar("T")
@@ -42,10 +45,10 @@ def _plain(value: Any, *, free: bool) -> Any:
         return [_plain(item, free=free) for item in value]
     if isinstance(value, str):
         return {"text": value} if free and value in _NON_FINITE else value
-    if isinstance(value, bool) or value is None or isinstance(value, int):
+    if type(value) in (bool, int, type(None)):
         return value
-    if isinstance(value, numbers.Integral):
-        return int(value)
+    if is_whole(value):
+        return int(operator.index(value))
     if isinstance(value, numbers.Real):
         number = float(value)
         return number if math.isfinite(number) else str(number)
@@ -91,8 +94,12 @@ def from_plain(cls: type[T], plain: Any, *, source: str = "JSON") -> T:
     return cls(**values)
 
 
-def check_fields(noun: Any, name: str) -> None:
-    """Each field must be what could be read back: of its type, and one of its choices. name: the noun's, for errors."""
+def settle_fields(noun: Any, name: str) -> None:
+    """Makes each field what would be read back: plain numbers, tuples where the type says so.
+
+    `InputError` where it is not of its type, or none of its choices. noun: in its `__post_init__`, for it may be
+    frozen. name: the noun's, for errors.
+    """
     cls: Any = type(noun)
     hints = _hints(cls)
     for field in dataclasses.fields(cls):
@@ -101,7 +108,7 @@ def check_fields(noun: Any, name: str) -> None:
             plain = _plain(value, free=_is_free(hints[field.name]))
         except TypeError as error:
             raise InputError(f"{where} {error}") from None
-        _convert(hints[field.name], plain, where)
+        object.__setattr__(noun, field.name, _convert(hints[field.name], plain, where))
 
 
 def _is_free(hint: Any) -> bool:

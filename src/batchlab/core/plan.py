@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from batchlab.core.checks import is_count
 from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate
 from batchlab.core.job import Target
-from batchlab.core.jsonio import JsonNoun, check_fields
+from batchlab.core.jsonio import JsonNoun, settle_fields
 
 SCHEMA = 1
 BatchSchedule = Literal[
@@ -51,6 +52,8 @@ class FrontierRow(JsonNoun):
 @dataclass(frozen=True)
 class Plan(JsonNoun):
     """What to run. Counts of examples are global, over all devices; schedules are counted in examples.
+
+    Numbers of any library are taken, and kept as Python's own; sequences in the settings are kept as lists.
 
     batch_size: examples an update, over all devices. micro_batch: the most examples of one forward and backward pass.
     accumulation: such passes on one device for one update, alike in size to one example.
@@ -135,9 +138,9 @@ class Plan(JsonNoun):
             value = getattr(self, name)
             if value is None and name in ("max_batch_size", "evaluation_batch"):
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if not is_count(value):
                 raise InputError(f"plan {name} must be an integer of at least 1, got {value!r}")
-        check_fields(self, "plan")
+        settle_fields(self, "plan")
         if self.batch_size < self.world_size:
             raise InputError(
                 f"plan batch_size {self.batch_size} is smaller than world_size {self.world_size}: "

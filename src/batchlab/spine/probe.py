@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, overload
 
 import torch
 import torch.distributed as dist
 
+from batchlab.core.checks import is_whole
 from batchlab.core.device import pick_device
 from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate, Facts
@@ -101,7 +103,7 @@ def probe(
     Under an initialised process group every rank calls it; all get the first rank's facts, bit for bit.
     Raises `InputError` for what cannot be measured: a loss that is not finite, a metric that is not there.
     """
-    where = _check(job, budget, seed, device)
+    where, seed = _check(job, budget, seed, device), operator.index(seed)
     if only is not None:
         from batchlab.spine.findings import findings
 
@@ -133,7 +135,7 @@ def _check(job: Job, budget: float, seed: int, device: str | torch.device | None
         raise InputError(f"job must be a batchlab.Job, got {type(job).__name__}")
     if not 0 < budget < math.inf:
         raise InputError(f"budget must be finite and > 0 seconds, got {budget!r}")
-    if isinstance(seed, bool) or not isinstance(seed, int):
+    if not is_whole(seed):
         raise InputError(f"seed must be an integer, got {seed!r}")
     check_name(job.optimizer)
     if len(job.train) < 2 * _world():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 import signal
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from batchlab.core.checks import is_whole
 from batchlab.core.errors import InputError, Interrupted, NonFiniteError, StorageError
 from batchlab.core.facts import Facts
 from batchlab.core.job import Job
@@ -60,7 +62,7 @@ def train(
     """
     _check(job, plan, seed)
     check_folder(out)
-    plan = _as_run(plan)
+    plan, seed = _as_run(plan), operator.index(seed)
     with preserved_generators(), StopSignals() as signals:
         learner = Learner(job, plan, seed=seed, device=device)
         try:
@@ -172,7 +174,7 @@ def _check(job: Job, plan: Plan, seed: int) -> None:
     world = dist.get_world_size() if dist.is_initialized() else 1
     if plan.batch_size < world:
         raise InputError(f"plan batch_size {plan.batch_size} is smaller than the {world} ranks: each needs an example")
-    if isinstance(seed, bool) or not isinstance(seed, int):
+    if not is_whole(seed):
         raise InputError(f"seed must be an integer, got {seed!r}")
 
 
