@@ -93,10 +93,16 @@ def test_the_batch_and_the_rate_are_moved_by_name(place):
     plan = Run.open(place / "runs/moved").plan
     assert (plan.batch_schedule, plan.schedule, plan.steps) == ("decay_by_batch", "linear", 8)
     assert any("those of a batch that stays" in note for note in plan.notes) == (plan.predicted_steps is not None)
+    for name in ("batch_schedule", "schedule", "steps"):
+        reason = plan.reasons[name]
+        assert (reason.rule, reason.source, reason.value) == ("given by the user", "user", getattr(plan, name))
     given = "--schedule one_cycle --max-steps 3"  # which warms up by itself, whatever was planned
     done = batchlab(f"train train.py:job --plan never.json --out runs/cycle {given} --json", place)
     assert done.returncode == 0, done.stderr
-    assert Run.open(place / "runs/cycle").plan.warmup_examples == 0
+    plan = Run.open(place / "runs/cycle").plan
+    assert plan.warmup_examples == 0 and "warmup_examples" not in {
+        name for name, reason in plan.reasons.items() if reason.source == "user"
+    }
 
 
 def test_settings_of_a_schedule_are_given_by_name(place):

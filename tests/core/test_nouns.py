@@ -48,7 +48,61 @@ def test_plans_go_round():
     )
     back = Plan.from_json(plan.to_json())
     assert back == plan and isinstance(back.hyperparameters["betas"], tuple)
-    assert plan.explain() == [("batch_size", "64", "rule; a = 1.5, b = x", "source")]
+    assert plan.explain()[0] == ("batch_size", "64", "rule; a = 1.5, b = x", "source")
+
+
+def reasoned_plan():
+    """A toy plan all of whose numbers have the reason "planned", the rate's by the batch and eps."""
+    plan = toy_plan(hyperparameters={"eps": 1e-8}, noise_scale=exact(64.0), schedule_settings={"decay_share": 0.5})
+    numbers = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan)} | {"eps": 1e-8, "noise_scale": 64.0}
+    for name in ("job", "goal", "optimizer", "target", "hyperparameters", "reasons", "frontier", "notes", "schema"):
+        del numbers[name]
+    inputs = {"learning_rate": {"batch_size": 64, "eps": 1e-8, "goal": "balanced", "b_crit": 7.0}}
+    reasons = {name: Reason("planned", "paper", inputs.get(name, {}), value) for name, value in numbers.items()}
+    return dataclasses.replace(plan, reasons=reasons)
+
+
+def test_a_number_that_was_changed_says_that_it_was_given():
+    plan = reasoned_plan()
+    assert {reason.rule for reason in plan.reasons.values()} == {"planned"}
+    changes = {"steps": 5, "noise_scale": exact(3.0), "hyperparameters": {"eps": 1e-7, "amsgrad": True}}
+    changed = dataclasses.replace(plan, schedule="cosine", schedule_settings={}, **changes)
+    given = {name: reason for name, reason in changed.reasons.items() if reason.rule != "planned"}
+    assert given == {
+        "steps": Reason("given by the user", "user", {"in_place_of": 20}, 5),
+        "noise_scale": Reason("given by the user", "user", {"in_place_of": 64.0}, 3.0),
+        "schedule": Reason("given by the user", "user", {"in_place_of": "constant"}, "cosine"),
+        "schedule_settings": Reason("given by the user", "user", {"in_place_of": {"decay_share": 0.5}}, {}),
+        "eps": Reason("given by the user", "user", {"in_place_of": 1e-8}, 1e-7),
+        "amsgrad": Reason("given by the user", "user", {}, True),
+    }
+    again = dataclasses.replace(changed, steps=7)
+    assert again.reasons["steps"] == Reason("given by the user", "user", {"in_place_of": 20}, 7)
+    assert Plan.from_json(again.to_json()) == again
+    edited = plan.to_json().replace('"learning_rate": 0.01', '"learning_rate": 0.02')
+    assert Plan.from_json(edited).reasons["learning_rate"].inputs == {"in_place_of": 0.01}
+
+
+def test_what_has_no_reason_was_given_where_others_have_one():
+    few = dataclasses.replace(toy_plan(clip_norm=1.0), reasons={"steps": Reason("planned", "paper", {}, 20)})
+    assert few.reasons["clip_norm"] == Reason("given by the user", "user", {}, 1.0)
+    assert "ema_half_life" not in few.reasons and toy_plan(clip_norm=1.0).reasons == {}
+
+
+def test_what_was_computed_from_a_number_that_is_another_by_now_says_so():
+    changed = dataclasses.replace(reasoned_plan(), batch_size=32, hyperparameters={"eps": 1e-7}, goal="time")
+    rules = {name: rule for name, _, rule, _ in changed.explain()}
+    said = "planned; batch_size = 64 (now 32), eps = 1e-08 (now 1e-07), goal = balanced (now time), b_crit = 7"
+    assert rules["learning_rate"] == said and "now" not in rules["micro_batch"]
+    assert all("now" not in rule for _, _, rule, _ in reasoned_plan().explain())
+
+
+def test_a_number_that_batchlab_changes_has_its_own_reason():
+    plan = reasoned_plan()
+    changed = plan.because("the ranks that there are", "batchlab", world_size=2, accumulation=plan.accumulation)
+    reason = Reason("the ranks that there are", "batchlab", {"in_place_of": 1}, 2)
+    assert changed.reasons == {**plan.reasons, "world_size": reason} and changed.world_size == 2
+    assert toy_plan().because("anything", "batchlab", steps=3) == toy_plan(steps=3)
 
 
 def test_a_plan_keeps_the_numbers_of_any_library_as_pythons():

@@ -61,6 +61,20 @@ def test_every_number_has_its_reason(case):
         assert reason["rule"] and reason["source"]
         assert reason["value"] == (value["value"] if isinstance(value, dict) else value)
     assert len(result.explain()) == len(result.reasons)
+    assert all("given" not in rule or case == "batch given" for _, _, rule, _ in result.explain())
+    assert all("(now" not in rule for _, _, rule, _ in result.explain())
+
+
+def test_what_is_given_after_the_plan_says_so_and_what_follows_from_it_says_from_what():
+    given = dataclasses.replace(made({"optimizer": "ademamix"}), steps=30, schedule="cosine", batch_schedule="adaptive")
+    rows = {name: (value, rule) for name, value, rule, _ in given.explain()}
+    assert rows["steps"][0] == "30" and rows["steps"][1].startswith("given by the user; in_place_of = ")
+    assert rows["schedule"] == ("cosine", "given by the user; in_place_of = constant")
+    assert rows["batch_schedule"] == ("adaptive", "given by the user; in_place_of = fixed")
+    assert rows["alpha_warmup"][1].endswith("(now 30)")
+    rules = {name: rule for name, _, rule, _ in dataclasses.replace(made(), batch_size=64).explain()}
+    for name in ("learning_rate", "weight_decay", "predicted_steps"):
+        assert "batch_size = 16 (now 64)" in rules[name]
 
 
 def test_the_noise_is_measured_as_seldom_as_makes_it_cheap():

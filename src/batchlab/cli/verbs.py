@@ -237,9 +237,10 @@ def train(
         changes |= {"schedule": schedule and schedule.value}
         changes |= {"batch_settings": arguments.settings(batch_set, "--batch-set", of=batch_schedule)}
         changes |= {"schedule_settings": arguments.settings(schedule_set, "--schedule-set", of=schedule)}
-        changes |= {"warmup_examples": 0} if schedule == Schedule.ONE_CYCLE else {}
         changes |= {"precision": precision and precision.value, "compile": compile_ or None}
         chosen = arguments.chosen_plan(plan, out, changes)
+        if schedule == Schedule.ONE_CYCLE:
+            chosen = chosen.because('the schedule "one_cycle" warms up by itself', "batchlab", warmup_examples=0)
         from batchlab.parallel.torchrun import process_group
         from batchlab.spine.report import terminal_report
         from batchlab.spine.train import train as verb

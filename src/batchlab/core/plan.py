@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -13,6 +14,9 @@ from batchlab.core.job import Target
 from batchlab.core.jsonio import JsonNoun, settle_fields
 
 SCHEMA = 1
+OURS, USER, GIVEN = "batchlab", "user", "given by the user"
+_NO_NUMBERS = ("job", "goal", "optimizer", "target", "hyperparameters", "reasons", "frontier", "notes", "schema")
+_MAY_LACK_A_REASON = ("measure_noise", "learning_rate_rule")  # chosen by plans of old, with none
 BatchSchedule = Literal[
     "fixed", "adaptive", "goodput", "decay_by_batch", "norm_test", "inner_product_test", "ramp", "milestones"
 ]
@@ -54,6 +58,8 @@ class Plan(JsonNoun):
     """What to run. Counts of examples are global, over all devices; schedules are counted in examples.
 
     Numbers of any library are taken, and kept as Python's own; sequences in the settings are kept as lists.
+    reasons: by the numbers' names, hyperparameters' too. In a plan that has reasons, a number that is not its reason's
+        (`dataclasses.replace`, an edited file) says that it was given; `because` gives it another reason.
 
     batch_size: examples an update, over all devices. micro_batch: the most examples of one forward and backward pass.
     accumulation: such passes on one device for one update, alike in size to one example.
@@ -159,20 +165,89 @@ class Plan(JsonNoun):
         if self.warmup_examples < 0:
             raise InputError(f"plan warmup_examples must not be negative, got {self.warmup_examples!r}")
 
+        object.__setattr__(self, "reasons", self._reasons_kept() | self._reasons_given())
+
     @property
     def examples(self) -> int:
         """Of the whole run, which ends when as many were seen, in whatever batches."""
         return self.steps * self.batch_size
 
+    def because(self, rule: str, source: str, **numbers: Any) -> Plan:
+        """With other numbers, for a reason that is not the user's."""
+        planned = {name: value for name, value in self._numbers().items() if name in numbers}
+        changed = dataclasses.replace(self, reasons={}, **numbers)
+        found = {
+            name: Reason(rule, source, {"in_place_of": planned[name]}, value)
+            for name, value in changed._numbers().items()
+            if name in numbers and not _same(value, planned[name])
+        }
+        return dataclasses.replace(changed, reasons=dict(self.reasons) | found if self.reasons else {})
+
     def explain(self) -> list[tuple[str, str, str, str]]:
-        """Rows (name, value, rule with its inputs, source) of every number that has a reason."""
-        rows = []
-        for name, reason in self.reasons.items():
-            inputs = ", ".join(f"{key} = {_short(value)}" for key, value in reason.inputs.items())
-            rows.append(
-                (name, _short(reason.value), f"{reason.rule}" + (f"; {inputs}" if inputs else ""), reason.source)
-            )
-        return rows
+        """Rows (name, value, rule with its inputs, source) of every number that has a reason.
+
+        Where an input is a number of the plan's, and is another by now, its value now stands beside it.
+        """
+        numbers = self._numbers() | {"goal": self.goal}
+        return [
+            (name, _short(reason.value), "; ".join([reason.rule, *_used(reason.inputs, numbers)]), reason.source)
+            for name, reason in self.reasons.items()
+        ]
+
+    def _numbers(self) -> dict[str, Any]:
+        """What may have a reason, by name, as a reason holds it."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _NO_NUMBERS}
+        return {name: _plain(value) for name, value in (fields | dict(self.hyperparameters)).items()}
+
+    def _reasons_kept(self) -> dict[str, Reason]:
+        """Each reason, but where it is another number's."""
+        numbers = self._numbers()
+        return {
+            name: reason
+            if _same(reason.value, value := numbers.get(name, reason.value))
+            else Reason(GIVEN, USER, {"in_place_of": _first(reason)}, value)
+            for name, reason in self.reasons.items()
+        }
+
+    def _reasons_given(self) -> dict[str, Reason]:
+        """Of what is not as it is where nothing is said, in a plan that has reasons."""
+        if not self.reasons:
+            return {}
+        usual = {f.name: _plain(_default(f)) for f in dataclasses.fields(self) if f.name not in _NO_NUMBERS}
+        return {
+            name: Reason(GIVEN, USER, {}, value)
+            for name, value in self._numbers().items()
+            if name not in self.reasons
+            and name not in _MAY_LACK_A_REASON
+            and not _same(value, usual.get(name, dataclasses.MISSING))
+        }
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def _plain(value: Any) -> Any:
+    return value.value if isinstance(value, Estimate) else list(value) if isinstance(value, tuple) else value
+
+
+def _first(reason: Reason) -> Any:
+    """What was there before anything was given."""
+    return reason.inputs.get("in_place_of", reason.value) if reason.source == USER else reason.value
+
+
+def _used(inputs: Mapping[str, Any], numbers: Mapping[str, Any]) -> list[str]:
+    """The inputs in one text, those that are other numbers by now with these; none where there are none."""
+    said = []
+    for name, value in inputs.items():
+        now = numbers.get(name, value)
+        said.append(f"{name} = {_short(value)}" + ("" if _same(value, now) else f" (now {_short(now)})"))
+    return [", ".join(said)] if said else []
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether they are equal; NaN is NaN."""
+    return bool(one == other) or (one != one and other != other)
 
 
 def _short(value: Any) -> str:

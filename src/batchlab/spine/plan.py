@@ -11,7 +11,7 @@ from batchlab.core.checks import check_count
 from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate, Facts
 from batchlab.core.job import Job
-from batchlab.core.plan import FrontierRow, Plan, Reason
+from batchlab.core.plan import GIVEN, OURS, USER, FrontierRow, Plan, Reason
 from batchlab.optim.by_name import defaults, is_torchs
 from batchlab.planner import batch as goals
 from batchlab.planner import cadence
@@ -24,7 +24,7 @@ from batchlab.rules.optimizer_family import decay_kind
 AVERAGE = "Shamir and Zhang 2013, arXiv 1212.1824"
 MCCANDLISH, POWER_LINES = "McCandlish et al. 2018, arXiv 1812.06162", "Bergsma et al. 2025, arXiv 2505.13738"
 ADEMAMIX = "Pagliardini et al. 2024, arXiv 2409.03137"
-MEASURED, OURS, USER, TORCH = "measured", "batchlab", "user", "torch default"
+MEASURED, TORCH = "measured", "torch default"
 KEPT = {"betas": "kept as in the reference run: beta^k holds only far below the noise scale (rules.adam)"}
 SPLIT_COST = 1.05
 
@@ -69,6 +69,7 @@ def plan(
     size = _size(why, facts, prediction, rows, chosen, goal=None if batch_size else goal)
     layout = _layout(why, facts, chosen, whole=facts.batch_norm)
     length = _length(why, facts, prediction, chosen, layout)
+    _courses(why, chosen, length)
     optimizer = _optimizer(why, facts, prediction, chosen, length["steps"])
     why.keep("frontier", len(rows), "S(B)·t(B, n), and n times it, for each batch size and number of devices", OURS)
     return Plan(
@@ -119,7 +120,7 @@ def _size(
     """Batch size, devices and the bounds of an adaptive batch. goal: None where the user gave the batch."""
     inputs: dict[str, Any] = {"predicted_seconds": chosen.time, "choices": len(rows)}
     if goal is None:
-        rule, source, inputs = "given by the user", USER, {}
+        rule, source, inputs = GIVEN, USER, {}
     elif prediction.noise_known:
         rule, source = goals.RULES[goals.check_goal(goal)], MCCANDLISH
         inputs |= {"goal": goal, "b_crit": prediction.b_crit}
@@ -167,7 +168,7 @@ def _layout(why: _Reasons, facts: Facts, chosen: FrontierRow, *, whole: bool) ->
             "micro_batch", micro, rule, MEASURED, share=share, max_micro_batch=facts.max_micro_batch
         ),
         "accumulation": why.keep("accumulation", passes, "ceil(share / micro_batch)", OURS, **pieces),
-        "measure_noise": passes * chosen.devices > 1,
+        "measure_noise": why.keep("measure_noise", passes * chosen.devices > 1, "two pieces or more tell it", OURS),
         "predicted_step_seconds": why.keep("predicted_step_seconds", seconds, step_rule, MEASURED, **times),
         "evaluation_batch": why.keep("evaluation_batch", min(fastest, facts.max_micro_batch), fastest_rule, MEASURED),
     }
@@ -183,6 +184,7 @@ def _length(
     if predicted:
         law = {"base_steps": prediction.base_steps, "base_batch_size": prediction.base_batch_size}
         law |= {"b_crit": prediction.b_crit} if prediction.noise_known else {}
+        law |= {"batch_size": chosen.batch_size}
         rule = "S(B) = S(B₀)·(1 + B_crit/B)/(1 + B_crit/B₀)"
         why.keep("predicted_steps", predicted, rule, MCCANDLISH, **law)
     every = cadence.evaluate_every(steps, step_seconds=step_seconds, evaluation_seconds=evaluation)
@@ -197,6 +199,18 @@ def _length(
         why.keep(name, values[name], rule, OURS, **basis, evaluation_seconds=evaluation, step_seconds=step_seconds)
     values["noise_every"] = _noise_every(why, facts, steps, layout)
     return values | {"predicted_steps": predicted}
+
+
+def _courses(why: _Reasons, chosen: FrontierRow, length: Mapping[str, Any]) -> None:
+    """Why neither the batch nor the rate moves along the run, but for the warm-up."""
+    still = "all that is predicted is of a batch that stays"
+    why.keep("batch_schedule", "fixed", still, OURS, batch_size=chosen.batch_size)
+    level = (
+        "as in the reference run, by which the steps to the target are predicted; one that falls would do so over all "
+        "of the steps, 4 x as many, and little in those predicted"
+    )
+    predicted = {"predicted_steps": length["predicted_steps"].value} if length["predicted_steps"] else {}
+    why.keep("schedule", "constant", level, OURS, steps=length["steps"], **predicted)
 
 
 def _noise_every(why: _Reasons, facts: Facts, steps: float, layout: Mapping[str, Any]) -> int:
@@ -217,6 +231,7 @@ def _optimizer(why: _Reasons, facts: Facts, prediction: Prediction, chosen: Fron
     choice = lr_rules.for_optimizer(facts.optimizer, rate, base, size, **noise)
     inputs = {"base_learning_rate": rate, "base_batch_size": base, "batch_size": size, **noise}
     why.keep("learning_rate", choice.learning_rate, f"{choice.rule}: {choice.formula}", choice.source, **inputs)
+    why.keep("learning_rate_rule", choice.rule, "the optimizer's, as for the rate itself", choice.source)
     warmup, power = facts.reference.warmup_examples, facts.reference.average_power
     why.keep("warmup_examples", warmup, "as many examples as in the reference run", OURS)
     if power is not None:
@@ -226,7 +241,7 @@ def _optimizer(why: _Reasons, facts: Facts, prediction: Prediction, chosen: Fron
         why.keep(name, value, KEPT.get(name, "kept as in the reference run"), TORCH if of_torch else OURS)
     for name in ("alpha_warmup", "beta3_warmup"):
         if name in settings:
-            settings[name] = why.keep(name, steps, "the whole run, as in the papers", ADEMAMIX)
+            settings[name] = why.keep(name, steps, "the whole run, as in the papers", ADEMAMIX, steps=steps)
     if decay_kind(facts.optimizer) == "decoupled" and settings.get("weight_decay"):
         settings["weight_decay"] = _weight_decay(
             why, facts, prediction, chosen, choice.learning_rate, settings["weight_decay"]
@@ -255,7 +270,8 @@ def _weight_decay(
     run = chosen.steps * size
     decay = decay_rules.from_timescale(tau, batch_size=size, learning_rate=learning_rate, total_examples=run)
     rule = "λ = B/(η·D·τ) with the reference's τ = B₀/(η₀·λ₀·D₀)"
-    why.keep("weight_decay", decay, rule, POWER_LINES, tau=tau, base_weight_decay=base_decay, total_examples=run)
+    inputs = {"tau": tau, "base_weight_decay": base_decay, "total_examples": run}
+    why.keep("weight_decay", decay, rule, POWER_LINES, **inputs, batch_size=size, learning_rate=learning_rate)
     return decay
 
 

@@ -18,7 +18,7 @@ from batchlab.core.facts import Facts
 from batchlab.core.job import Job
 from batchlab.core.jsonio import to_plain
 from batchlab.core.model import check_fresh
-from batchlab.core.plan import Plan
+from batchlab.core.plan import OURS, Plan
 from batchlab.core.random import preserved_generators
 from batchlab.core.run import Run
 from batchlab.core.store import check_folder
@@ -187,8 +187,9 @@ def _as_run(plan: Plan) -> Plan:
     if (world, passes) == (plan.world_size, plan.accumulation):
         return plan
     said = f"planned for {plan.world_size} devices with {plan.accumulation} passes, run on {world} with {passes}"
-    notes = (*plan.notes, f"{said}: the predicted time does not hold")
-    return dataclasses.replace(plan, world_size=world, accumulation=passes, predicted_step_seconds=None, notes=notes)
+    run = plan.because("of the ranks that there are", OURS, world_size=world, accumulation=passes)
+    run = run.because("not known for other ranks than were planned for", OURS, predicted_step_seconds=None)
+    return dataclasses.replace(run, notes=(*plan.notes, f"{said}: the predicted time does not hold"))
 
 
 def _first_look(learner: Learner) -> dict[str, float]:
