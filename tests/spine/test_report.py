@@ -11,6 +11,7 @@ from batchlab.core.errors import InputError, StorageError
 from batchlab.core.facts import Estimate, NoisePoint
 from batchlab.core.job import Target
 from batchlab.core.plan import Reason
+from batchlab.core.query import query
 from batchlab.core.run import STEPS_FILE, summarize
 from batchlab.spine import headline
 from batchlab.spine.report import STUDY_FOLDER, report, terminal_report
@@ -286,6 +287,19 @@ def test_verdicts(status, changes, tone, said):
     assert said in verdict.text
     if changes.get("target_step") != 86:
         assert verdict.tone == tone
+
+
+def test_a_batch_that_moves_is_held_against_no_prediction(tmp_path):
+    moving, fixed = made.reached_run(tmp_path / "m", batch_schedule="adaptive"), made.reached_run(tmp_path / "f")
+    lines = {name: (value, remark) for name, value, remark in headline.of_run(moving)}
+    assert lines["Predicted steps to target"] == ("unknown", "120 for a batch that stays at 96; this one moves")
+    assert "Predicted time" not in lines and moving.summary["predicted_steps"] is None
+    said = headline.verdict(moving.plan, moving.summary)
+    assert said.tone == "open" and said.text.endswith("its batch moves, so no prediction can be held against it.")
+    drawn = {run: figures(report(run, tmp_path / "r.html"))["target-metric"] for run in (moving, fixed)}
+    names = {run: [trace.get("name") for trace in drawn[run]["data"]] for run in drawn}
+    assert "predicted to meet it" in names[fixed] and "predicted to meet it" not in names[moving]
+    assert {row["run"]: row["predicted_steps"] for row in query(tmp_path)} == {"m": None, "f": 120.0}
 
 
 def test_settings_are_counted_in_tokens_too_where_the_unit_is_one():

@@ -49,10 +49,10 @@ def findings_table(found: Findings) -> Table:
 def plan_table(plan: Plan, facts: Facts) -> Table:
     """What to run, and what it is predicted to take."""
     rows = headline.settings(plan, facts.unit, facts.units_per_example)
-    if plan.predicted_steps is not None:
-        rows.append(("Predicted steps", interval(plan.predicted_steps), plan.predicted_steps.method))
+    if plan.prediction is not None:
+        rows.append(("Predicted steps", interval(plan.prediction), plan.prediction.method))
         if plan.predicted_step_seconds is not None:
-            seconds = plan.predicted_steps.value * plan.predicted_step_seconds
+            seconds = plan.prediction.value * plan.predicted_step_seconds
             rows.append(("Predicted time", duration(seconds), "steps × step time"))
     return terminal_table(f"{plan.job}, goal: {plan.goal}", rows)
 

@@ -172,6 +172,11 @@ class Plan(JsonNoun):
         """Of the whole run, which ends when as many were seen, in whatever batches."""
         return self.steps * self.batch_size
 
+    @property
+    def prediction(self) -> Estimate | None:
+        """`predicted_steps`, where they are this run's: they are those of a batch that stays."""
+        return self.predicted_steps if self.batch_schedule == "fixed" else None
+
     def because(self, rule: str, source: str, **numbers: Any) -> Plan:
         """With other numbers, for a reason that is not the user's."""
         planned = {name: value for name, value in self._numbers().items() if name in numbers}

@@ -72,7 +72,7 @@ class Run:
     @property
     def summary(self) -> dict[str, Any]:
         """What came of it: status, steps, examples, seconds, target_step, target_seconds, predicted_steps,
-        final (metric -> value), skipped_steps.
+        final (metric -> value), skipped_steps. predicted_steps: None too where the batch moves.
 
         status: "reached", "not reached" (the target, in the planned steps), "finished" (no target),
         "interrupted", "stopped" (by an error), or "running" (also after a crash).
@@ -90,7 +90,7 @@ def summarize(steps: Iterator[dict[str, Any]], plan: Plan, status: str) -> dict[
         "seconds": 0.0,
         "target_step": None,
         "target_seconds": None,
-        "predicted_steps": plan.predicted_steps.value if plan.predicted_steps else None,
+        "predicted_steps": plan.prediction.value if plan.prediction else None,
         "final": {},
         "skipped_steps": 0,
     }

@@ -185,8 +185,9 @@ def _target_chart(run: Run, measured: Mapping[str, Column]) -> Chart:
     return Chart(
         "target-metric",
         "The way to the target",
-        "The target's metric on the validation data; the shaded span is the interval of the predicted step.",
-        plots.target_metric(steps, values, plan.target, predicted=plan.predicted_steps, reached=reached),
+        "The target's metric on the validation data"
+        + ("." if plan.prediction is None else "; the shaded span is the interval of the predicted step."),
+        plots.target_metric(steps, values, plan.target, predicted=plan.prediction, reached=reached),
         Table(f"{plan.target.metric} on the validation data", ("Steps", plan.target.metric), cells),
     )
 

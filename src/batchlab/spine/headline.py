@@ -65,14 +65,16 @@ def outcome(plan: Plan, summary: Mapping[str, Any]) -> list[Line]:
             ("Steps", f"{summary['steps']:,}", f"of {plan.steps:,} planned"),
             ("Time", duration(summary["seconds"]), "evaluations left out"),
         ]
-    predicted, reached = plan.predicted_steps, summary["target_step"]
+    predicted, reached = plan.prediction, summary["target_step"]
     said = "unknown" if predicted is None else figure(round(predicted.value) if predicted.defined else math.nan)
     range_ = (
-        "" if predicted is None else f"{100 * predicted.coverage:.4g} % interval {_ends(predicted.low, predicted.high)}"
+        _not_predicted(plan)
+        if predicted is None
+        else f"{100 * predicted.coverage:.4g} % interval {_ends(predicted.low, predicted.high)}"
     )
     took = f"{reached:,}" if reached is not None else "not met"
     lines = [
-        ("Predicted steps to target", said, range_ or "the plan predicted none"),
+        ("Predicted steps to target", said, range_),
         ("Actual steps to target", took, _actual_remark(plan, summary)),
     ]
     if plan.predicted_step_seconds and predicted is not None and predicted.defined:
@@ -80,6 +82,13 @@ def outcome(plan: Plan, summary: Mapping[str, Any]) -> list[Line]:
     if summary["target_seconds"] is not None:
         lines.append(("Actual time", duration(summary["target_seconds"]), "evaluations left out"))
     return lines
+
+
+def _not_predicted(plan: Plan) -> str:
+    fixed = plan.predicted_steps
+    if fixed is None or not fixed.defined:
+        return "the plan predicted none"
+    return f"{figure(round(fixed.value))} for a batch that stays at {plan.batch_size:,}; this one moves"
 
 
 def verdict(plan: Plan, summary: Mapping[str, Any]) -> Verdict:
@@ -104,7 +113,9 @@ def verdict(plan: Plan, summary: Mapping[str, Any]) -> Verdict:
 def _held(plan: Plan, reached: int) -> Verdict:
     assert plan.target is not None
     met = f"Met the target, {aim(plan.target)}, after {plural(reached, 'step')}"
-    predicted = plan.predicted_steps
+    predicted = plan.prediction
+    if predicted is None and plan.predicted_steps is not None:
+        return Verdict(f"{met}; its batch moves, so no prediction can be held against it.", "open")
     if predicted is None or not predicted.defined or reached == 0:
         return Verdict(f"{met}; there was no prediction to hold it against.", "open")
     ratio = reached / predicted.value if predicted.value > 0 else math.inf
