@@ -37,7 +37,13 @@ JOBS: dict[str, Callable[[], bl.Job]] = {
     "autoencoder": autoencoder,
 }
 POPULATION, BATCH, STEPS, UPDATES = 512, 64, 40, 60
-ESTIMATORS = [("micro_batch", 2), ("micro_batch", 8), ("per_example", 1), ("norm_layers", 1)]
+ESTIMATORS = [
+    ("micro_batch", 2, 0),
+    ("micro_batch", 8, 0),
+    ("per_example", 1, 0),
+    ("per_example", 1, 8),
+    ("norm_layers", 1, 8),
+]
 
 
 class Scene:
@@ -88,12 +94,12 @@ class Scene:
             noise.step()
 
 
-def measured(scene: Scene, method: str, pieces: int, repeats: int) -> dict[str, Any]:
+def measured(scene: Scene, method: str, pieces: int, projections: int, repeats: int) -> dict[str, Any]:
     """Bias, spread, coverage and cost of one estimator."""
     estimates, of_steps, generator = [], [], torch.Generator().manual_seed(1)
     try:
         for _ in range(repeats):
-            noise, own = GradientNoise(scene.model, method, ema=None), []
+            noise, own = GradientNoise(scene.model, method, ema=None, projections=projections), []
             for _ in range(STEPS):
                 scene.step(scene.draw(generator), pieces, noise)
                 if noise.pair is not None:
@@ -102,12 +108,13 @@ def measured(scene: Scene, method: str, pieces: int, repeats: int) -> dict[str, 
             of_steps.append(statistics.fmean(value for value in own if not math.isnan(value)))
             noise.close()
     except InputError as error:
-        return {"method": method, "micro_batches": pieces, "refused": str(error)}
+        return {"method": method, "micro_batches": pieces, "projections": projections, "refused": str(error)}
     ratios = np.array([estimate.value / scene.truth for estimate in estimates])
     logs = np.log(ratios[ratios > 0])
     row = {
         "method": method,
         "micro_batches": pieces,
+        "projections": projections,
         "bias": float(np.median(ratios)),
         "spread": float(logs.std(ddof=1)),
         "covered": sum(e.low <= scene.truth <= e.high for e in estimates),
@@ -115,12 +122,15 @@ def measured(scene: Scene, method: str, pieces: int, repeats: int) -> dict[str, 
         "width": float(np.median([e.high / e.low if e.low > 0 else math.inf for e in estimates])),
         "mean_of_ratios": float(np.median(np.array(of_steps) / scene.truth)),
     }
-    return row | {"cost": cost(scene, method, pieces)}
+    return row | {"cost": cost(scene, method, pieces, projections)}
 
 
-def cost(scene: Scene, method: str, pieces: int) -> dict[str, float]:
+def cost(scene: Scene, method: str, pieces: int, projections: int) -> dict[str, float]:
     """The time of a measured step over a plain one with as many micro-batches."""
-    noise, indices = GradientNoise(scene.model, method), scene.draw(torch.Generator().manual_seed(2))
+    noise, indices = (
+        GradientNoise(scene.model, method, projections=projections),
+        scene.draw(torch.Generator().manual_seed(2)),
+    )
     for _ in range(12):
         scene.step(indices, pieces, noise)
 
@@ -155,10 +165,10 @@ def main() -> None:
     rows = kept(given.jobs)
     for name in given.jobs:
         scene = Scene(JOBS[name]())
-        for method, pieces in ESTIMATORS:
+        for method, pieces, projections in ESTIMATORS:
             if method == "norm_layers" and not _has_norms(scene.model):
                 continue
-            row = {"job": name, "truth": scene.truth} | measured(scene, method, pieces, given.repeats)
+            row = {"job": name, "truth": scene.truth} | measured(scene, method, pieces, projections, given.repeats)
             rows.append(row)
             print(_sentence(row), flush=True)
         if given.save:
@@ -180,6 +190,7 @@ def _has_norms(model: nn.Module) -> bool:
 
 def _sentence(row: dict[str, Any]) -> str:
     name = f"{row['job']:12} {row['method']:12} {row['micro_batches']} a step"
+    name += f", {row['projections']} projections" if row["projections"] else ""
     if "refused" in row:
         return f"{name}: refused, {row['refused'][:90]}"
     return (

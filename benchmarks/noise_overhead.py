@@ -1,5 +1,6 @@
 """Claim: measuring the gradient noise scale costs at most 2 % of a step's time from micro-batches or ranks, 3 % from
-normalisation layers, 25 % from single examples, and 2 % of its memory, 10 % from single examples.
+normalisation layers, 25 % from single examples (exact or by 8 projections), and 2 % of its memory, 10 % from single
+examples.
 
 At every step where a step takes some 50 ms; where it takes a few, at one step in so many as `batchlab plan` chooses
 for a long run from what measuring each costs (`planner.cadence.noise_every`). Both are shown. The pairs of
@@ -33,10 +34,12 @@ LIMITS = {"micro_batch": 1.02, "ranks": 1.02, "norm_layers": 1.03, "per_example"
 MEMORY = {"micro_batch": 1.02, "ranks": 1.02, "norm_layers": 1.02, "per_example": 1.10}
 GPT, WIDE = "4-layer GPT, width 128, length 64, batch 32", "4-layer GPT, width 256, length 64, batch 32"
 LONG = "4-layer GPT, width 256, length 256, batch 16"
+EXAMPLES = [("per_example", 1, 8), ("per_example", 1, None)]
 METHODS = [
-    *((GPT, method, pieces) for method in ("ranks", "norm_layers", "per_example") for pieces in (1, 4)),
-    *((WIDE, method, pieces) for method, pieces in (("micro_batch", 4), ("ranks", 1), ("per_example", 1))),
-    *((LONG, method, pieces) for method, pieces in (("micro_batch", 4), ("ranks", 1), ("per_example", 1))),
+    *((GPT, method, pieces, None) for method in ("ranks", "norm_layers") for pieces in (1, 4)),
+    *((GPT, *ways) for ways in (*EXAMPLES, ("per_example", 4, 8), ("per_example", 4, None))),
+    *((model, *ways) for model in (WIDE, LONG) for ways in (("micro_batch", 4, None), ("ranks", 1, None), *EXAMPLES)),
+    (LONG, "norm_layers", 1, None),
 ]
 
 
@@ -52,12 +55,13 @@ class Side:
         *,
         every: int = 0,
         method: str = "micro_batch",
+        projections: int | None = None,
     ) -> None:
         self.model = copy.deepcopy(model)
         if method == "ranks":
             self.model = nn.parallel.DistributedDataParallel(self.model)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
-        self.noise = GradientNoise(self.model, method, every=every) if every else None
+        self.noise = GradientNoise(self.model, method, every=every, projections=projections) if every else None
         self.parts = list(zip(inputs.chunk(pieces), targets.chunk(pieces), strict=True))
         self.examples = len(inputs)
 
@@ -110,18 +114,19 @@ def main() -> None:
             settings: dict[str, Any] = {"pairs": given.pairs, "calls": 4 if "GPT" in name else 40, "clock": clock}
             row = {"model": name, "micro_batches": pieces}
             rows.append(row | timed(job, pieces, every=1, **settings))
-            rows[-1] |= memory(name, pieces, "micro_batch", given.threads)
+            rows[-1] |= memory(name, pieces, given.threads)
             print(_sentence(rows[-1]), flush=True)
             seldom = noise_every(10**6, step_seconds=1.0, noise_seconds=max(0.0, rows[-1]["ratio"] - 1))
             if seldom > 1:
                 rows.append(row | timed(job, pieces, every=seldom, **settings))
                 print(_sentence(rows[-1]))
-    for name, method, pieces in METHODS:
+    for name, method, pieces, projections in METHODS:
         whole = method == "norm_layers"
         settings = {"pairs": 10 if whole else given.pairs, "calls": 50 if whole else 4, "clock": clock}
-        row = {"model": name, "micro_batches": pieces}
-        rows.append(row | timed(jobs()[name], pieces, every=1, method=method, **settings))
-        rows[-1] |= memory(name, pieces, method, given.threads)
+        row = {"model": name, "micro_batches": pieces, "projections": projections}
+        ways: dict[str, Any] = {"method": method, "projections": projections}
+        rows.append(row | timed(jobs()[name], pieces, every=1, **ways, **settings))
+        rows[-1] |= memory(name, pieces, given.threads, **ways)
         print(_sentence(rows[-1]), flush=True)
     report("noise_overhead", " ".join((__doc__ or "").split("\n\n")[0].split()), rows, save=given.save)
 
@@ -135,9 +140,10 @@ def timed(
     calls: int,
     clock: Any,
     method: str = "micro_batch",
+    projections: int | None = None,
 ) -> dict[str, Any]:
     """The ratio of the measured side's time to the plain side's, in pairs of `calls` steps each."""
-    measured, plain = (Side(*job, pieces, every=each, method=method) for each in (every, 0))
+    measured, plain = (Side(*job, pieces, every=each, method=method, projections=projections) for each in (every, 0))
     whole = method == "norm_layers"
     first = paired_seconds(measured.step, plain.step, pairs=4, calls=100, clock=clock, warm_up=0) if whole else []
     warm_up = 0 if whole else 5
@@ -155,24 +161,27 @@ def alone_in_a_group() -> None:
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
 
 
-def memory(name: str, pieces: int, method: str, threads: int) -> dict[str, Any]:
+def memory(
+    name: str, pieces: int, threads: int, *, method: str = "micro_batch", projections: int | None = None
+) -> dict[str, Any]:
     """The ratio of the measured side's peak memory to the plain side's."""
-    makes = [partial(side, name, pieces, every, method) for every in (1, 0)]
+    makes = [partial(side, name, pieces, every, method, projections) for every in (1, 0)]
     measured, plain, imports = (peak_bytes(make, threads=threads) for make in (*makes, None))
     ratio = (measured - imports) / (plain - imports)  # both with scipy in them, which the small models feel
     return {"memory_ratio": ratio, "memory_bytes": measured - imports, "memory_holds": ratio <= MEMORY[method]}
 
 
-def side(name: str, pieces: int, every: int, method: str) -> Side:
+def side(name: str, pieces: int, every: int, method: str, projections: int | None) -> Side:
     """In a process of its own; with the modules that an estimate imports, which are no part of a step."""
     alone_in_a_group()
     from scipy import special, stats  # noqa: F401
 
-    return Side(*jobs()[name], pieces, every=every, method=method)
+    return Side(*jobs()[name], pieces, every=every, method=method, projections=projections)
 
 
 def _sentence(row: dict[str, Any]) -> str:
     how = f"{row['method']}, {row['micro_batches']} micro-batches, every {row['every']}"
+    how += f", {row['projections']} projections" if row.get("projections") else ""
     interval = f"[{row['low']:.4f}, {row['high']:.4f}]"
     memory = f", memory {row['memory_ratio']:.3f}" if "memory_ratio" in row else ""
     memory += f", first 400 steps {row['first_400']:.3f}" if "first_400" in row else ""

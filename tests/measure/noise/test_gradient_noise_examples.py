@@ -196,6 +196,11 @@ def test_the_share_of_the_trace_widens_the_interval():
     assert math.log(wide.high / 100) == pytest.approx(math.sqrt(squares), rel=1e-9)
     unknown = NormLayers(_model(), coverage=0.95)
     assert unknown.widened(plain, 50.0).low == 0 and unknown.widened(plain, 50.0).high == math.inf
+    for traces in ((-1.0,), (5.0, -9.0)):  # a trace from projections can come out below 0, and the mean of α with it
+        negative = NormLayers(_model(), coverage=0.95)
+        for trace in traces:
+            negative.calibrate(trace, 1.0)
+        assert negative.widened(plain, 50.0).low == 0 and negative.widened(plain, 50.0).high == math.inf
     assert unknown.pair(1.0, 1.0, 12) is None
 
 

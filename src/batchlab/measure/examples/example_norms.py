@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from batchlab.core.checks import check_count
 from batchlab.core.errors import InputError
-from batchlab.measure.examples.example_pass import TURNS, Pass, PassMode
+from batchlab.measure.examples.example_pass import Pass, PassMode
 from batchlab.measure.examples.factors import Vectors, draw_vectors
+from batchlab.measure.examples.ghost_norms import Means
 from batchlab.measure.examples.layer_uses import Part
+from batchlab.measure.examples.projected_norms import Projections
 
 MEMORY_BYTES = 2**26
 _WATCHED: set[int] = set()  # the parameters, by id, that a watch is around now
@@ -32,8 +34,8 @@ class ExampleRecord:
 
     by_parameter: |g_i|² of each parameter's own part of the gradient, [n], float32 at least, by the parameter's first
     name; one that got no gradient is absent. rules: "ghost" where no gradient was made, "instantiated" where those
-    of a few examples were held at a time. uncovered: parameters whose part is not known, and why. eps: of the
-    coarsest numbers that came back, 0 if none did.
+    of a few examples were held at a time, "projected" where it is an unbiased estimate. uncovered: parameters whose
+    part is not known, and why. eps: of the coarsest numbers that came back, 0 if none did.
     """
 
     examples: int
@@ -75,7 +77,10 @@ class ExampleNorms:
     model: its parameters that require a gradient are watched, a shared one once and with all its uses. parameters:
     only these, by name; the others cost nothing (`norm_layer_names` for a cheap subset). strict: refuse a pass in
     which some watched parameter is not covered; else it is named in `record.uncovered` and left out. memory_bytes: of
-    temporary tensors for one layer, 64 MiB by default; one example's are held in any case.
+    temporary tensors for one layer, 64 MiB by default; one example's are held in any case. projections: 0 for exact
+    norms; else |g_i|² is estimated without bias from so many random projections of g_i, in layers where that is
+    cheaper (`projected_norms`; 8 are enough for means over examples, none is for a single example's norm). Their signs
+    depend on `passes`, the number of the pass, alone.
 
     Example i's contribution c_i is what `.grad` gets through the layer inputs of example i. With a loss that is the
     mean over n examples, c_i = g_i/n. `watch(n, scale=s)` gives |s·c_i|²: s = n by default; N if the loss of n
@@ -106,18 +111,21 @@ class ExampleNorms:
         parameters: Iterable[str] | None = None,
         strict: bool = True,
         memory_bytes: int = MEMORY_BYTES,
+        projections: int = 0,
     ) -> None:
         check_count(memory_bytes=memory_bytes)
+        check_count(0, projections=projections)
         _refuse(model)
         self.parameters = _chosen(model, parameters)
         self.names = list(self.parameters)
         norms = nn.modules.batchnorm._BatchNorm
         self._batch_norms = {name: module for name, module in model.named_modules() if isinstance(module, norms)}
-        self.strict, self.memory_bytes = strict, memory_bytes
+        self.strict, self._projections = strict, Projections(projections) if projections else None
+        self.means = Means(memory_bytes, self._projections)
         self._vectors: dict[Part, Vectors] = {}
         self.verified: set[tuple[Any, ...]] = set()
         self.complete: set[tuple[Any, ...]] = set()
-        self.turn, self._busy = 0, False
+        self.passes, self._busy = 0, False
 
     @contextlib.contextmanager
     def watch(self, examples: int, *, scale: float | None = None) -> Iterator[ExampleRecord]:
@@ -133,7 +141,9 @@ class ExampleNorms:
             raise InputError("another watch of per-example norms is around the same parameters: use one at a time")
         _refuse_batch_norm(self._batch_norms)
         record, self._busy = ExampleRecord(examples), True
-        self.turn = (self.turn + 1) % TURNS
+        self.passes += 1
+        if self._projections is not None:
+            self._projections.begin(self.passes)
         watched = Pass(self, examples)
         _WATCHED.update(mine)
         try:

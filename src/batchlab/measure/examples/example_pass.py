@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from batchlab.core.errors import InputError
 from batchlab.measure.examples.factors import Factors, Piece, Vectors, row_squares, wide
-from batchlab.measure.examples.ghost_norms import Norms, TiedOutput, joint_norms, piece_norms
+from batchlab.measure.examples.ghost_norms import Means, Norms, TiedOutput, joint_norms, piece_norms
 from batchlab.measure.examples.gradient_checks import GradientCheck, outside
 from batchlab.measure.examples.layer_rules import RULES, opened_attention
 from batchlab.measure.examples.layer_uses import Layout, Part, Pieces, RecordedUse, View
@@ -33,16 +33,16 @@ class Watcher(Protocol):
     """What a pass needs of the `ExampleNorms` that it belongs to.
 
     verified: the sequences of uses whose rows were found to be the examples. complete: those in which every gradient
-    was the sum of its uses. turn: the parameters number turn,
-    turn + 8, ... are checked in this pass.
+    was the sum of its uses. passes: the number of this pass, in
+    which each eighth parameter is checked, in turn.
     """
 
     names: list[str]
     parameters: dict[str, nn.Parameter]
-    memory_bytes: int
+    means: Means
     verified: set[tuple[Any, ...]]
     complete: set[tuple[Any, ...]]
-    turn: int
+    passes: int
 
     def vectors(self, part: Part) -> Vectors:
         """The random u and v of that part."""
@@ -208,10 +208,10 @@ class Pass:
         return see
 
     def _arrive(self, use: RecordedUse, part: Part, piece: Piece) -> None:
-        vectors, memory = self._vectors(part), self.norms.memory_bytes
+        vectors, means = self._vectors(part), self.norms.means
         others = [u for u in self._uses if u is not use and part in u.parts and not u.taken_back]
         if not others:
-            self._done[part] = piece_norms(piece, vectors, memory)
+            self._done[part] = piece_norms(piece, vectors, means)
             return
         kept: Piece | TiedOutput = piece
         if isinstance(piece, Factors) and not piece.indexed and piece.blocks == 1:
@@ -219,21 +219,21 @@ class Pass:
             if len(indices) == len(others) and sum(i.shape[1] for i in indices) < piece.rows:
                 left, right = piece.chunk(0, len(piece))
                 picked = torch.cat(indices, 1)[:, None].expand(-1, piece.positions, -1)
-                kept = TiedOutput(wide(left[:, 0].gather(2, picked)), right[:, 0], piece_norms(piece, vectors, memory))
+                kept = TiedOutput(wide(left[:, 0].gather(2, picked)), right[:, 0], piece_norms(piece, vectors, means))
         self._waiting.setdefault(part, []).append((use, kept))
 
     def _join(self, part: Part) -> Norms:
         """All that arrived for a part that was used several times."""
         arrived = self._waiting.pop(part)
-        vectors, memory = self._vectors(part), self.norms.memory_bytes
+        vectors, means = self._vectors(part), self.norms.means
         tied = next((piece for _, piece in arrived if isinstance(piece, TiedOutput)), None)
         if tied is None:
-            return joint_norms([p for _, p in arrived if not isinstance(p, TiedOutput)], vectors, memory)
+            return joint_norms([p for _, p in arrived if not isinstance(p, TiedOutput)], vectors, means)
         order = [u for u in self._uses if part in u.parts and u.index is not None and not u.taken_back]
         got = {id(use): piece for use, piece in arrived if isinstance(piece, Factors)}
         if len(got) < len(order):
             raise InputError("an embedding with a tied output layer was used without getting a gradient")
-        return tied.with_embeddings([got[id(use)] for use in order], vectors, memory)
+        return tied.with_embeddings([got[id(use)] for use in order], vectors, means)
 
     def _parameter_hook(self, index: int) -> Callable[[Tensor], None]:
         def see(gradient: Tensor) -> None:
@@ -270,13 +270,13 @@ class Pass:
         if parts[0].dim is not None:
             self._checks.append(GradientCheck(index, 0.0, [outside(gradient, parts)]))
         done = [self._done.pop(part) for part in parts]
-        rule = "instantiated" if any(norms.rule == "instantiated" for norms in done) else "ghost"
+        rule = next(rule for rule in ("projected", "instantiated", "ghost") if rule in {norms.rule for norms in done})
         squares = done[0].squares if len(done) == 1 else torch.stack([norms.squares for norms in done]).sum(0)
         self._found[index] = squares, rule
 
     def _vectors(self, part: Part) -> Vectors | None:
         """None where this parameter's turn to be checked has not come."""
-        return self.norms.vectors(part) if self._check_all or part.place % TURNS == self.norms.turn else None
+        return self.norms.vectors(part) if self._check_all or part.place % TURNS == self.norms.passes % TURNS else None
 
     def _compare(self, index: int, part: Part, gradient: Tensor, norms: Norms) -> None:
         vectors, witness = self._vectors(part), norms.witness

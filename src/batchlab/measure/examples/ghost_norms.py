@@ -3,7 +3,8 @@
 A layer that is linear in its weight gives example i the gradient G_i = Σ_t b_t ⊗ a_t over the positions t at which it
 was used. |G_i|² needs no G_i (Goodfellow 2015 for one position, Li et al. 2021 for many):
 |G_i|² = Σ_{t,s} (a_t·a_s)(b_t·b_s). Where few positions make that the cheaper form it is used, else G_i is made for a
-few examples at a time (Bu et al. 2022 choose likewise).
+few examples at a time (Bu et al. 2022 choose likewise). Where a few random projections of it are enough, and cheaper
+than both, they are taken (`projected_norms`).
 """
 
 from __future__ import annotations
@@ -26,43 +27,54 @@ from batchlab.measure.examples.factors import (
     wide_or_index,
     witness_of,
 )
+from batchlab.measure.examples.projected_norms import Projections, projected_squares
 
 HALF = 64  # positions from which on two halves are faster than the whole
 
 
 class Norms(NamedTuple):
-    """squares: [n]. rule: "ghost" or "instantiated". witness: None where none was asked for."""
+    """squares: [n]. rule: "ghost", "instantiated" or "projected". witness: None where none was asked for."""
 
     squares: Tensor
     rule: str
     witness: Witness | None
 
 
-def piece_norms(piece: Piece, vectors: Vectors | None, memory_bytes: int) -> Norms:
+class Means(NamedTuple):
+    """memory_bytes: of temporary tensors. projections: to be taken where they pay; exact norms without."""
+
+    memory_bytes: int
+    projections: Projections | None = None
+
+
+def piece_norms(piece: Piece, vectors: Vectors | None, means: Means) -> Norms:
     """|G_i|² of a parameter that was used once."""
     if isinstance(piece, Dense):
         return Norms(row_squares(piece.gradients.reshape(len(piece), -1)), "instantiated", piece.witness(vectors))
-    ghost = _gram_is_cheaper(piece)
+    rule, signs = _rule(piece, means.projections), None
     squares, witnesses = [], []
-    for start, stop in _chunks(piece, _bytes(piece, ghost), memory_bytes):
+    for start, stop in _chunks(piece, _bytes(piece, rule, means.projections), means.memory_bytes):
         left, right = map(wide_or_index, piece.chunk(start, stop))
         if piece.indexed:
             squares.append(_embedding_squares(left, right))
-        elif ghost:
+        elif rule == "projected" and means.projections is not None:
+            signs = means.projections.signs(piece, left) if signs is None else signs
+            squares.append(projected_squares(left, right, signs))
+        elif rule == "ghost":
             squares.append(_gram_squares(left, right))
         else:
             squares.append((left.mT @ right).square_().sum((1, 2, 3)))
         witnesses.append(witness_of(left, right, vectors))
-    return Norms(_joined(squares), "ghost" if ghost else "instantiated", _sum(witnesses))
+    return Norms(_joined(squares), rule, _sum(witnesses))
 
 
-def joint_norms(pieces: Sequence[Piece], vectors: Vectors | None, memory_bytes: int) -> Norms:
+def joint_norms(pieces: Sequence[Piece], vectors: Vectors | None, means: Means) -> Norms:
     """|Σ_k G_ik|² of a parameter that was used several times, with the terms between its uses."""
     merged = _side_by_side(pieces)
     if merged is not None:
-        return piece_norms(merged, vectors, memory_bytes)
+        return piece_norms(merged, vectors, means)
     size, squares = 8 * pieces[0].dense(0, 1).numel(), []
-    for start, stop in _chunks(pieces[0], size, memory_bytes):
+    for start, stop in _chunks(pieces[0], size, means.memory_bytes):
         gradients = pieces[0].dense(start, stop).reshape(stop - start, -1)
         for piece in pieces[1:]:
             gradients = gradients + piece.dense(start, stop).reshape(stop - start, -1)
@@ -82,19 +94,20 @@ class TiedOutput:
     right: Tensor
     own: Norms
 
-    def with_embeddings(self, pieces: Sequence[Factors], vectors: Vectors | None, memory_bytes: int) -> Norms:
-        """|G_out + G_in|², given the embedding's uses in the order of `picked`."""
+    def with_embeddings(self, pieces: Sequence[Factors], vectors: Vectors | None, means: Means) -> Norms:
+        """|G_out + G_in|², given the embedding's uses in the order of `picked`.
+
+        Where |G_out|² is projected it can come out below 0.
+        """
         merged = _side_by_side(pieces)
         if merged is None:
             raise ValueError("pieces must be an embedding's uses alone")
-        inner = piece_norms(merged, vectors, memory_bytes)
+        inner = piece_norms(merged, vectors, means)
         _, c = merged.chunk(0, len(merged))
         cross = ((self.picked.mT @ wide(self.right)) * wide(c)).flatten(1).sum(1)
-        return Norms(
-            _not_negative(self.own.squares + inner.squares + 2 * cross),
-            self.own.rule,
-            _sum([self.own.witness, inner.witness]),
-        )
+        squares = self.own.squares + inner.squares + 2 * cross
+        squares = squares if self.own.rule == "projected" else _not_negative(squares)
+        return Norms(squares, self.own.rule, _sum([self.own.witness, inner.witness]))
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
@@ -132,17 +145,21 @@ def _side_by_side(pieces: Sequence[Piece]) -> Factors | None:
     return Factors(*size, chunk, first.indexed, held)
 
 
-def _gram_is_cheaper(piece: Factors) -> bool:
+def _rule(piece: Factors, projections: Projections | None) -> str:
     """T²(R + C) multiplications for the two Gram matrices, T·R·C for the gradient itself."""
+    if projections is not None and projections.pay(piece):
+        return "projected"
     small = piece.positions * (piece.rows + piece.columns) < piece.rows * piece.columns
-    return piece.indexed or piece.positions == 1 or small
+    return "ghost" if piece.indexed or piece.positions == 1 or small else "instantiated"
 
 
-def _bytes(piece: Factors, ghost: bool) -> int:
-    """Held for one example: what its chunk takes, and Gram matrices or its gradient."""
-    made = 2 * piece.positions**2 if ghost else piece.rows * piece.columns
+def _bytes(piece: Factors, rule: str, projections: Projections | None) -> int:
+    """Held for one example: what its chunk takes, and Gram matrices, its gradient or projections of it."""
+    made = 2 * piece.positions**2 if rule == "ghost" else piece.rows * piece.columns
     if piece.indexed:
         made = 2 * piece.positions * piece.columns
+    if rule == "projected" and projections is not None:
+        made = projections.count * (piece.positions + min(piece.rows, piece.columns))
     return piece.bytes + 4 * piece.blocks * made
 
 

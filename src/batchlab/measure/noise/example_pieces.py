@@ -18,15 +18,15 @@ from batchlab.parallel.shards import Mesh
 class ExamplePieces:
     """The sums of |c_i|² over the examples i of each pass, c_i what example i adds to `.grad`, by parameter.
 
-    parameters: of the model, those whose part is wanted. It acts inside `watch` alone, which must hold the forward pass
-    too; the same surface as `PieceNorms`.
+    parameters: of the model, those whose part is wanted. projections: as of `ExampleNorms`. It acts inside `watch`
+    alone, which must hold the forward pass too; the same surface as `PieceNorms`.
     """
 
-    def __init__(self, model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
+    def __init__(self, model: nn.Module, parameters: Sequence[nn.Parameter], *, projections: int = 0) -> None:
         self.parameters = list(parameters)
         wanted = set(self.parameters)
         names = [name for name, p in model.named_parameters() if p in wanted]
-        self._norms = ExampleNorms(model, parameters=names)
+        self._norms = ExampleNorms(model, parameters=names, projections=projections)
         places = {parameter: place for place, parameter in enumerate(self.parameters)}
         self._places = {name: places[p] for name, p in model.named_parameters() if p in wanted}
         self._pieces: list[Piece] = []
@@ -71,6 +71,14 @@ class ExamplePieces:
         """The passes since the last `take`, which are then forgotten."""
         pieces, self._pieces = self._pieces, []
         return pieces
+
+    def state_dict(self) -> dict[str, int]:
+        """The number of passes, on which the projections depend."""
+        return {"passes": self._norms.passes}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Takes over what `state_dict` gave."""
+        self._norms.passes = state["passes"]
 
     def unmet(self, pieces: Sequence[Piece]) -> list[int]:
         """None: parameters spread over ranks are refused, and what is not covered is by `watch`."""

@@ -119,7 +119,8 @@ class NormLayers:
         at = estimate.value if estimate.defined else estimate.low  # where it is undefined its low end is all it says
         if not at > 0:
             return estimate
-        reach, lag = 1 + at / batch_size, abs(math.log(alpha.value / self._behind)) if self._behind else math.inf
+        behind = 0.0 if self._behind is None else self._behind
+        reach, lag = 1 + at / batch_size, _log_ratio(max(alpha.value, behind), min(alpha.value, behind))
         up = math.hypot(_log_ratio(alpha.high, alpha.value), lag) * reach
         down = math.hypot(_log_ratio(alpha.value, alpha.low), lag) * reach
         high = at * _exp(math.hypot(_log_ratio(estimate.high, at), up))
