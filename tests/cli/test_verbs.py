@@ -107,14 +107,18 @@ def test_the_batch_and_the_rate_are_moved_by_name(place):
 
 def test_settings_of_a_schedule_are_given_by_name(place):
     words = "train train.py:job --plan never.json --out runs/set --max-steps 4"
-    ramp = "--batch-schedule ramp --batch-set end=64 --batch-set over=128 --schedule wsd --schedule-set decay_share=0.5"
+    ramp = "--batch-schedule ramp --batch-set end=64 --batch-set over=48 --schedule wsd --schedule-set decay_share=0.5"
     done = batchlab(f"{words} {ramp} --json", place)
     assert done.returncode == 0, done.stderr
     plan = Run.open(place / "runs/set").plan
-    assert plan.batch_settings == {"end": 64, "over": 128} and plan.schedule_settings == {"decay_share": 0.5}
+    assert plan.batch_settings == {"end": 64, "over": 48} and plan.schedule_settings == {"decay_share": 0.5}
     assert len({line["batch_size"] for line in Run.open(place / "runs/set").steps()}) > 1
     for given, message in (
         ("--batch-schedule ramp", "end"),
+        (
+            "--batch-schedule ramp --batch-set end=64 --batch-set over=65",
+            "within the run of 64 examples, 4 steps of 16",
+        ),
         ("--batch-schedule ramp --batch-set end", "--batch-set must be NAME=VALUE, got 'end'"),
         ("--batch-set speed=3", "batch_schedule is \"fixed\", got {'speed': 3}"),
     ):

@@ -28,7 +28,7 @@ MOVES = {
     "decay_by_batch": {"batch_size": 16, "noise_scale": NOISE, "batch_settings": {"headroom": 100.0}},
     "norm_test": {"batch_size": 16, "batch_settings": {"eta": 0.2, "patience": 4}},
     "inner_product_test": {"batch_size": 16, "batch_settings": {"theta": 0.2, "nu": 2.0}},
-    "ramp": {"batch_size": 16, "batch_settings": {"end": 100, "over": 900, "increment": 4}},
+    "ramp": {"batch_size": 16, "batch_settings": {"end": 100, "over": 600, "increment": 4}},
     "milestones": {"batch_settings": {"sizes": [[64, 128], [300, 64], [500, 37], [700, 111]]}},
 }
 
@@ -161,7 +161,7 @@ def test_train_ends_at_the_plans_examples_and_is_resumed(tmp_path):
     assert len(lines) < plan.steps * 1.0 or plan.batch_size < 64
     assert "valid" in lines[-1]
     with pytest.raises(InputError, match=r"cannot resume with another batch_settings: the run has \{'end': 100"):
-        other = dataclasses.replace(plan, batch_settings={"end": 120, "over": 900, "increment": 4})
+        other = dataclasses.replace(plan, batch_settings={"end": 120, "over": 600, "increment": 4})
         train(toy_job(), other, out=tmp_path / "r", device="cpu", resume=True)
     again = Plan.from_json(plan.to_json())
     longer = dataclasses.replace(again, steps=STEPS + 10)
@@ -252,6 +252,14 @@ def test_a_plans_other_schedules_write_the_rate_and_the_momentum(schedule):
         (
             {"batch_schedule": "decay_by_batch", "learning_rate_rule": "sqrt"},
             r"'decay_by_batch' needs a schedule that falls, got 'constant'",
+        ),
+        (
+            {"batch_schedule": "ramp", "batch_settings": {"end": 128, "over": 1281}},
+            r"must lie within the run of 1280 examples, 20 steps of 64, got the ramp's end at 1281: it would never",
+        ),
+        (
+            {"batch_schedule": "milestones", "batch_settings": {"sizes": [[1279, 128], [1280, 64]]}},
+            r"within the run of 1280 examples, 20 steps of 64, got milestone 2 at 1280: it would never come",
         ),
         ({"schedule": "power"}, r'the schedule "power" needs schedule_settings\["knee_share"\]'),
         ({"schedule": "one_cycle", "warmup_examples": 64}, r'"one_cycle" warms up by itself'),

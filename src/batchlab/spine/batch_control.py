@@ -68,6 +68,7 @@ def make_controller(plan: Plan, examples: int, world: int) -> BatchController | 
         )
     if planned.minimum == planned.maximum:
         raise InputError(f"the sizes of batch_schedule {name!r} must differ, got {planned.minimum} alone")
+    _check_points_come(plan, planned)
     return planned
 
 
@@ -99,6 +100,25 @@ def _bounds(plan: Plan, examples: int, world: int) -> dict[str, Any]:
             f"leave {low}..{high}, of {examples} examples"
         )
     return {"minimum": low, "maximum": high}
+
+
+def given_points(controller: BatchController | None) -> dict[str, int]:
+    """Where, in examples, a batch that was settled beforehand moves: each point with its name."""
+    if isinstance(controller, BatchRamp):
+        return {"the ramp's end": controller.over}
+    if isinstance(controller, Milestones):
+        return {f"milestone {k}": point for k, point in enumerate(controller.points, start=1)}
+    return {}
+
+
+def _check_points_come(plan: Plan, planned: BatchController) -> None:
+    """Refuses what lies beyond the end of the run. A ramp may end with it."""
+    for name, point in given_points(planned).items():
+        if point > plan.examples - isinstance(planned, Milestones):
+            raise InputError(
+                f"batch_settings must lie within the run of {plan.examples} examples, {plan.steps} steps of "
+                f"{plan.batch_size}, got {name} at {point}: it would never come"
+            )
 
 
 def _check_rate_rule(plan: Plan) -> None:

@@ -20,6 +20,7 @@ from batchlab.planner.prediction import Prediction
 from batchlab.rules import learning_rate as lr_rules
 from batchlab.rules import weight_decay as decay_rules
 from batchlab.rules.optimizer_family import decay_kind
+from batchlab.spine.foreseen import foreseen
 
 AVERAGE = "Shamir and Zhang 2013, arXiv 1212.1824"
 MCCANDLISH, POWER_LINES = "McCandlish et al. 2018, arXiv 1812.06162", "Bergsma et al. 2025, arXiv 2505.13738"
@@ -72,7 +73,7 @@ def plan(
     _courses(why, chosen, length)
     optimizer = _optimizer(why, facts, prediction, chosen, length["steps"])
     why.keep("frontier", len(rows), "S(B)·t(B, n), and n times it, for each batch size and number of devices", OURS)
-    return Plan(
+    made = Plan(
         job=job.name,
         goal=goal,
         target=facts.target,
@@ -81,6 +82,7 @@ def plan(
         reasons=why.reasons,
         **(size | layout | length | optimizer),
     )
+    return dataclasses.replace(made, notes=(*made.notes, *foreseen(made)))
 
 
 class _Reasons:

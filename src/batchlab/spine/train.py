@@ -20,14 +20,15 @@ from batchlab.core.jsonio import to_plain
 from batchlab.core.model import check_fresh
 from batchlab.core.plan import OURS, Plan
 from batchlab.core.random import preserved_generators
-from batchlab.core.run import Run
+from batchlab.core.run import RUN_FILE, Run
 from batchlab.core.store import check_folder
 from batchlab.parallel.torchrun import agree_max
+from batchlab.spine.batch_control import make_controller
 from batchlab.spine.folder import WRITE_FAILED, RunFolder, describe, describe_again
+from batchlab.spine.foreseen import foreseen
 from batchlab.spine.learner import Learner, Update
 from batchlab.spine.signals import StopSignals
 
-MOVES = "the predicted steps and time are those of a batch that stays; this one moves"
 MAX_SKIPPED_IN_A_ROW = 5
 
 StepCallback = Callable[[dict[str, Any]], None]
@@ -62,7 +63,7 @@ def train(
     """
     _check(job, plan, seed)
     check_folder(out)
-    plan, seed = _as_run(plan), operator.index(seed)
+    plan, seed = _as_run(_told(job, plan, Path(out) if resume else None)), operator.index(seed)
     with preserved_generators(), StopSignals() as signals:
         learner = Learner(job, plan, seed=seed, device=device)
         try:
@@ -171,18 +172,30 @@ def _check(job: Job, plan: Plan, seed: int) -> None:
         raise InputError(f"the plan is for the job {plan.job!r}, this job is {job.name!r}")
     if plan.batch_size > len(job.train):
         raise InputError(f"plan batch_size {plan.batch_size} is larger than the data set of {len(job.train)} examples")
-    world = dist.get_world_size() if dist.is_initialized() else 1
+    world = _world()
     if plan.batch_size < world:
         raise InputError(f"plan batch_size {plan.batch_size} is smaller than the {world} ranks: each needs an example")
     if not is_whole(seed):
         raise InputError(f"seed must be an integer, got {seed!r}")
 
 
+def _world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _told(job: Job, plan: Plan, begun: Path | None) -> Plan:
+    """The plan with what can be foreseen of it. begun: a run's folder, which had it with another length, maybe."""
+    controller = make_controller(plan, len(job.train), _world())
+    now, before = foreseen(plan, controller), list[str]()
+    if begun is not None and (begun / RUN_FILE).is_file():
+        before = foreseen(dataclasses.replace(plan, steps=Run.open(begun).plan.steps), controller)
+    kept = [note for note in plan.notes if note not in before and note not in now]
+    return dataclasses.replace(plan, notes=(*kept, *now))
+
+
 def _as_run(plan: Plan) -> Plan:
     """The plan for the ranks that there are: they may be others than it was made for, with the same batch."""
-    if plan.batch_schedule != "fixed" and plan.predicted_steps is not None and MOVES not in plan.notes:
-        plan = dataclasses.replace(plan, notes=(*plan.notes, MOVES))
-    world = dist.get_world_size() if dist.is_initialized() else 1
+    world = _world()
     passes = math.ceil(math.ceil(plan.batch_size / world) / plan.micro_batch)
     if (world, passes) == (plan.world_size, plan.accumulation):
         return plan

@@ -1,0 +1,46 @@
+"""What a plan's numbers let foresee before it is run: what will not come in its length, or not before the target."""
+
+from __future__ import annotations
+
+from batchlab.core.plan import Plan
+from batchlab.schedule.batches.controller import BatchController
+from batchlab.spine.batch_control import given_points
+
+MOVES = "the predicted steps and time are those of a batch that stays; this one moves"
+
+
+def foreseen(plan: Plan, controller: BatchController | None = None) -> list[str]:
+    """Sentences for `Plan.notes`. controller: what moves the plan's batch (`make_controller`), None for nothing.
+
+    What a plan for a target predicts is the end that counts: a run that meets the target ends there.
+    """
+    said = [MOVES] if plan.batch_schedule != "fixed" and plan.predicted_steps is not None else []
+    return [*said, *_warm_up(plan), *_points(plan, controller)]
+
+
+def expected_examples(plan: Plan) -> int | None:
+    """Those after which a batch that stays is predicted to meet the target, where that is before the run's end."""
+    predicted = plan.predicted_steps
+    if plan.target is None or predicted is None or not predicted.defined:
+        return None
+    examples = max(1, round(predicted.value)) * plan.batch_size
+    return examples if examples < plan.examples else None
+
+
+def _warm_up(plan: Plan) -> list[str]:
+    warmup, expected = plan.warmup_examples, expected_examples(plan)
+    said = f"the warm-up takes {warmup:,} examples"
+    if warmup > plan.examples:
+        return [f"{said} and the run has {plan.examples:,}: the learning rate never comes to its peak"]
+    if expected is not None and warmup > expected:
+        return [f"{said}, more than the {expected:,} after which the target is predicted to be met"]
+    return []
+
+
+def _points(plan: Plan, controller: BatchController | None) -> list[str]:
+    expected = expected_examples(plan)
+    late = {name: at for name, at in given_points(controller).items() if expected is not None and at > expected}
+    if not late:
+        return []
+    named = ", ".join(f"{name} at {at:,}" for name, at in late.items())
+    return [f"{named} examples: a batch that stays is predicted to meet the target after {expected:,}, and ends there"]

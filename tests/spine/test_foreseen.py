@@ -1,0 +1,73 @@
+"""What is said of a plan before it is run, with its numbers; and that it is said of the run's present length."""
+
+import dataclasses
+
+import pytest
+
+from batchlab.core.facts import Estimate
+from batchlab.core.job import Target
+from batchlab.core.run import Run
+from batchlab.spine.batch_control import make_controller
+from batchlab.spine.foreseen import MOVES, foreseen
+from batchlab.spine.plan import plan
+from batchlab.spine.train import train
+from tests.spine.facts_fixture import hand_facts, hand_job
+from tests.spine.jobs import toy_job, toy_plan
+
+FIVE = {"target": Target("loss", 0.0), "predicted_steps": Estimate(5.0, 4.0, 6.0, "given")}  # 320 of 1,280 examples
+RAMP = {"batch_schedule": "ramp", "batch_settings": {"end": 128, "over": 1280}}
+SIZES = {"batch_schedule": "milestones", "batch_settings": {"sizes": [[320, 128], [321, 64], [1279, 32]]}}
+
+
+def said(**changes):
+    made = toy_plan(**changes)
+    return [note for note in foreseen(made, make_controller(made, 256, 1)) if note != MOVES]
+
+
+def test_a_warm_up_that_outlasts_the_run_or_the_target_is_said():
+    assert said(warmup_examples=1280) == said(warmup_examples=320, **FIVE) == said() == said(**FIVE) == []
+    assert said(warmup_examples=1281) == [
+        "the warm-up takes 1,281 examples and the run has 1,280: the learning rate never comes to its peak"
+    ]
+    assert said(warmup_examples=321, **FIVE) == [
+        "the warm-up takes 321 examples, more than the 320 after which the target is predicted to be met"
+    ]
+
+
+@pytest.mark.parametrize("none", [{"target": None}, {"predicted_steps": None}])
+def test_what_is_not_predicted_is_held_against_the_runs_end_alone(none):
+    assert said(**FIVE | {"warmup_examples": 321} | none) == said(**RAMP | FIVE | none) == []
+
+
+def test_a_run_shorter_than_predicted_is_held_against_its_own_end():
+    (note,) = said(**FIVE | {"warmup_examples": 321, "steps": 5})
+    assert "the run has 320" in note
+
+
+def test_points_after_the_predicted_end_are_said():
+    end = "examples: a batch that stays is predicted to meet the target after 320, and ends there"
+    assert said(**RAMP, **FIVE) == [f"the ramp's end at 1,280 {end}"]
+    assert said(**SIZES, **FIVE) == [f"milestone 2 at 321, milestone 3 at 1,279 {end}"]
+    assert said(**RAMP) == said(**SIZES) == []
+    assert foreseen(toy_plan(**RAMP, **FIVE)) == [MOVES] and foreseen(toy_plan(**RAMP)) == []
+
+
+def test_a_plan_says_it_of_its_own_warm_up():
+    facts = hand_facts(s_min=10.0)
+    reference = dataclasses.replace(facts.reference, warmup_examples=4000)
+    made = plan(hand_job(), dataclasses.replace(facts, reference=reference))
+    assert any("the warm-up takes 4,000 examples and the run has" in note for note in made.notes)
+    assert not any("warm-up" in note for note in plan(hand_job(), facts).notes)
+
+
+def test_a_run_says_it_of_the_length_that_it_has(tmp_path):
+    made = toy_plan(steps=5, warmup_examples=400, notes=("planned",))
+    first = train(toy_job(), made, out=tmp_path / "r", device="cpu").plan
+    assert first.notes[0] == "planned" and "the run has 320" in first.notes[1]
+    for given in (first, made):
+        longer = train(toy_job(), dataclasses.replace(given, steps=6), out=tmp_path / "r", device="cpu", resume=True)
+        assert [note for note in longer.plan.notes if "warm-up" in note] == [
+            "the warm-up takes 400 examples and the run has 384: the learning rate never comes to its peak"
+        ]
+    whole = train(toy_job(), dataclasses.replace(first, steps=8), out=tmp_path / "r", device="cpu", resume=True)
+    assert whole.plan.notes[0] == "planned" and Run.open(tmp_path / "r").plan == whole.plan
