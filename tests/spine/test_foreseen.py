@@ -44,6 +44,15 @@ def test_a_run_shorter_than_predicted_is_held_against_its_own_end():
     assert "the run has 320" in note
 
 
+@pytest.mark.parametrize(("schedule", "share"), [("linear", "75%"), ("cosine", "85%"), ("wsd", "100%")])
+def test_how_far_a_schedule_is_where_the_target_is_predicted(schedule, share):
+    assert said(schedule=schedule, **FIVE) == [
+        f"the schedule {schedule!r} is laid over all 1,280 examples; at 320, after which the target is predicted to be "
+        f"met, the rate is {share} of its peak: with fewer steps it would be further on"
+    ]
+    assert said(schedule=schedule) == said(schedule=schedule, **FIVE | {"steps": 5}) == []
+
+
 def test_points_after_the_predicted_end_are_said():
     end = "examples: a batch that stays is predicted to meet the target after 320, and ends there"
     assert said(**RAMP, **FIVE) == [f"the ramp's end at 1,280 {end}"]

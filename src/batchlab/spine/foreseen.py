@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from batchlab.core.plan import Plan
 from batchlab.schedule.batches.controller import BatchController
+from batchlab.schedule.rates.by_examples import lr_factor
 from batchlab.spine.batch_control import given_points
 
 MOVES = "the predicted steps and time are those of a batch that stays; this one moves"
@@ -15,7 +18,7 @@ def foreseen(plan: Plan, controller: BatchController | None = None) -> list[str]
     What a plan for a target predicts is the end that counts: a run that meets the target ends there.
     """
     said = [MOVES] if plan.batch_schedule != "fixed" and plan.predicted_steps is not None else []
-    return [*said, *_warm_up(plan), *_points(plan, controller)]
+    return [*said, *_warm_up(plan), *_falling(plan), *_points(plan, controller)]
 
 
 def expected_examples(plan: Plan) -> int | None:
@@ -35,6 +38,20 @@ def _warm_up(plan: Plan) -> list[str]:
     if expected is not None and warmup > expected:
         return [f"{said}, more than the {expected:,} after which the target is predicted to be met"]
     return []
+
+
+def _falling(plan: Plan) -> list[str]:
+    """A schedule spans the most examples that a run may take, which are four times those predicted in a plan's own."""
+    expected = expected_examples(plan)
+    if plan.schedule == "constant" or expected is None:
+        return []
+    named: dict[str, Any] = {"schedule": plan.schedule, "settings": plan.schedule_settings}
+    named |= {"warmup_examples": plan.warmup_examples}
+    share = lr_factor(expected, total_examples=plan.examples, **named)
+    return [
+        f"the schedule {plan.schedule!r} is laid over all {plan.examples:,} examples; at {expected:,}, after which the "
+        f"target is predicted to be met, the rate is {share:.0%} of its peak: with fewer steps it would be further on"
+    ]
 
 
 def _points(plan: Plan, controller: BatchController | None) -> list[str]:
