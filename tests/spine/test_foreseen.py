@@ -1,6 +1,7 @@
 """What is said of a plan before it is run, with its numbers; and that it is said of the run's present length."""
 
 import dataclasses
+import re
 
 import pytest
 
@@ -9,6 +10,7 @@ from batchlab.core.job import Target
 from batchlab.core.run import Run
 from batchlab.spine.batch_control import make_controller
 from batchlab.spine.foreseen import MOVES, foreseen
+from batchlab.spine.learner import Learner
 from batchlab.spine.plan import plan
 from batchlab.spine.train import train
 from tests.spine.facts_fixture import hand_facts, hand_job
@@ -59,6 +61,41 @@ def test_points_after_the_predicted_end_are_said():
     assert said(**SIZES, **FIVE) == [f"milestone 2 at 321, milestone 3 at 1,279 {end}"]
     assert said(**RAMP) == said(**SIZES) == []
     assert foreseen(toy_plan(**RAMP, **FIVE)) == [MOVES] and foreseen(toy_plan(**RAMP)) == []
+
+
+ADAPTIVE = {"batch_schedule": "adaptive", "noise_scale": Estimate(64.0, 50.0, 80.0, "given")}
+WAITS = "batch_schedule 'adaptive' waits"
+
+
+@pytest.mark.parametrize(
+    ("changes", "patience", "note"),
+    [
+        ({"steps": 60}, 20, None),
+        ({"steps": 600, **FIVE}, 1, "1 update before it changes the batch, not the usual 20, for about 5 are expected"),
+        ({"steps": 15}, 5, "5 updates before it changes the batch, not the usual 20, for about 15 are expected"),
+        ({"steps": 1}, 1, "1 update before it changes the batch, and the run has 1: the batch never moves"),
+        ({"steps": 15, "batch_settings": {"patience": 15}}, 15, "15 updates .* the run has 15: the batch never moves"),
+        ({"steps": 16, "batch_settings": {"patience": 15}}, 15, None),
+        ({**FIVE, "batch_settings": {"patience": 5}}, 5, "5 updates .* predicted to be met after 5: it may never move"),
+        ({"batch_schedule": "goodput", "steps": 12}, 6, "6 updates before it changes the batch, not the usual 20"),
+        ({"batch_schedule": "goodput", "steps": 6}, 6, "6 updates .* the run has 6: the batch never moves"),
+        ({"batch_schedule": "norm_test"}, 1, None),
+    ],
+)
+def test_the_patience_fits_the_run_and_is_said(changes, patience, note):
+    made = toy_plan(**ADAPTIVE | changes)
+    controller = make_controller(made, 256, 1)
+    notes = [each for each in foreseen(made, controller) if each != MOVES]
+    assert controller.patience == patience and len(notes) == (note is not None)
+    if note is not None:
+        assert re.match(WAITS.replace("adaptive", made.batch_schedule) + " " + note, notes[0])
+
+
+def test_an_adaptive_batch_moves_in_a_run_of_fifteen_updates():
+    made = toy_plan(**ADAPTIVE | {"steps": 15, "noise_scale": Estimate(1.0, 0.5, 2.0, "given")})
+    learner = Learner(toy_job(), made, device="cpu")
+    sizes = [learner.update().batch_size for _ in range(15)]
+    assert sizes[:5] == [64] * 5 and sizes[5] > 64
 
 
 def test_a_plan_says_it_of_its_own_warm_up():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from inspect import signature
 from typing import Any
 
 from batchlab.core.errors import InputError
@@ -11,7 +12,7 @@ from batchlab.rules.learning_rate import rescale
 from batchlab.schedule.batches.batch_ramp import BatchRamp
 from batchlab.schedule.batches.controller import BatchController
 from batchlab.schedule.batches.decay_by_batch import DecayByBatch
-from batchlab.schedule.batches.goodput_batch import GoodputBatch
+from batchlab.schedule.batches.goodput_batch import FEWEST, GoodputBatch
 from batchlab.schedule.batches.inner_product_test_batch import InnerProductTestBatch
 from batchlab.schedule.batches.milestones import Milestones
 from batchlab.schedule.batches.noise_scale_batch import NoiseScaleBatch
@@ -21,6 +22,9 @@ from batchlab.schedule.rates.by_examples import lr_factor
 
 _EXPONENTS = {"linear": 1.0, "saturating": 1.0, "sqrt": 2.0, "saturating_sqrt": 2.0}
 _MEASURED = ("adaptive", "goodput", "decay_by_batch")
+_WAITS: dict[str, type[BatchController]]
+_WAITS = {"adaptive": NoiseScaleBatch, "goodput": GoodputBatch, "decay_by_batch": DecayByBatch}
+_RUN_SHARE = 1 / 3  # of the updates, the longest patience: two changes at least can be made
 _GROWS = ("decay_by_batch", "norm_test", "inner_product_test")
 _THE_PLANS = {
     "start": "batch_size",
@@ -45,6 +49,7 @@ def make_controller(plan: Plan, examples: int, world: int) -> BatchController | 
             raise InputError(f'batch_settings are of a batch that moves, and batch_schedule is "fixed", got {given!r}')
         return None
     _check_given(given)
+    given |= {} if (fitted := fitted_patience(plan)) is None else {"patience": fitted}
     bounds = _bounds(plan, examples, world)
     _check_rate_rule(plan)
     try:
@@ -70,6 +75,29 @@ def make_controller(plan: Plan, examples: int, world: int) -> BatchController | 
         raise InputError(f"the sizes of batch_schedule {name!r} must differ, got {planned.minimum} alone")
     _check_points_come(plan, planned)
     return planned
+
+
+def expected_updates(plan: Plan) -> int:
+    """Of the run: those to the target where they are predicted, and no more than the plan's steps."""
+    predicted = plan.predicted_steps
+    if plan.target is None or predicted is None or not predicted.defined:
+        return plan.steps
+    return min(plan.steps, max(1, round(predicted.value)))
+
+
+def usual_patience(plan: Plan) -> int:
+    """Updates from one change of the batch to the next, where the run is long."""
+    kind = _WAITS.get(plan.batch_schedule, BatchController)
+    return int(signature(kind).parameters["patience"].default)
+
+
+def fitted_patience(plan: Plan) -> int | None:
+    """A third of the run's updates, where the controller would wait longer and nothing was given; else None."""
+    if plan.batch_schedule not in _WAITS or "patience" in plan.batch_settings:
+        return None
+    least = FEWEST + 1 if plan.batch_schedule == "goodput" else 1
+    fitted = max(least, math.floor(_RUN_SHARE * expected_updates(plan)))
+    return fitted if fitted < usual_patience(plan) else None
 
 
 def _check_given(given: dict[str, Any]) -> None:

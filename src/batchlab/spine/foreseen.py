@@ -7,7 +7,8 @@ from typing import Any
 from batchlab.core.plan import Plan
 from batchlab.schedule.batches.controller import BatchController
 from batchlab.schedule.rates.by_examples import lr_factor
-from batchlab.spine.batch_control import given_points
+from batchlab.spine.batch_control import expected_updates, fitted_patience, given_points, usual_patience
+from batchlab.spine.words import plural
 
 MOVES = "the predicted steps and time are those of a batch that stays; this one moves"
 
@@ -18,7 +19,7 @@ def foreseen(plan: Plan, controller: BatchController | None = None) -> list[str]
     What a plan for a target predicts is the end that counts: a run that meets the target ends there.
     """
     said = [MOVES] if plan.batch_schedule != "fixed" and plan.predicted_steps is not None else []
-    return [*said, *_warm_up(plan), *_falling(plan), *_points(plan, controller)]
+    return [*said, *_warm_up(plan), *_falling(plan), *_points(plan, controller), *_patience(plan)]
 
 
 def expected_examples(plan: Plan) -> int | None:
@@ -61,3 +62,16 @@ def _points(plan: Plan, controller: BatchController | None) -> list[str]:
         return []
     named = ", ".join(f"{name} at {at:,}" for name, at in late.items())
     return [f"{named} examples: a batch that stays is predicted to meet the target after {expected:,}, and ends there"]
+
+
+def _patience(plan: Plan) -> list[str]:
+    if plan.batch_schedule in ("fixed", "ramp", "milestones"):
+        return []
+    usual, fitted, updates = usual_patience(plan), fitted_patience(plan), expected_updates(plan)
+    patience = plan.batch_settings.get("patience", usual if fitted is None else fitted)
+    waits = f"batch_schedule {plan.batch_schedule!r} waits {plural(patience, 'update')} before it changes the batch"
+    if patience >= plan.steps:
+        return [f"{waits}, and the run has {plan.steps:,}: the batch never moves"]
+    if patience >= updates:
+        return [f"{waits}, and the target is predicted to be met after {updates:,}: it may never move"]
+    return [] if fitted is None else [f"{waits}, not the usual {usual}, for about {updates:,} are expected in all"]
