@@ -5,6 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
+from batchlab.core.plan import Reason
+from batchlab.core.query import query
 from batchlab.core.run import Run
 from batchlab.spine.columns import columns
 from batchlab.spine.course_chapter import course
@@ -36,6 +38,22 @@ def test_a_batch_that_moves_is_drawn_at_every_change():
 def test_a_batch_that_should_have_moved_and_did_not_is_told():
     section = course(toy_plan(batch_schedule="adaptive"), columns(lines([16] * 5, [0.1] * 5)))
     assert section.blocks[1].text == "It never moved: 16 examples in each of 5 updates."
+
+
+def test_a_batch_that_its_maximum_held_is_told(tmp_path):
+    capped = [line | {"capped": line["step"] > 3} for line in lines([16, 16, 32, 64, 64], [0.1] * 5)]
+    plan = toy_plan(batch_schedule="norm_test", max_batch_size=64)
+    said = "In 2 updates it would have been larger but for its maximum, max_batch_size 64"
+    assert course(plan, columns(capped)).blocks[1].text.endswith(f"{said}.")
+    reasons = {"max_batch_size": Reason("up to 16·B_crit", "paper", {}, 64)}
+    planned = dataclasses.replace(plan, reasons=reasons)
+    assert course(planned, columns(capped)).blocks[1].text.endswith(f"{said}: up to 16·B_crit.")
+    run = train(toy_job(), dataclasses.replace(plan, batch_size=16), out=tmp_path / "run", device="cpu")
+    held = sum(line.get("capped", False) for line in run.steps())
+    assert 0 < held < run.summary["steps"]
+    assert sizes(run)[1] == ("Held by its maximum", f"{held} of {run.summary['steps']} steps", "max_batch_size 64")
+    (row,) = query(run.path, "SELECT count(*) FILTER (capped) AS held, count(*) AS steps FROM steps")
+    assert row == {"held": held, "steps": run.summary["steps"]}
 
 
 def test_nothing_is_shown_where_nothing_moved():
@@ -71,7 +89,7 @@ def test_it_is_on_the_page_of_a_run_whose_batch_moves(tmp_path):
     page = report(Run.open(run.path), tmp_path / "page.html").read_text()
     assert "Batch size and learning rate along training" in page and "batch-course" in page
     assert sizes(run) == [("Batch sizes", "64 to 128", "2 changes, now 128")]
-    still = dataclasses.replace(plan, steps=1)
+    still = dataclasses.replace(plan, steps=1, batch_settings={"end": 128, "over": 64, "increment": 32})
     assert sizes(train(toy_job(), still, out=tmp_path / "still", device="cpu")) == [
         ("Batch sizes", "64", "it never moved in 1 step")
     ]

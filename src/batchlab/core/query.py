@@ -20,7 +20,7 @@ _EMPTY = """
 CREATE TABLE steps (
     run VARCHAR, step BIGINT, position BIGINT, batch_size BIGINT, lr DOUBLE, loss DOUBLE, grad_norm DOUBLE,
     noise_scale DOUBLE, noise_low DOUBLE, noise_high DOUBLE, seconds DOUBLE, examples_per_second DOUBLE,
-    skipped BOOLEAN, valid JSON
+    skipped BOOLEAN, capped BOOLEAN, valid JSON
 )
 """
 
@@ -32,13 +32,13 @@ SELECT
     TRY_CAST(noise_scale->>'value' AS DOUBLE) AS noise_scale,
     TRY_CAST(noise_scale->>'low' AS DOUBLE) AS noise_low,
     TRY_CAST(noise_scale->>'high' AS DOUBLE) AS noise_high,
-    seconds, examples_per_second, skipped, valid
+    seconds, examples_per_second, skipped, coalesce(capped, FALSE) AS capped, valid
 FROM read_json(
     $files, format = 'newline_delimited', filename = true, ignore_errors = true,
     columns = {
         step: 'BIGINT', position: 'BIGINT', batch_size: 'BIGINT', lr: 'VARCHAR', loss: 'VARCHAR',
         grad_norm: 'VARCHAR', noise_scale: 'JSON', seconds: 'DOUBLE', examples_per_second: 'DOUBLE',
-        skipped: 'BOOLEAN', valid: 'JSON'
+        skipped: 'BOOLEAN', capped: 'BOOLEAN', valid: 'JSON'
     }
 )
 WHERE step IS NOT NULL

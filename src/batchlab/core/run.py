@@ -62,7 +62,8 @@ class Run:
 
     def steps(self) -> Iterator[dict[str, Any]]:
         """One dict an update, in order: step, position, batch_size, lr, loss, grad_norm, noise_scale, seconds,
-        examples_per_second, skipped, and `valid` where there was an evaluation.
+        examples_per_second, skipped, `valid` where there was an evaluation, and `capped`, true, where a batch that
+        moves would have been larger but for its maximum.
 
         Counts are in examples; non-finite numbers are the strings "nan", "inf", "-inf". A line still being
         written is left out.

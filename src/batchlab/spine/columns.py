@@ -13,7 +13,19 @@ from numpy.typing import NDArray
 Column = NDArray[np.float64]
 
 POINTS = 2000
-_NAMES = ("step", "examples", "seconds", "batch_size", "lr", "loss", "skipped", "noise", "noise_low", "noise_high")
+_NAMES = (
+    "step",
+    "examples",
+    "seconds",
+    "batch_size",
+    "lr",
+    "loss",
+    "skipped",
+    "capped",
+    "noise",
+    "noise_low",
+    "noise_high",
+)
 
 
 @dataclass(frozen=True)
@@ -21,7 +33,7 @@ class Columns:
     """The steps of a run, one entry a step; NaN where there is no number.
 
     steps: columns `step`, `examples` (seen after the step), `seconds` (summed over steps, evaluations left out),
-    `batch_size`, `lr`, `loss`, `skipped` (0 or 1), `noise`, `noise_low`, `noise_high`.
+    `batch_size`, `lr`, `loss`, `skipped`, `capped` (0 or 1), `noise`, `noise_low`, `noise_high`.
     valid: metric -> columns `step`, `examples`, `seconds`, `value` of its evaluations.
     """
 
@@ -57,7 +69,7 @@ def columns(lines: Iterable[Mapping[str, Any]], initial: Mapping[str, Any] | Non
         row = (
             *(number(line["step"]), number(line["position"]), seconds),
             *(number(line.get(name)) for name in ("batch_size", "lr", "loss")),
-            float(bool(line.get("skipped"))),
+            *(float(bool(line.get(name))) for name in ("skipped", "capped")),
             *(number(noise.get(name)) for name in ("value", "low", "high")),
         )
         for name, value in zip(_NAMES, row, strict=True):

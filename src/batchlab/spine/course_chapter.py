@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from batchlab.core.plan import Plan
 from batchlab.spine.columns import POINTS, Column, Columns, evenly, thin
-from batchlab.spine.headline import ENDS, MOVES
+from batchlab.spine.headline import ENDS, MOVES, cap
 from batchlab.spine.words import figure, plural
 from batchlab.viz.blocks import Block, Chart, Paragraph, Row, Section, Table
 from batchlab.viz.course import batch_course, rate_course
@@ -44,7 +44,7 @@ def course(plan: Plan, taken: Columns) -> Section | None:
     ]
     blocks: list[Block] = [Row(charts)]
     if not (_still(size) and fixed):
-        blocks.append(Paragraph(_moved(plan, size), quiet=True))
+        blocks.append(Paragraph(_moved(plan, size) + _held(plan, taken), quiet=True))
     return Section("course", "Batch size and learning rate along training", blocks)
 
 
@@ -59,6 +59,15 @@ def _moved(plan: Plan, size: Column) -> str:
         f"fixed batch of {plan.batch_size:,} would have taken {figure(fixed)} for as many examples. With the batch the "
         f"learning rate moved by the rule {plan.learning_rate_rule!r}."
     )
+
+
+def _held(plan: Plan, taken: Columns) -> str:
+    """Where a larger batch was wanted than was allowed."""
+    count = int(taken.steps["capped"].sum())
+    if not count:
+        return ""
+    allowed = cap(plan, int(taken.steps["batch_size"].max()))
+    return f" In {plural(count, 'update')} it would have been larger but for its maximum, {allowed}."
 
 
 def _still(values: Column) -> bool:

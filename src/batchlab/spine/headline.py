@@ -161,11 +161,24 @@ def of_run(run: Run) -> list[Line]:
 
 
 def sizes(run: Run) -> list[Line]:
-    """Which sizes a batch that was to move had; nothing of one that stays."""
-    taken = [] if run.plan.batch_schedule == "fixed" else [line["batch_size"] for line in run.steps()]
+    """Which sizes a batch that was to move had, and whether its maximum held it; nothing of one that stays."""
+    lines = [] if run.plan.batch_schedule == "fixed" else list(run.steps())
+    taken, capped = [line["batch_size"] for line in lines], sum(bool(line.get("capped")) for line in lines)
     if not taken:
         return []
+    held = [("Held by its maximum", f"{capped:,} of {plural(len(taken), 'step')}", cap(run.plan, max(taken)))]
     if len({*taken}) == 1:
-        return [("Batch sizes", f"{taken[0]:,}", f"it never moved in {plural(len(taken), 'step')}")]
-    changes = sum(a != b for a, b in itertools.pairwise(taken))
-    return [("Batch sizes", f"{min(taken):,} to {max(taken):,}", f"{plural(changes, 'change')}, now {taken[-1]:,}")]
+        moved = ("Batch sizes", f"{taken[0]:,}", f"it never moved in {plural(len(taken), 'step')}")
+    else:
+        changes = sum(a != b for a, b in itertools.pairwise(taken))
+        moved = ("Batch sizes", f"{min(taken):,} to {max(taken):,}", f"{plural(changes, 'change')}, now {taken[-1]:,}")
+    return [moved, *(held if capped else [])]
+
+
+def cap(plan: Plan, largest: int) -> str:
+    """Which maximum a batch was held by, that would have grown beyond `largest`."""
+    most = plan.max_batch_size
+    if most is None:
+        return f"{largest:,} examples, by the data set"
+    reason = plan.reasons.get("max_batch_size")
+    return f"max_batch_size {most:,}" + (f": {reason.rule}" if reason else "")

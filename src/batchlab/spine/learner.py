@@ -42,7 +42,8 @@ class Update:
 
     loss: mean over the batch's units before the update. grad_norm: of the batch gradient, before clipping.
     noise: the running noise scale, in examples. skipped: nothing was changed, for the loss or gradient was not finite.
-    tensors: what the step did to each tensor, where it was watched (`optim.watch`).
+    tensors: what the step did to each tensor, where it was watched (`optim.watch`). capped: a larger batch was wanted
+    than the plan's `max_batch_size`, or the data set, allows.
     """
 
     step: int
@@ -55,6 +56,7 @@ class Update:
     skipped: bool
     seconds: float
     tensors: dict[str, dict[str, float]] | None = None
+    capped: bool = False
 
 
 class Learner:
@@ -122,6 +124,7 @@ class Learner:
         reseed(derive_seed(self.seed, "update", self.step, self.rank))
         buffers = [buffer.clone() for buffer in self.model.buffers()] if self._has_buffers else []
         due = self.controller is None or self.controller.due
+        capped = self.controller is not None and self.controller.capped
         loss, norm, moments = self.gradient.backward(self.position, size, test=due)
         self.step += 1
         self.position += size
@@ -141,7 +144,8 @@ class Learner:
         if self.controller is not None:
             told = StepFacts(self.position, size, loss, noise, moments, seconds, skipped=not finite)
             self.batch_size = self.controller.next_batch(self.step, told.agreed() if self._times else told)
-        return Update(self.step, self.position, size, learning_rate, loss, norm, noise, not finite, seconds, tensors)
+        done = (self.step, self.position, size, learning_rate, loss, norm, noise, not finite, seconds, tensors)
+        return Update(*done, capped)
 
     @property
     def nearly_done(self) -> bool:

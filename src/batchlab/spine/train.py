@@ -160,6 +160,7 @@ def _line(update: Update) -> dict[str, Any]:
         "seconds": update.seconds,
         "examples_per_second": update.batch_size / update.seconds,
         "skipped": update.skipped,
+        **({"capped": True} if update.capped else {}),
         **({} if update.tensors is None else {"tensors": update.tensors}),
     }
 

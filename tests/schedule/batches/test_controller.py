@@ -8,7 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchlab.core.errors import InputError
+from batchlab.measure.noise.batch_tests import Moments
 from batchlab.schedule.batches.controller import BatchController, StepFacts
+from batchlab.schedule.batches.decay_by_batch import DecayByBatch
+from batchlab.schedule.batches.milestones import Milestones
+from batchlab.schedule.batches.noise_scale_batch import NoiseScaleBatch
+from batchlab.schedule.batches.norm_test_batch import NormTestBatch
+from tests.spine.facts_fixture import exact
 
 
 class Wishing(BatchController):
@@ -59,6 +65,51 @@ def test_a_change_goes_towards_the_wish_and_never_past_it(size, unit, wish, grow
         assert start <= found <= max(wish, start) + 1e-6
     else:
         assert min(wish, start) - unit < found <= start or found < low + unit
+
+
+def capped(size, wish, **limits):
+    control = Wishing(size, **{"maximum": 512, **limits})
+    control.wish = wish
+    control.next_batch(1, StepFacts(size, size))
+    return control.capped
+
+
+def test_a_size_is_capped_where_the_maximum_alone_keeps_it_from_being_larger():
+    assert capped(512, 513.0) and capped(500, 600.0) and capped(256, 513.0, growth=3.0) and capped(508, 1e308)
+    assert not capped(512, 512.0) and not capped(512, 3.0) and not capped(100, 300.0)
+    assert not capped(100, 1e9) and not capped(256, 1e9)  # it is the growth that holds it
+    assert not capped(500, 600.0, deadband=1.5) and capped(500, 800.0, deadband=1.5)
+    assert capped(512, 520.0, multiple_of=8) and not capped(512, 519.0, multiple_of=8)  # 519 is rounded down
+
+
+def test_that_a_size_is_capped_is_known_until_the_next_wish_and_goes_round():
+    control = Wishing(512, maximum=512)
+    control.wish = 600.0
+    control.next_batch(1, StepFacts(512, 512))
+    control.wish = None
+    control.next_batch(2, StepFacts(1024, 512))
+    again, wider = Wishing(512, maximum=512), Wishing(512, maximum=1024)
+    for other in (again, wider):
+        other.load_state_dict(control.state_dict())
+    assert control.capped and again.capped and not wider.capped
+    control.wish = 500.0
+    assert control.next_batch(3, StepFacts(1536, 512)) == 500 and not control.capped
+
+
+@pytest.mark.parametrize(
+    ("control", "facts"),
+    [
+        (NoiseScaleBatch(64, exchange_rate=64.0, maximum=100, patience=1), {"noise_scale": exact(1e6)}),
+        (NormTestBatch(64, maximum=100), {"batch_test": Moments(64, 1.0, 1e6, 1.0, 1e6)}),
+        (NormTestBatch(64, maximum=100), {"batch_test": Moments(64, 0.0, 1.0, 0.0, 1.0)}),
+        (DecayByBatch(64, share=lambda _: 0.25, exponent=1.0, headroom=None, maximum=100, patience=1), {}),
+        (DecayByBatch(64, share=lambda _: 0.0, exponent=1.0, headroom=None, maximum=100, patience=1), {}),
+    ],
+)
+def test_rules_that_would_go_beyond_their_maximum_are_capped_and_those_settled_beforehand_are_not(control, facts):
+    assert control.next_batch(1, StepFacts(64, 64, **facts)) == 100 and control.capped
+    settled = Milestones(64, {64: 100})
+    assert settled.next_batch(1, StepFacts(64, 64)) == 100 and not settled.capped
 
 
 def test_what_is_no_wish_changes_nothing():

@@ -7,6 +7,7 @@ all ranks and micro-batches of one update.
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from batchlab.measure.noise.coordinate_test import CoordinateMoments
 from batchlab.parallel.agree import agree_min
 
 _SILENT = 100  # updates; a test that is due now and then, or a noise scale measured seldom, comes sooner
+ANY_SIZE = sys.float_info.max  # the wish of a rule to which no size is too large: infinity is not reacted to
 _NEARLY = 1e-9  # a float that is a whole number but for rounding counts as that number
 
 
@@ -88,6 +90,8 @@ class BatchController(ABC):
     Warns once where a fact in `needs` has not come for longer than `patience` and 100 updates: a loop that measures
     nothing would hold the batch still in silence.
 
+    capped: whether the maximum is what kept the size from being larger, at the last wish.
+
     A rule that remembers something overrides `note`, `rule_state` and `load_rule_state`.
     """
 
@@ -118,7 +122,7 @@ class BatchController(ABC):
         self.batch_size = int(batch_size)
         self.minimum, self.maximum, self.multiple_of = int(minimum), int(maximum), int(multiple_of)
         self.growth, self.deadband, self.patience = float(growth), float(deadband), int(patience)
-        self._waited, self._missed = 0, 0
+        self._waited, self._missed, self.capped = 0, 0, False
 
     @abstractmethod
     def wanted(self, step: int, facts: StepFacts) -> float | None:
@@ -148,6 +152,7 @@ class BatchController(ABC):
         if wanted is None or not 0 < wanted < math.inf:
             return self.batch_size
         size = self._decided(min(max(float(wanted), self.minimum), self.maximum))
+        self.capped = wanted > self.maximum and size < self._decided(float(wanted))
         if size != self.batch_size:
             self.batch_size, self._waited = size, 0
         return self.batch_size
@@ -208,7 +213,7 @@ class BatchController(ABC):
     def state_dict(self) -> dict[str, Any]:
         """The size, the updates since it last changed, and what the rule remembers: plain numbers, of any ranks."""
         state = {"controller": type(self).__name__, "batch_size": self.batch_size, "waited": self._waited}
-        return state | self.rule_state()
+        return state | {"capped": self.capped} | self.rule_state()
 
     @final
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -224,6 +229,7 @@ class BatchController(ABC):
             raise InputError(f"the state must hold batch_size and waited, whole numbers, got {state!r:.80}")
         self.load_rule_state(state)
         self.batch_size, self._waited = self._allowed(int(state["batch_size"])), int(state["waited"])
+        self.capped = bool(state.get("capped", False)) and self.batch_size + self.multiple_of > self.maximum
 
     def _allowed(self, size: int) -> int:
         allowed = max(min(size, self.maximum) // self.multiple_of * self.multiple_of, self._lowest)

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 from batchlab.core.checks import check_positive
-from batchlab.schedule.batches.controller import BatchController, StepFacts
+from batchlab.schedule.batches.controller import ANY_SIZE, BatchController, StepFacts
 
 
 class DecayByBatch(BatchController):
@@ -62,13 +62,12 @@ class DecayByBatch(BatchController):
         self.base, self.share, self.exponent, self.headroom = self.batch_size, share, exponent, headroom
 
     def wanted(self, step: int, facts: StepFacts) -> float | None:
-        """B₀·f^-p or what the noise scale allows, where that is more than the present size."""
+        """B₀·f^-p or what the noise scale allows, and no less than the present size."""
         share = self.share(facts.seen)
-        asked = self.base * share**-self.exponent if share > 0 else math.inf
-        size = min(asked, float(self.maximum))
+        size = self.base * share**-self.exponent if share > 0 else ANY_SIZE
         if self.headroom is not None:
             noise = facts.noise_scale
             if noise is None or not 0 < noise.value < math.inf:
                 return None
             size = min(size, self.headroom * noise.value)
-        return size if size > self.batch_size else None
+        return max(size, float(self.batch_size))

@@ -21,7 +21,7 @@ from typing import Any
 
 from batchlab.core.checks import check_count, check_positive
 from batchlab.core.errors import InputError
-from batchlab.schedule.batches.controller import BatchController, StepFacts
+from batchlab.schedule.batches.controller import ANY_SIZE, BatchController, StepFacts
 
 KEPT, FEWEST, SIZES = 32, 5, 16
 
@@ -106,14 +106,14 @@ class GoodputBatch(BatchController):
         if high / low < self.explore:
             up, down = high * self.deadband <= self.maximum, low / self.deadband >= self._lowest
             if up and (noise >= self.batch_size or not down):
-                return high * self.explore
+                return min(high * self.explore, self.maximum)
             if down:
                 return low / self.explore
         if low == high:
             return None
         fixed, per_example = self.line()
         if per_example <= 0:
-            return self.maximum
+            return ANY_SIZE
         return self._lowest if fixed <= 0 else best_batch(noise, fixed=fixed, per_example=per_example)
 
     def times(self) -> dict[int, float]:

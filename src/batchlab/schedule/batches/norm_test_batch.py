@@ -17,7 +17,7 @@ from batchlab.core.checks import check_count, check_inside
 from batchlab.core.errors import InputError
 from batchlab.measure.noise.batch_tests import Moments
 from batchlab.measure.noise.coordinate_test import CoordinateMoments
-from batchlab.schedule.batches.controller import BatchController, StepFacts
+from batchlab.schedule.batches.controller import ANY_SIZE, BatchController, StepFacts
 
 
 class BatchTestController(BatchController):
@@ -43,7 +43,7 @@ class BatchTestController(BatchController):
         proposed = self.proposed(facts.batch_test)
         if not proposed > self.batch_size:
             return None
-        return float(math.ceil(min(proposed, self.maximum)))
+        return float(math.ceil(min(proposed, ANY_SIZE)))
 
     @property
     def due(self) -> bool:
