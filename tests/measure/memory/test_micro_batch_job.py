@@ -7,10 +7,12 @@ import random
 import weakref
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from batchlab.core.errors import InputError
 from batchlab.core.job import Job
 from batchlab.measure.memory.micro_batch import find_micro_batch
 from tests.measure.memory.limited import _quick as _quick
@@ -185,3 +187,37 @@ def test_the_state_of_the_optimizer_is_there_before_the_first_size():
     job = Job("toy", lambda: nn.Linear(6, 1).double(), loss, toy_data(64), toy_data(8, seed=1), optimizer="adamw")
     find_micro_batch(job, device="cpu", evaluation=False)
     assert found_state and all(count == 2 for count in found_state)
+
+
+class Narrow(nn.Module):
+    """Normalises over the batch, and fails above a limit; notes the sizes in training."""
+
+    def __init__(self, limit, seen):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)).double()
+        self.limit, self.seen = limit, seen
+
+    def forward(self, x):
+        if self.training:
+            self.seen.append(len(x))
+        if len(x) > self.limit:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return self.layers(x)
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3])
+@pytest.mark.parametrize("settings", [{}, {"start": 1}, {"saturation": 0.0, "start": 64}])
+def test_a_model_that_normalises_over_the_batch_is_not_run_with_one_example(limit, settings):
+    seen = []
+    job = toy_job(lambda: Narrow(limit, seen))
+    if limit == 1:
+        with pytest.raises(InputError, match="^not even 2 examples fit in memory, it ran out in the phase 'forward'"):
+            find_micro_batch(job, device="cpu", evaluation=False, **settings)
+    else:
+        assert find_micro_batch(job, device="cpu", evaluation=False, **settings).size == limit
+    assert min(seen) >= 2
+
+
+def test_one_example_alone_is_refused_where_the_model_normalises_over_the_batch():
+    with pytest.raises(InputError, match="max_size must be at least 2, the fewest that can be run, got 1"):
+        find_micro_batch(toy_job(lambda: Narrow(9, [])), device="cpu", max_size=1)

@@ -56,6 +56,16 @@ def test_tries_at_the_median(start, most):
     assert max(counts) <= 11
 
 
+@pytest.mark.parametrize("least", [2, 5])
+@pytest.mark.parametrize("start", [1, 4, 32])
+def test_nothing_below_the_least_is_tried(start, least):
+    for limit in range(1, 100):
+        search = answer(limit, start=start, most=80, rel_gap=0.0, least=least)
+        assert min(search.tried) >= least and search.ok == (min(limit, 80) if limit >= least else None)
+    with pytest.raises(InputError, match=r"max_size must be at least 5, the fewest that can be run, got 4"):
+        SizeSearch(start=1, most=4, least=5)
+
+
 def test_an_expected_size_is_tried_where_larger_ones_fail():
     search = SizeSearch(start=90, most=1000, growth=2, leap=1, expected=45)
     while (size := search.next_size()) is not None:

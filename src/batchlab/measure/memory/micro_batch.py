@@ -18,6 +18,7 @@ import torch.distributed as dist
 from batchlab.core.device import pick_device
 from batchlab.core.errors import BatchlabError, InputError
 from batchlab.core.job import Job
+from batchlab.core.model import least_examples
 from batchlab.core.random import preserved_generators
 from batchlab.measure.memory.buckets import Bucket, MicroBatchTable, ascending, within
 from batchlab.measure.memory.compiled import every_size_compiled
@@ -33,7 +34,7 @@ from batchlab.parallel.agree import agree_min
 
 HEADROOM = {"cuda": 0.1, "cpu": 0.5}
 SATURATION = {"cuda": None, "cpu": 0.05}
-START = {"cuda": 32, "cpu": 2}  # no lower: with batch normalisation a single example may have no variance
+START = {"cuda": 32, "cpu": 2}
 EXAMPLE = "example"
 
 
@@ -116,7 +117,8 @@ def find_micro_batch(
 
     Code under `torch.compile` is compiled for every size; a run in which that happened is not measured but repeated.
     Nothing of the caller's is changed: neither models nor random generators nor what the allocator caches.
-    Raises `InputError` if not even one example fits.
+    Raises `InputError` if not even one example fits, or two where a job's model normalises over the batch
+    (`core.model.least_examples`): fewer are not tried.
 
     >>> def step(size, length=1):
     ...     if size * length > 1000:
@@ -153,6 +155,8 @@ def find_micro_batch(
             else:
                 make = partial(JobSubject, job_or_step, device=where, seed=seed, lock=lock, grouped=_together(group))
                 subject = _made(partial(make, make_batch=make_batch, evaluation=evaluation), terms)
+                if unit == EXAMPLE:
+                    search.raise_least(least_examples(subject.step.model))
                 if collective is None and not subject.communicates:
                     terms = replace(terms, lock=None)
             return _search(subject, search, terms, table, seconds)
@@ -252,6 +256,7 @@ def _every_bucket(
                 growth=2,
                 leap=1,
                 expected=max(longer, default=None),
+                least=search.least,
             )
         subject.at(bucket)
         found[bucket] = SizeFinder(search, subject, terms, label=f"bucket {bucket}: ").run(deadline)

@@ -133,7 +133,7 @@ class SizeFinder:
 
     def warm_up(self) -> None:
         """The first step of a process loads code and says nothing of speed; an error comes again in the search."""
-        went = self._run(1)
+        went = self._run(self.search.least)
         self.subject.stale = self._agreed([went.state])[0] != FITS and self.subject.fragile
 
     def run(self, deadline: float = math.inf) -> MicroBatch:
@@ -150,7 +150,9 @@ class SizeFinder:
             last = self.tries[-1]
             said = f": {self.last_text}" if self.last_text else ""
             where = "on another rank" if last.phase is None else f"in the phase {last.phase!r}"
-            raise InputError(f"{self.label}not even 1 {self.terms.unit} fits in memory, it ran out {where}{said}")
+            least = self.search.least
+            fewest = f"1 {self.terms.unit} fits" if least == 1 else f"{least} {self.terms.unit}s fit"
+            raise InputError(f"{self.label}not even {fewest} in memory, it ran out {where}{said}")
         return self._found(self.search.ok, self._why())
 
     def _found(self, size: int, why: str) -> MicroBatch:

@@ -18,7 +18,7 @@ class SizeSearch:
     growth: the factor while everything fits; 4 takes fewer tries than 2 from starts far below the limit, and no more
     from near ones. leap: the least size to grow to, so that a start far below costs no more tries than a near one; 1
     for none. Over limits 1 to 300 the median of tries is 8 at most from any start: 8, 8, 8, 7 from 1, 7, 32, 256.
-    expected: a size that should fit, tried first where larger ones have not fitted.
+    expected: a size that should fit, tried first where larger ones have not fitted. least: none below it is tried.
 
     While nothing fits the size is halved; between ok and err the next one is their geometric mean, which halves the
     relative gap, and always lies strictly between, so that each try makes progress. A guess is taken in its place where
@@ -41,17 +41,25 @@ class SizeSearch:
         growth: int = GROWTH,
         leap: int = LEAP,
         expected: int | None = None,
+        least: int = 1,
     ) -> None:
-        check_count(start=start, max_size=most)
+        check_count(start=start, max_size=most, least=least)
         if not 0 <= rel_gap < 1:
             raise InputError(f"rel_gap must lie in [0, 1), got {rel_gap!r}")
         self.start, self.most, self.rel_gap = min(start, most), most, rel_gap
         self.growth, self.leap, self.expected = growth, leap, expected
+        self.raise_least(least)
         self.ok: int | None = None
         self._failed: int | None = None
         self.tried: list[int] = []
         self._foreseen: int | None = None
         self._wide = math.inf
+
+    def raise_least(self, least: int) -> None:
+        """Leaves out the sizes below it, before the first one is tried."""
+        if self.most < least:
+            raise InputError(f"max_size must be at least {least}, the fewest that can be run, got {self.most}")
+        self.least, self.start = least, max(self.start, least)
 
     @property
     def err(self) -> int | None:
@@ -98,4 +106,4 @@ class SizeSearch:
         """What to try below `err` where nothing has fitted yet; None where nothing is left."""
         if self.expected is not None and self.expected < err:
             return self.expected
-        return None if err == 1 else max(1, err // 2)
+        return None if err <= self.least else max(self.least, err // 2)
