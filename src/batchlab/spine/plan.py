@@ -170,7 +170,14 @@ def _layout(why: _Reasons, facts: Facts, chosen: FrontierRow, *, whole: bool) ->
             "micro_batch", micro, rule, MEASURED, share=share, max_micro_batch=facts.max_micro_batch
         ),
         "accumulation": why.keep("accumulation", passes, "ceil(share / micro_batch)", OURS, **pieces),
-        "measure_noise": why.keep("measure_noise", passes * chosen.devices > 1, "two pieces or more tell it", OURS),
+        "measure_noise": why.keep(
+            "measure_noise",
+            passes * chosen.devices > 1,
+            "where an update has two pieces or more, whose gradients are compared",
+            OURS,
+            accumulation=passes,
+            world_size=chosen.devices,
+        ),
         "predicted_step_seconds": why.keep("predicted_step_seconds", seconds, step_rule, MEASURED, **times),
         "evaluation_batch": why.keep("evaluation_batch", min(fastest, facts.max_micro_batch), fastest_rule, MEASURED),
     }
