@@ -11,6 +11,8 @@ size, and (1-η)^i with i from 1 before the i-th ghost: weights that do not add 
 
 from __future__ import annotations
 
+import math
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -19,6 +21,7 @@ from torch.nn import functional as F
 
 from batchlab.core.checks import check_count
 from batchlab.core.errors import InputError
+from batchlab.nn.ghost_cpu import ghosts_on_cpu, takes
 from batchlab.nn.parts import OfParts, change_kind, parts_at_once
 
 Ragged = Literal["own", "merge", "refuse"]
@@ -53,8 +56,8 @@ def ghost_batch_norm(
     `InputError`. A batch smaller than a ghost is one ghost for the first two.
     interleaved: among the full ghosts example i is in ghost i mod k, instead of ghosts in order. For shuffled batches
     it is the same in distribution, and inputs in PyTorch's plain layout are then not copied. Not for channels_last.
-    loop: a call for each ghost, or one call for all; None takes the faster one by size and device. The results differ
-    by rounding. Under `torch.compile` it is one call.
+    loop: a call for each ghost, or one call for all; None takes the faster way by size and device, on a CPU one that
+    copies less (`ghost_cpu`). The results differ by rounding. Under `torch.compile` it is one call.
 
     >>> x = torch.arange(8.0).reshape(8, 1)
     >>> ghost_batch_norm(x, None, None, 4, training=True).flatten().round(decimals=2)
@@ -66,12 +69,45 @@ def ghost_batch_norm(
         raise InputError("running_mean and running_var must both be given or both be None")
     if running_mean is not None and momentum is None and num_batches_tracked is None:
         raise InputError("momentum None needs num_batches_tracked, the ghosts that the running statistics hold")
-    full, rest = ghosts(len(input), ghost_size, input[:1, :1].numel(), ragged)
-    k = full + (rest > 0)
-    mean, var = (None if run is None else run.new_zeros(k, len(run)) for run in (running_mean, running_var))
-    at_once = full > 1 and (interleaved or not (_loops(input, ghost_size) if loop is None else loop))
+    values = math.prod(input.shape[2:]) if input.numel() else 0
+    full, rest = ghosts(len(input), ghost_size, values, ragged)
+    k, tracked = full + (rest > 0), num_batches_tracked
+    again = partial(_by_calls, full=full, ghost_size=ghost_size, rest=rest, eps=eps, interleaved=interleaved, loop=loop)
+    if loop is None and not interleaved and k > 1 and takes(input, weight, bias, running_mean, running_var):
+        sizes = [ghost_size] * full + [rest] * (rest > 0)
+        since = 1 if tracked is None or momentum is not None else int(tracked) + 1
+        momenta = [1 / (since + i) if momentum is None else momentum for i in range(k)]
+        output = ghosts_on_cpu(input, weight, bias, running_mean, running_var, sizes, momenta, eps, again)
+    else:
+        runs = (running_mean, running_var)
+        stats = [None if run is None else run.new_zeros(k, len(run)) for run in runs]
+        output = again(input, weight, bias, *stats)
+        for run, each in zip(runs, stats, strict=True):
+            if run is not None and each is not None:
+                _advance(run, each, tracked, momentum)
+    if tracked is not None:
+        tracked.add_(k)
+    return output
+
+
+def _by_calls(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None = None,
+    var: Tensor | None = None,
+    *,
+    full: int,
+    ghost_size: int,
+    rest: int,
+    eps: float,
+    interleaved: bool,
+    loop: bool | None,
+) -> Tensor:
+    """By PyTorch's own calls; fills mean and var, (ghosts, C)."""
+    at_once = full > 1 and (interleaved or not (_loops(x, ghost_size) if loop is None else loop))
     sizes = [full * ghost_size] * at_once + [ghost_size] * (0 if at_once else full) + [rest] * (rest > 0)
-    parts = list(torch.split(input, sizes))  # not slices, whose backward passes would each fill a whole batch
+    parts = list(torch.split(x, sizes))  # not slices, whose backward passes would each fill a whole batch
     outputs = []
     if at_once:
         first = None if mean is None else mean[:full], None if var is None else var[:full]
@@ -79,11 +115,6 @@ def ghost_batch_norm(
     for i, part in enumerate(parts, full if at_once else 0):
         own = None if mean is None else mean[i], None if var is None else var[i]
         outputs.append(F.batch_norm(part, *own, weight, bias, True, 1.0, eps))  # momentum 1: the statistics themselves
-    for run, each in ((running_mean, mean), (running_var, var)):
-        if run is not None and each is not None:
-            _advance(run, each, num_batches_tracked, momentum)
-    if num_batches_tracked is not None:
-        num_batches_tracked.add_(k)
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
@@ -127,7 +158,8 @@ def _advance(run: Tensor, stats: Tensor, tracked: Tensor | None, momentum: float
         run.add_((stats.mean(0) - run) * (k / (tracked + k).to(run.dtype)))
     elif momentum is not None:
         age = torch.arange(k - 1, -1, -1, device=run.device, dtype=run.dtype)
-        run.mul_((1 - momentum) ** k).add_((momentum * (1 - momentum) ** age) @ stats)
+        # addmv_, not @, which autocast would do in half precision
+        run.mul_((1 - momentum) ** k).addmv_(stats.t(), momentum * (1 - momentum) ** age)
 
 
 class _GhostBatchNorm(OfParts):
