@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.optim.sgd import sgd
 
 from batchlab.core.errors import InputError
+from batchlab.optim import lars
 from batchlab.optim.lars import LARS
 from tests.optim.problem import STEPS, after, close
 
@@ -60,6 +62,54 @@ def test_the_clipping_form_never_exceeds_the_global_rate():
     torch.testing.assert_close(small, w - 0.1 * g, rtol=1e-12, atol=0)  # λ = 20 > γ
     large = one_step(w, 1e6 * g, lr=0.1, **settings)[0]
     assert (large - w).norm() / w.norm() == pytest.approx(0.02, rel=1e-12)  # λ = 2e-5 < γ
+
+
+def _large(seed=0):
+    """Large enough for the kernel, which takes float32; and one of zeros, which has no norm."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(150, 120, generator=generator), torch.zeros(160, 110)]
+
+
+def _trained(gradient, rates, **settings):
+    parameters = [nn.Parameter(w) for w in _large()]
+    optimizer, reports = LARS(parameters, lr=1.0, **settings), []
+    for step, rate in enumerate(rates):
+        optimizer.param_groups[0]["lr"] = rate
+        for parameter, g in zip(parameters, _large(step + 1), strict=True):
+            parameter.grad = gradient(g)
+        optimizer.step()
+        reports.append(optimizer.report())
+    state = [optimizer.state[p]["momentum_buffer"] for p in parameters]
+    return [p.detach() for p in parameters] + state, reports
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"lr_in_momentum": False}, {"clip": True, "trust": 0.02, "weight_decay": 0.0}]
+)
+@pytest.mark.parametrize("scale", [1.0, 1e9])
+def test_the_kernel_is_the_loop_to_float32(settings, scale, monkeypatch):
+    """At a scale of 1e9 the share of the gradient is too small for the kernel, and the loop takes over."""
+    calls = []
+    monkeypatch.setattr(lars, "sgd", lambda *args, **numbers: (calls.append(1), sgd(*args, **numbers)))
+    rates = [0.5, 2.0, 0.0, 1.0]
+    want, told = _trained(lambda g: scale * (g + 0.1), rates, foreach=False, **settings)
+    assert not calls
+    found, reports = _trained(lambda g: scale * (g + 0.1), rates, **settings)
+    assert calls
+    torch.testing.assert_close(found, want, rtol=2e-6, atol=2e-6 * float(max(abs(each).max() for each in want)))
+    for ours, theirs in zip(reports, told, strict=True):
+        assert ours.keys() == theirs.keys()
+        assert all(ours[name] == pytest.approx(theirs[name], rel=1e-6) for name in ours)
+
+
+def test_the_kernel_is_left_where_memory_order_differs_and_where_a_gradient_is_not_finite():
+    def turned(g):
+        return (g + 0.1).T.contiguous().T
+
+    want, _ = _trained(turned, [1.0, 1.0], foreach=False)
+    assert all(map(torch.equal, _trained(turned, [1.0, 1.0])[0], want))
+    spoilt, _ = _trained(lambda g: g / 0, [1.0])
+    assert all(each.isnan().any() for each in spoilt[:2])
 
 
 def test_vectors_take_plain_steps_unless_told_otherwise():

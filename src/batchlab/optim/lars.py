@@ -10,16 +10,19 @@ step. The two forms part only where a schedule moves γ.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.sgd import sgd
 
 from batchlab.core.checks import check_inside, check_not_negative, check_positive
 from batchlab.optim.moments import rate_of, scalar
 from batchlab.optim.shell import Form, Leaf, Numbers, Rule, RuleOptimizer, squares, squares_of_lists
 from batchlab.optim.state_dtype import StateDtype
+
+LEAST = 2.0**-29  # the share of a gradient from which on 1 - (1 - share) in float64 is as exact as float32
 
 
 def lars_(
@@ -57,6 +60,22 @@ def lars_(
         w.sub_(v)
     else:
         w.addcmul_(v, rate, value=-1)
+    return {"trust_ratio": ratio}
+
+
+def lars_by_sgd_(w: Tensor, g: Tensor, v: Tensor, **numbers: Any) -> Rule:
+    """`lars_` of adapted float32 tensors with torch's fused SGD as its second half, whose v ← m·v + (1-d)(g + βw) takes
+    d = 1 - λ, or 1 - γλ. Where that is too near to 1 for float32, it is `lars_`.
+    """
+    norms = yield squares(w, g)
+    rate, decay, within = numbers["rate"], numbers["weight_decay"], numbers["lr_in_momentum"]
+    limit = rate if numbers["clip"] else None
+    ratio = _ratio(*norms.sqrt(), weight_decay=decay, trust=numbers["trust"], eps=numbers["eps"], limit=limit)
+    share, lr = ((ratio * rate).item(), 1.0) if within else (ratio.item(), rate.item())
+    if share and not LEAST <= share < math.inf:
+        return (yield from lars_(w, g, v, **numbers) or ())
+    settings = {"weight_decay": decay.item(), "momentum": numbers["momentum"].item(), "lr": lr, "dampening": 1 - share}
+    sgd([w], [g], [v], fused=True, nesterov=False, maximize=False, **settings)
     return {"trust_ratio": ratio}
 
 
@@ -161,9 +180,11 @@ class LARS(RuleOptimizer):
         numbers["rate"] = rate_of(group["lr"], leaf.w)
         return (leaf.w, leaf.g, leaf.state["momentum_buffer"]), numbers
 
-    def first_sums(self, tensors: Sequence[Tensor], numbers: Numbers) -> Tensor | None:
-        """|w|² and |g|²."""
-        return squares(*tensors[:2]).here() if numbers["adapt"] else None
+    def kernel(self, leaf: Leaf, group: dict[str, Any]) -> Form | None:
+        """torch's fused SGD, on CPUs; it takes numbers, for which a GPU would have to be waited for."""
+        tensors = (leaf.w, leaf.g, leaf.state["momentum_buffer"])
+        plain = all(each.is_cpu and each.dtype == torch.float32 and each.is_contiguous() for each in tensors)
+        return lars_by_sgd_ if plain and group["momentum"] and adapted(leaf, group) else None
 
 
 def adapted(leaf: Leaf, group: dict[str, Any]) -> bool:

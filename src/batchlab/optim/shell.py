@@ -84,7 +84,8 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     foreach: the form for lists; by default on GPUs, and on CPUs for tensors of up to 16,384 elements: for larger ones
     it is slower there than the plain loop. fused: compiles the rule at the first step (seconds; needs a C++ compiler),
-    on CPUs for the larger tensors; spread tensors go the other way.
+    on CPUs for the larger tensors; spread tensors go the other way. Where a rule has a `kernel` of torch's own, that is
+    taken by default and for fused. foreach=False alone is the plain loop.
     state_dtype: see `batchlab.optim.state_dtype`. differentiable: refused if true.
     """
 
@@ -147,11 +148,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         """What the rule takes of a leaf: its tensors, and its numbers by name."""
         raise NotImplementedError
 
-    def first_sums(self, tensors: Sequence[Tensor], numbers: Numbers) -> Tensor | None:
-        """The answer to the rule's first request, where it is of what the rule is given: for a compiled rule on a CPU.
-
-        A sum takes a compiled loop there half as long again as torch's own kernel.
-        """
+    def kernel(self, leaf: Leaf, group: dict[str, Any]) -> Form | None:
+        """The rule around a kernel of torch's own, which goes before its loop and compiling; None: there is none."""
         return None
 
     def new_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
@@ -213,20 +211,20 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def _run(self, group: dict[str, Any], leaves: list[Leaf]) -> list[tuple[Rule, list[Leaf]]]:
         """Runs the rules of plain tensors; returns those that must run side by side, for they sum over ranks."""
-        forms = self.forms(group)
+        forms, plain = self.forms(group), group["foreach"] is False and not group["fused"]
         loose: list[tuple[Rule, list[Leaf]]] = []
         for bucket, given, listed in _buckets(self, group, leaves):
-            form, numbers = cast(Form, forms[listed]), given[0][1]
+            own = None if listed or plain else self.kernel(bucket[0], group)
+            form, numbers = own or cast(Form, forms[listed]), given[0][1]
             tensors: Sequence[Any] = given[0][0]
             if listed:
                 tensors = [list(column) for column in zip(*(each for each, _ in given), strict=True)]
             if bucket[0].layout.mesh is not None:
                 rule = form(*tensors, **numbers)
                 loose += [] if rule is None else [(rule, bucket)]
-            elif group["fused"] and (not listed or bucket[0].w.device.type == "cuda"):
+            elif group["fused"] and own is None and (not listed or bucket[0].w.device.type == "cuda"):
                 tensors = _flat(tensors) if self.FLAT and not listed else tensors
-                first = None if listed or tensors[0].device.type == "cuda" else self.first_sums(tensors, numbers)
-                self._note(bucket, self._compiled_form(form)(*tensors, first=first, **numbers))
+                self._note(bucket, self._compiled_form(form)(*tensors, **numbers))
             else:
                 self._note(bucket, alone(form, *tensors, **numbers))
         return loose
@@ -306,14 +304,13 @@ _OWN_LIMIT: dict[str, Any] = {
 }
 
 
-def alone(form: Form, *tensors: Any, first: Tensor | None = None, **numbers: Any) -> dict[str, Tensor] | None:
-    """Runs a rule on plain tensors, where the part at hand is the whole. first: the first answer, if it is known."""
+def alone(form: Form, *tensors: Any, **numbers: Any) -> dict[str, Tensor] | None:
+    """Runs a rule on plain tensors, where the part at hand is the whole."""
     rule = form(*tensors, **numbers)
     if rule is None:
         return None
     try:
         request = next(rule)
-        request = rule.send(request.here() if first is None else first)
         while True:
             request = rule.send(request.here())
     except StopIteration as end:
