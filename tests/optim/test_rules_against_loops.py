@@ -4,7 +4,9 @@ from functools import partial
 
 import pytest
 import torch
+from torch.optim.adam import adam
 
+from batchlab.optim import lamb, shell
 from batchlab.optim.ademamix import AdEMAMix
 from batchlab.optim.lamb import LAMB
 from batchlab.optim.lars import LARS
@@ -30,12 +32,16 @@ def test_lars(lr_in_momentum, foreach):
     assert abs(every[2] - ours[2]).max() > 1e-3
 
 
-@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("foreach", [False, True, None])
 @pytest.mark.parametrize("correct", [False, True])
-def test_lamb(correct, foreach):
-    settings = {"betas": (0.8, 0.95), "eps": 1e-3}
+def test_lamb(correct, foreach, monkeypatch):
+    """None: by torch's fused Adam, which tensors as small as these would not take."""
+    calls, settings = [], {"betas": (0.8, 0.95), "eps": 1e-3}
+    monkeypatch.setattr(shell, "SMALL", 0)
+    monkeypatch.setattr(lamb, "adam", lambda *args, **numbers: (calls.append(1), adam(*args, **numbers)))
     ours = after(partial(LAMB, lr=1.0, weight_decay=0.3, bias_correction=correct, foreach=foreach, **settings))
     close(ours, loop(naive.lamb, decay=0.3, adapt=matrix, correct=correct, **settings))
+    assert len(calls) == (400 if foreach is None else 0)
 
 
 @pytest.mark.parametrize("foreach", [False, True])

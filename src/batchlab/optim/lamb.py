@@ -15,13 +15,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim.adam import adam
 
 from batchlab.core.checks import check_not_negative, check_positive, check_share
 from batchlab.core.errors import InputError
 from batchlab.optim.lars import adapted
 from batchlab.optim.moments import adam_numbers, check_betas
-from batchlab.optim.shell import Form, Leaf, Numbers, Rule, RuleOptimizer, squares, squares_of_lists, total_norm
+from batchlab.optim.shell import Form, Leaf, Numbers, Rule, RuleOptimizer, plain, squares, squares_of_lists, total_norm
 from batchlab.optim.state_dtype import StateDtype
+
+_LONG_AGO = torch.tensor(math.inf)  # the first step, for an Adam that has nothing to correct any more
 
 
 def lamb_(
@@ -55,6 +58,23 @@ def lamb_(
     norms = yield squares(w, u)
     ratio = _ratio(*norms.sqrt(), k=k, clamp=clamp, max_ratio=max_ratio)
     w.addcmul_(u, ratio * rate, value=-1)
+    return {"trust_ratio": ratio}
+
+
+def lamb_by_adam_(w: Tensor, g: Tensor, m: Tensor, v: Tensor, **numbers: Any) -> Rule:
+    """`lamb_` with torch's fused Adam as its first half: from λ'w, by a rate of -1 and without its corrections, it goes
+    to u.
+    """
+    u = torch.mul(w, numbers["decay"]) if numbers["decays"] else torch.zeros_like(w)
+    settings = {"beta1": 1 - numbers["share1"], "beta2": 1 - numbers["share2"], "eps": numbers["eps"].item()}
+    settings |= {"lr": -1.0, "weight_decay": 0.0, "amsgrad": False, "maximize": False}
+    adam([u], [g], [m], [v], [], [_LONG_AGO], fused=True, **settings)
+    if not numbers["adapt"]:
+        w.addcmul_(u, numbers["rate"], value=-1)
+        return None
+    norms = yield squares(w, u)
+    ratio = _ratio(*norms.sqrt(), **{name: numbers[name] for name in ("k", "clamp", "max_ratio")})
+    w.addcmul_(u, ratio * numbers["rate"], value=-1)
     return {"trust_ratio": ratio}
 
 
@@ -170,6 +190,10 @@ class LAMB(RuleOptimizer):
     def forms(self, group: dict[str, Any]) -> tuple[Form, Form | None]:
         """The rule and its form for lists."""
         return lamb_, lamb_foreach_
+
+    def kernel(self, form: Form, leaf: Leaf, group: dict[str, Any]) -> Form | None:
+        """torch's fused Adam; a compiled rule is faster yet."""
+        return lamb_by_adam_ if form is lamb_ and plain(leaf) and not group["fused"] else None
 
     def arguments(self, leaf: Leaf, group: dict[str, Any]) -> tuple[tuple[Tensor, ...], Numbers]:
         """Tensors and numbers of `lamb_`."""

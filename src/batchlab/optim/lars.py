@@ -19,7 +19,7 @@ from torch.optim.sgd import sgd
 
 from batchlab.core.checks import check_inside, check_not_negative, check_positive
 from batchlab.optim.moments import rate_of, scalar
-from batchlab.optim.shell import Form, Leaf, Numbers, Rule, RuleOptimizer, squares, squares_of_lists
+from batchlab.optim.shell import Form, Leaf, Numbers, Rule, RuleOptimizer, plain, squares, squares_of_lists
 from batchlab.optim.state_dtype import StateDtype
 
 LEAST = 2.0**-29  # the share of a gradient from which on 1 - (1 - share) in float64 is as exact as float32
@@ -173,18 +173,17 @@ class LARS(RuleOptimizer):
 
     def arguments(self, leaf: Leaf, group: dict[str, Any]) -> tuple[tuple[Tensor, ...], Numbers]:
         """Tensors and numbers of `lars_`."""
-        plain, tensors = ("clip", "lr_in_momentum"), ("momentum", "weight_decay", "trust", "eps")
-        numbers = {name: group[name] for name in plain} | {"adapt": adapted(leaf, group)}
+        flags, tensors = ("clip", "lr_in_momentum"), ("momentum", "weight_decay", "trust", "eps")
+        numbers = {name: group[name] for name in flags} | {"adapt": adapted(leaf, group)}
         numbers["decays"] = group["weight_decay"] != 0
         numbers |= {name: scalar(group[name], leaf.w.dtype, leaf.w.device) for name in tensors}
         numbers["rate"] = rate_of(group["lr"], leaf.w)
         return (leaf.w, leaf.g, leaf.state["momentum_buffer"]), numbers
 
-    def kernel(self, leaf: Leaf, group: dict[str, Any]) -> Form | None:
-        """torch's fused SGD, on CPUs; it takes numbers, for which a GPU would have to be waited for."""
-        tensors = (leaf.w, leaf.g, leaf.state["momentum_buffer"])
-        plain = all(each.is_cpu and each.dtype == torch.float32 and each.is_contiguous() for each in tensors)
-        return lars_by_sgd_ if plain and group["momentum"] and adapted(leaf, group) else None
+    def kernel(self, form: Form, leaf: Leaf, group: dict[str, Any]) -> Form | None:
+        """torch's fused SGD."""
+        fits = form is lars_ and plain(leaf) and leaf.w.dtype == torch.float32
+        return lars_by_sgd_ if fits and group["momentum"] and adapted(leaf, group) else None
 
 
 def adapted(leaf: Leaf, group: dict[str, Any]) -> bool:

@@ -65,6 +65,15 @@ class Leaf:
     rounded: list[tuple[Tensor, Tensor]]
 
 
+def plain(leaf: Leaf) -> bool:
+    """Whether torch's fused kernels take it: one dtype and one memory order, on a CPU.
+
+    They want numbers, for which a GPU would have to be waited for.
+    """
+    tensors = (leaf.w, leaf.g, *leaf.state.values())
+    return all(each.is_cpu and each.dtype == leaf.w.dtype and each.is_contiguous() for each in tensors)
+
+
 def squares(*tensors: Tensor) -> Sum:
     """The request for Σx² of each tensor."""
     return Sum(torch.stack([torch.linalg.vector_norm(each) for each in tensors]).square())
@@ -148,8 +157,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         """What the rule takes of a leaf: its tensors, and its numbers by name."""
         raise NotImplementedError
 
-    def kernel(self, leaf: Leaf, group: dict[str, Any]) -> Form | None:
-        """The rule around a kernel of torch's own, which goes before its loop and compiling; None: there is none."""
+    def kernel(self, form: Form, leaf: Leaf, group: dict[str, Any]) -> Form | None:
+        """What gives the same as a rule by a kernel of torch's own, to be taken before it; None: there is none."""
         return None
 
     def new_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
@@ -211,22 +220,22 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def _run(self, group: dict[str, Any], leaves: list[Leaf]) -> list[tuple[Rule, list[Leaf]]]:
         """Runs the rules of plain tensors; returns those that must run side by side, for they sum over ranks."""
-        forms, plain = self.forms(group), group["foreach"] is False and not group["fused"]
+        forms, as_it_is = self.forms(group), group["foreach"] is False and not group["fused"]
         loose: list[tuple[Rule, list[Leaf]]] = []
         for bucket, given, listed in _buckets(self, group, leaves):
-            own = None if listed or plain else self.kernel(bucket[0], group)
-            form, numbers = own or cast(Form, forms[listed]), given[0][1]
+            form, numbers = cast(Form, forms[listed]), given[0][1]
+            own = None if listed or as_it_is else self.kernel(form, bucket[0], group)
             tensors: Sequence[Any] = given[0][0]
             if listed:
                 tensors = [list(column) for column in zip(*(each for each, _ in given), strict=True)]
             if bucket[0].layout.mesh is not None:
-                rule = form(*tensors, **numbers)
+                rule = (own or form)(*tensors, **numbers)
                 loose += [] if rule is None else [(rule, bucket)]
             elif group["fused"] and own is None and (not listed or bucket[0].w.device.type == "cuda"):
                 tensors = _flat(tensors) if self.FLAT and not listed else tensors
                 self._note(bucket, self._compiled_form(form)(*tensors, **numbers))
             else:
-                self._note(bucket, alone(form, *tensors, **numbers))
+                self._note(bucket, alone(own or form, *tensors, **numbers))
         return loose
 
     def _compiled_form(self, form: Form) -> Callable[..., Any]:
