@@ -123,6 +123,20 @@ def test_second_derivatives_through_what_comes_before():
     close(*found, 1e-10)
 
 
+def test_many_gradients_at_once(way):
+    x = inputs(16, 1).requires_grad_()
+    weight = torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64, requires_grad=True)
+    found = []
+    for f in (partial(norm, size=2), partial(by_hand, size=2)):
+        y = f(x, weight)
+        dy = torch.eye(y.numel(), dtype=y.dtype).view(-1, *y.shape)
+        found.append(torch.autograd.grad(y, (x, weight), dy, is_grads_batched=True, retain_graph=True))
+        found.append(vmap(partial(torch.autograd.grad, y, (x, weight), retain_graph=True))(dy))
+    for ours, batched, theirs, _ in zip(*found, strict=True):
+        close(ours, theirs)
+        close(batched, theirs)
+
+
 @pytest.mark.parametrize("dims", [1, 3])
 @pytest.mark.parametrize("last", [False, True])
 def test_far_from_zero_it_is_as_exact_as_the_input(way, dims, last):

@@ -20,14 +20,16 @@ from batchlab.nn.parts import is_channels_last
 
 Differentiable = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
 
+_PLAIN = Tensor, nn.Parameter  # and not what stands for others: sharded, fake, quantised ones
+
 _mse_loss = torch.ops.aten.mse_loss.default  # (a - b)² in one pass: reduction 0 is none
 _mse_loss_backward = torch.ops.aten.mse_loss_backward.grad_input  # 2·(a - b)·∂ in one pass
 _native_backward = torch.ops.aten.native_batch_norm_backward.default
 
-# A ghost of _ALONE numbers or more has a call of its own; smaller ones, where there are _MANY, go together, up to
-# _TOGETHER numbers at a time. Measured beside nn.BatchNorm on one core of a Xeon with AVX-512: ghosts of 128 x 128 take
-# 2.1 times as long as it alone, 2.3 together; of 32 x 16 x 4 x 4 2.0 and 1.8; 8 ghosts of 32 x 64 4.1 and 3.6, 4 of
-# them 3.5 and 3.5.
+# A ghost of more than _ALONE numbers has a call of its own; smaller ones, where there are _MANY, go together, up to
+# _TOGETHER numbers at a time. Measured beside nn.BatchNorm on one core of a Xeon with AVX-512: ghosts of 128 x 256 take
+# 1.8 times as long as it alone and 2.2 together, of 128 x 128 2.3 and 1.8, of 32 x 16 x 4 x 4 2.0 and 1.5; 8 ghosts of
+# 32 x 64 take 3.9 and 3.1, 4 of them 3.1 and 3.1.
 _ALONE, _MANY, _TOGETHER = 2**14, 8, 2**18
 
 
@@ -38,9 +40,7 @@ def takes(x: Tensor, *others: Tensor | None) -> bool:
     if forward_ad._current_level >= 0:
         return False
     for t in (x, *others):
-        if t is None:
-            continue
-        if type(t) not in (Tensor, nn.Parameter) or t.device.type != "cpu" or t.dtype is not x.dtype:
+        if t is not None and not (type(t) in _PLAIN and t.is_cpu and t.dtype is x.dtype):
             return False
     dense = x.layout is torch.strided and (x.is_contiguous() or is_channels_last(x))
     return dense and x.dtype in (torch.float32, torch.float64)
@@ -63,7 +63,7 @@ def ghosts_on_cpu(
     """
     numbers = sizes[0] * x.numel() // len(x)
     full = len(sizes) - (sizes[-1] != sizes[0])
-    most = 1 if numbers >= _ALONE or full < _MANY else max(1, _TOGETHER // numbers)
+    most = 1 if numbers > _ALONE or full < _MANY else max(1, _TOGETHER // numbers)
     cut = [(min(most, full - at), sizes[0]) for at in range(0, full, most)] + [(1, size) for size in sizes[full:]]
     apply = cast(Callable[..., Tensor], _Ghosts.apply)
     return apply(x, weight, bias, (running_mean, running_var), cut, momenta, eps, again)
@@ -86,7 +86,8 @@ class _Ghosts(torch.autograd.Function):
     ) -> Tensor:
         y, at = torch.empty_like(x), 0
         stats: list[Tensor] = []  # of each cut μ and s
-        spare = iter(x.new_empty(2 * sum(k == 1 for k, _ in cut), x.shape[1]).unbind())
+        alone = sum(k == 1 for k, _ in cut)
+        spare = iter(x.new_empty(2 * alone, x.shape[1]).unbind() if alone else ())
         for (k, _), xs, ys in zip(cut, *_split(cut, x, y), strict=True):
             if k == 1:
                 two = next(spare), next(spare)
@@ -104,9 +105,11 @@ class _Ghosts(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, *stats = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled():
+        if (twice := torch.is_grad_enabled()) or _many(dy):
             wanted = [t for t, need in zip((x, weight, bias), needs, strict=True) if need]
-            found = iter(torch.autograd.grad(ctx.again(x, weight, bias), wanted, dy, create_graph=True))
+            with torch.enable_grad():
+                y = ctx.again(x, weight, bias)
+            found = iter(torch.autograd.grad(y, wanted, dy, create_graph=twice))
             return *(next(found) if need else None for need in needs), *(None,) * 5
         if dy.stride() != x.stride():
             dy = torch.empty_like(x).copy_(dy)
@@ -122,6 +125,12 @@ class _Ghosts(torch.autograd.Function):
             sums.append(two)
         dw, db = (_sum(each) if need else None for each, need in zip(zip(*sums, strict=True), needs[1:], strict=True))
         return dx if needs[0] else None, dw, db, *(None,) * 5
+
+
+def _many(dy: Tensor) -> bool:
+    """Whether it is a batch of gradients, from `is_grads_batched` or `vmap`, which cannot be written into slices."""
+    wrapped = torch._C._functorch
+    return wrapped.is_legacy_batchedtensor(dy) or wrapped.is_functorch_wrapped_tensor(dy)
 
 
 def _forward(
