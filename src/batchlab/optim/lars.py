@@ -68,15 +68,17 @@ def lars_by_sgd_(w: Tensor, g: Tensor, v: Tensor, **numbers: Any) -> Rule:
     d = 1 - λ, or 1 - γλ. Where that is too near to 1 for float32, it is `lars_`.
     """
     norms = yield squares(w, g)
-    rate, decay, within = numbers["rate"], numbers["weight_decay"], numbers["lr_in_momentum"]
-    limit = rate if numbers["clip"] else None
-    ratio = _ratio(*norms.sqrt(), weight_decay=decay, trust=numbers["trust"], eps=numbers["eps"], limit=limit)
-    share, lr = ((ratio * rate).item(), 1.0) if within else (ratio.item(), rate.item())
+    rate, decay, trust, eps = (numbers[name].item() for name in ("rate", "weight_decay", "trust", "eps"))
+    w_norm, g_norm = norms.sqrt().tolist()
+    ratio = trust * w_norm / (g_norm + decay * w_norm + eps) if w_norm and g_norm else 1.0
+    if numbers["clip"]:
+        ratio = 1.0 if ratio >= rate else ratio / (rate or math.nan)
+    share, lr = (ratio * rate, 1.0) if numbers["lr_in_momentum"] else (ratio, rate)
     if share and not LEAST <= share < math.inf:
         return (yield from lars_(w, g, v, **numbers) or ())
-    settings = {"weight_decay": decay.item(), "momentum": numbers["momentum"].item(), "lr": lr, "dampening": 1 - share}
+    settings = {"weight_decay": decay, "momentum": numbers["momentum"].item(), "lr": lr, "dampening": 1 - share}
     sgd([w], [g], [v], fused=True, nesterov=False, maximize=False, **settings)
-    return {"trust_ratio": ratio}
+    return {"trust_ratio": torch.tensor(ratio)}
 
 
 def lars_foreach_(
@@ -173,11 +175,11 @@ class LARS(RuleOptimizer):
 
     def arguments(self, leaf: Leaf, group: dict[str, Any]) -> tuple[tuple[Tensor, ...], Numbers]:
         """Tensors and numbers of `lars_`."""
-        flags, tensors = ("clip", "lr_in_momentum"), ("momentum", "weight_decay", "trust", "eps")
-        numbers = {name: group[name] for name in flags} | {"adapt": adapted(leaf, group)}
-        numbers["decays"] = group["weight_decay"] != 0
-        numbers |= {name: scalar(group[name], leaf.w.dtype, leaf.w.device) for name in tensors}
-        numbers["rate"] = rate_of(group["lr"], leaf.w)
+        dtype, device = leaf.w.dtype, leaf.w.device
+        tensors = ("momentum", "weight_decay", "trust", "eps")
+        numbers: Numbers = {name: scalar(group[name], dtype, device) for name in tensors}
+        numbers |= {"rate": rate_of(group["lr"], leaf.w), "clip": group["clip"], "adapt": adapted(leaf, group)}
+        numbers |= {"decays": group["weight_decay"] != 0, "lr_in_momentum": group["lr_in_momentum"]}
         return (leaf.w, leaf.g, leaf.state["momentum_buffer"]), numbers
 
     def kernel(self, form: Form, leaf: Leaf, group: dict[str, Any]) -> Form | None:
