@@ -72,13 +72,15 @@ def median_ratio(pairs: Sequence[tuple[float, float]], *, resamples: int = 4000,
     return {"ratio": statistics.median(ratios), "low": low, "high": high}
 
 
-def arguments(description: str | None, *, pairs: int) -> argparse.Namespace:
-    """--pairs, --threads, --processor-time and --save, for every benchmark of pairs."""
+def arguments(description: str | None, *, pairs: int, only: str = "") -> argparse.Namespace:
+    """--pairs, --threads, --processor-time and --save, for every benchmark of pairs; --only where `only` says what."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--pairs", type=int, default=pairs)
     parser.add_argument("--threads", type=int, default=2, help="torch's threads")
     parser.add_argument("--processor-time", action="store_true", help="not wall time: for a busy machine, one thread")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/NAME.json")
+    if only:
+        parser.add_argument("--only", default="", help=f"{only} with this in its name; the others' rows are kept")
     return parser.parse_args()
 
 
@@ -93,6 +95,14 @@ def report(name: str, claim: str, rows: Sequence[dict[str, Any]], *, save: bool)
 def result(name: str, claim: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """With the versions of what was measured and the machine that it was measured on."""
     return {"benchmark": name, "claim": claim, "rows": list(rows), "versions": versions(), "machine": machine()}
+
+
+def kept(name: str, keep: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+    """The committed rows to keep, if they were measured on this machine with these versions."""
+    file, now = RESULTS / f"{name}.json", result(name, "", [])
+    before = json.loads(file.read_text("utf-8")) if file.exists() else now
+    same = all(json.loads(json.dumps(now[key])) == before[key] for key in ("machine", "versions"))
+    return [row for row in before["rows"] if keep(row)] if same else []
 
 
 def write(found: dict[str, Any]) -> None:

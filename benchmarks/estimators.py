@@ -10,17 +10,16 @@ ratio.
 """
 
 import argparse
-import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from _paired import RESULTS, median_ratio, paired_seconds, report, result, write
+from _paired import kept, median_ratio, paired_seconds, report, result, write
 from torch import Tensor, nn
 
 import batchlab as bl
@@ -162,7 +161,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     claim = " ".join((__doc__ or "").split("\n\n")[0].split())
-    rows = kept(given.jobs)
+    rows = kept("estimators", lambda row: row["job"] not in given.jobs)
     for name in given.jobs:
         scene = Scene(JOBS[name]())
         for method, pieces, projections in ESTIMATORS:
@@ -174,14 +173,6 @@ def main() -> None:
         if given.save:
             write(result("estimators", claim, rows))
     report("estimators", claim, rows, save=given.save)
-
-
-def kept(jobs: Sequence[str]) -> list[dict[str, Any]]:
-    """The committed rows of the other jobs, if they were measured on this machine with these versions."""
-    file, now = RESULTS / "estimators.json", result("estimators", "", [])
-    before = json.loads(file.read_text("utf-8")) if file.exists() else now
-    same = all(json.loads(json.dumps(now[key])) == before[key] for key in ("machine", "versions"))
-    return [row for row in before["rows"] if row["job"] not in jobs] if same else []
 
 
 def _has_norms(model: nn.Module) -> bool:

@@ -2,8 +2,9 @@
 normalisation layers, 25 % from single examples (exact or by 8 projections), and 2 % of its memory, 10 % from single
 examples.
 
-At every step where a step takes some 50 ms; where it takes a few, at one step in so many as `batchlab plan` chooses
-for a long run from what measuring each costs (`planner.cadence.noise_every`). Both are shown. The pairs of
+At every step of a 4-layer GPT of width 256 and 4,096 tokens; smaller steps pay more, and where one takes milliseconds
+the limits are kept at one step in so many as `batchlab plan` chooses for a long run from what measuring each costs
+(`planner.cadence.noise_every`). Both are shown. The pairs of
 normalisation layers are of 50 steps each, so that one with all layers is in every pair, after 400 steps in which all
 layers are measured 43 times; what those cost is `first_400`.
 
@@ -22,7 +23,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from _paired import arguments, median_ratio, paired_seconds, peak_bytes, report
+from _paired import arguments, kept, median_ratio, paired_seconds, peak_bytes, report, result, write
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -104,13 +105,14 @@ def jobs() -> dict[str, tuple[nn.Module, Tensor, Tensor]]:
 
 def main() -> None:
     """Prints a row for each model, number of micro-batches and cadence, and one JSON object."""
-    given = arguments(__doc__, pairs=30)
+    given = arguments(__doc__, pairs=30, only="the model")
     torch.set_num_threads(given.threads)
     alone_in_a_group()
     clock = time.process_time if given.processor_time else time.perf_counter
-    rows: list[dict[str, Any]] = []
+    claim = " ".join((__doc__ or "").split("\n\n")[0].split())
+    rows = kept("noise_overhead", lambda row: given.only not in row["model"])
     for name, job in jobs().items():
-        for pieces in () if name in (WIDE, LONG) else (2, 4):
+        for pieces in () if name in (WIDE, LONG) or given.only not in name else (2, 4):
             settings: dict[str, Any] = {"pairs": given.pairs, "calls": 4 if "GPT" in name else 40, "clock": clock}
             row = {"model": name, "micro_batches": pieces}
             rows.append(row | timed(job, pieces, every=1, **settings))
@@ -120,7 +122,7 @@ def main() -> None:
             if seldom > 1:
                 rows.append(row | timed(job, pieces, every=seldom, **settings))
                 print(_sentence(rows[-1]))
-    for name, method, pieces, projections in METHODS:
+    for name, method, pieces, projections in (each for each in METHODS if given.only in each[0]):
         whole = method == "norm_layers"
         settings = {"pairs": 10 if whole else given.pairs, "calls": 50 if whole else 4, "clock": clock}
         row = {"model": name, "micro_batches": pieces, "projections": projections}
@@ -128,7 +130,9 @@ def main() -> None:
         rows.append(row | timed(jobs()[name], pieces, every=1, **ways, **settings))
         rows[-1] |= memory(name, pieces, given.threads, **ways)
         print(_sentence(rows[-1]), flush=True)
-    report("noise_overhead", " ".join((__doc__ or "").split("\n\n")[0].split()), rows, save=given.save)
+        if given.save:
+            write(result("noise_overhead", claim, rows))
+    report("noise_overhead", claim, rows, save=given.save)
 
 
 def timed(
