@@ -24,7 +24,7 @@ from batchlab.optim.moments import adam_numbers, check_betas
 from batchlab.optim.shell import Form, Leaf, Numbers, Rule, RuleOptimizer, plain, squares, squares_of_lists, total_norm
 from batchlab.optim.state_dtype import StateDtype
 
-_LONG_AGO = torch.tensor(math.inf)  # the first step, for an Adam that has nothing to correct any more
+_LONG_AGO = torch.tensor(math.inf, device="cpu")  # the first step, for an Adam that has nothing to correct any more
 
 
 def lamb_(

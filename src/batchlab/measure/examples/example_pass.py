@@ -33,8 +33,7 @@ class Watcher(Protocol):
     """What a pass needs of the `ExampleNorms` that it belongs to.
 
     verified: the sequences of uses whose rows were found to be the examples. complete: those in which every gradient
-    was the sum of its uses. passes: the number of this pass, in
-    which each eighth parameter is checked, in turn.
+    was the sum of its uses. passes: the number of this pass, in which each eighth parameter is checked, in turn.
     """
 
     names: list[str]

@@ -24,7 +24,7 @@ class Projections:
     """
 
     def __init__(self, count: int = ENOUGH) -> None:
-        self.count, self._generator = count, torch.Generator()
+        self.count, self._generator = count, torch.Generator("cpu")
 
     def begin(self, passes: int) -> None:
         """Before pass number `passes`, on which alone its signs depend."""
@@ -38,7 +38,7 @@ class Projections:
     def signs(self, piece: Factors, like: Tensor) -> Tensor:
         """±1 for the longer side, whose product with them is one for all examples: [blocks, max(rows, columns), k]."""
         size = (piece.blocks, max(piece.rows, piece.columns), self.count)
-        bits = torch.randint(2, size, generator=self._generator, dtype=torch.int8)
+        bits = torch.randint(2, size, generator=self._generator, dtype=torch.int8, device="cpu")
         return bits.to(like.device, like.dtype).mul_(2).sub_(1)
 
 
