@@ -17,13 +17,21 @@ from batchlab.core.run import Run
 from tests.cli.command import USER_JOB, environment
 from tests.spine.facts_fixture import hand_facts
 
-SLOW_PARTS = """
-import os, time
+# Half a minute, in short sleeps: a signal that comes on the way into a sleep is seen only when that sleep is over.
+DOZE = """
+import time
+
+def doze():
+    for _ in range(3000):
+        time.sleep(0.01)
+"""
+
+SLOW_PARTS = f"""{DOZE}
 from pathlib import Path
 
 def announce(word):
     Path("reached").write_text(word)
-    time.sleep(30)
+    doze()
 """
 
 
@@ -84,14 +92,14 @@ def test_a_signal_while_python_and_torch_are_imported(delay, place):
 
 
 SWALLOWER = """
-import sys, time
+import sys
 from pathlib import Path
 from batchlab.cli.ending import exit_code
 def command():
     Path("reached").touch()
     for _ in range(3):
         try:
-            time.sleep(30)
+            doze()
         except BaseException:
             pass
     {more}
@@ -101,9 +109,9 @@ sys.exit(exit_code(command))
 """
 
 
-@pytest.mark.parametrize("more", ["time.sleep(30)", "while True:\n        try: time.sleep(30)\n        except: pass"])
+@pytest.mark.parametrize("more", ["doze()", "while True:\n        try: doze()\n        except: pass"])
 def test_code_that_swallows_the_ending_is_ended_all_the_same(more, tmp_path):
-    code = SWALLOWER.format(more=more)
+    code = DOZE + SWALLOWER.format(more=more)
     process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=environment())
     wait_for(tmp_path / "reached", process)
     process.send_signal(signal.SIGTERM)
@@ -113,14 +121,14 @@ def test_code_that_swallows_the_ending_is_ended_all_the_same(more, tmp_path):
 
 @pytest.mark.parametrize("error", ["ImportError('half imported')", "SystemExit(1)"])
 def test_code_that_makes_an_error_of_the_ending_is_ended_all_the_same(error, tmp_path):
-    code = f"""
-import sys, time
+    code = f"""{DOZE}
+import sys
 from pathlib import Path
 from batchlab.cli.ending import exit_code
 def command():
     try:
         Path("reached").touch()
-        time.sleep(30)
+        doze()
     except BaseException:
         raise {error} from None
 sys.exit(exit_code(command))
@@ -133,14 +141,14 @@ sys.exit(exit_code(command))
 
 
 def test_cleaning_up_is_not_cut_short(tmp_path):
-    code = """
-import sys, time
+    code = f"""{DOZE}
+import sys
 from pathlib import Path
 from batchlab.cli.ending import exit_code
 def command():
     try:
         Path("reached").touch()
-        time.sleep(30)
+        doze()
     finally:
         for _ in range(20):
             time.sleep(0.02)
