@@ -117,3 +117,48 @@ def test_the_run_afterwards_is_the_run_without_it():
             course.append(loss.item())
         losses.append(course)
     assert losses[0] == losses[1]
+
+
+class Running(nn.Module):
+    """Each pass puts a new tensor in the place of its buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 1)
+        self.register_buffer("mean", torch.zeros(6))
+
+    def forward(self, x):
+        self.mean = 0.9 * self.mean + 0.1 * x.mean(0)
+        return self.layer(x - self.mean)
+
+
+def test_buffers_that_are_replaced_or_new_come_back():
+    model = Running()
+    held = model.mean
+    with restored(model):
+        loss_of(model)
+        model.register_buffer("more", torch.ones(1))
+        assert model.mean is not held
+    assert model.mean is held and not held.any() and [name for name, _ in model.named_buffers()] == ["mean"]
+
+
+def test_lists_in_an_optimizers_state_come_back_as_long_as_they_were():
+    model, x = nn.Linear(6, 1), torch.randn(32, 6)
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=2)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (model(x).squeeze(1) - x.sin().sum(1)).square().mean()
+        loss.backward()
+        return loss
+
+    def history():
+        (state,) = optimizer.state.values()
+        return [tensor.clone() for name in ("old_dirs", "old_stps", "ro") for tensor in state[name]]
+
+    optimizer.step(closure)
+    before = history()
+    with restored(model, optimizer):
+        optimizer.step(closure)
+        assert len(history()) > len(before)
+    assert len(history()) == len(before) and all(map(torch.equal, before, history()))

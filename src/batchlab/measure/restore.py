@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from batchlab.core.random import preserved_generators
 
@@ -18,10 +19,12 @@ def restored(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
 
     That is parameters, buffers, gradients and the training mode of each part; the optimizer's state and groups; and
     the global generators. It holds a copy of all of them meanwhile. Parameters that are replaced inside, and not
-    merely changed, are not seen.
+    merely changed, are not seen; buffers are.
     """
     tensors = [*model.parameters(), *model.buffers()]
     copies = [tensor.detach().clone() for tensor in tensors]
+    tables = [part._buffers for part in model.modules()]
+    buffers = [(table, dict(table)) for table in tables if isinstance(table, dict)]  # a scripted module's is none
     gradients = [(p, p.grad, None if p.grad is None else p.grad.detach().clone()) for p in model.parameters()]
     modes = [(part, part.training) for part in model.modules()]
     kept = None if optimizer is None else _Kept(optimizer)
@@ -30,6 +33,9 @@ def restored(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
             yield
         finally:
             with torch.no_grad():
+                for now, before in buffers:
+                    now.clear()
+                    now.update(before)
                 for tensor, copy in zip(tensors, copies, strict=True):
                     tensor.copy_(copy)
                 for parameter, gradient, kept_gradient in gradients:
@@ -43,12 +49,17 @@ def restored(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
 
 
 class _Kept:
-    """What an optimizer held: the objects in its state and groups, and copies of the tensors among them."""
+    """What an optimizer held: the objects in its state and groups, and copies of the tensors among them.
+
+    Lists and dicts in them are made anew, for they may grow where they are, as the history of LBFGS does.
+    """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self._state = {p: dict(held) for p, held in optimizer.state.items()}
-        self._groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-        held = [value for each in [*self._state.values(), *self._groups] for value in each.values()]
+        self._state = {p: tree_map(_itself, held) for p, held in optimizer.state.items()}
+        self._groups = [
+            {k: tree_map(_itself, v) for k, v in group.items() if k != "params"} for group in optimizer.param_groups
+        ]
+        held = tree_leaves([*self._state.values(), *self._groups])
         self._tensors = [(value, value.detach().clone()) for value in held if isinstance(value, torch.Tensor)]
 
     def put_back(self, optimizer: Any) -> None:
@@ -61,3 +72,7 @@ class _Kept:
             for key in set(group) - set(settings) - {"params"}:
                 del group[key]
             group.update(settings)
+
+
+def _itself(leaf: Any) -> Any:
+    return leaf
