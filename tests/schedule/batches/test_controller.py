@@ -199,3 +199,13 @@ def test_a_fact_that_never_comes_is_warned_of_once():
     assert str(warning.message) == (
         "Reading reads noise_scale, which has not come for 101 updates: the batch stays at 64"
     )
+
+
+def test_a_test_that_is_no_longer_due_at_the_maximum_is_not_missed():
+    control = NormTestBatch(8, eta=0.5, maximum=16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(1, 300):
+            moments = Moments(8, 1.0, 1e6, 1.0, 1e6) if control.due else None
+            control.next_batch(step, StepFacts(16 * step, control.batch_size, batch_test=moments))
+    assert control.batch_size == 16

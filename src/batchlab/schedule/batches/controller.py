@@ -87,8 +87,8 @@ class BatchController(ABC):
     a skipped update does not count for patience either. `needs` names the facts that a rule reads, beyond `seen` and
     `batch`, so that a loop need not measure others. Given equal facts, all ranks decide alike: see `StepFacts.agreed`.
 
-    Warns once where a fact in `needs` has not come for longer than `patience` and 100 updates: a loop that measures
-    nothing would hold the batch still in silence.
+    Warns once where a fact in `needs` has not come for longer than `patience` and 100 updates, though a change was due:
+    a loop that measures nothing would hold the batch still in silence.
 
     capped: whether the maximum is what kept the size from being larger, at the last wish.
 
@@ -143,8 +143,9 @@ class BatchController(ABC):
         """The size of the next update. step: updates so far, the one that the facts are of included."""
         if not facts.counts:
             return self.batch_size
+        due = self.due
         self._waited += 1
-        self._watch_for_facts(facts)
+        self._watch_for_facts(facts, due)
         self.note(step, facts)
         if self._waited < self.patience:
             return self.batch_size
@@ -157,9 +158,10 @@ class BatchController(ABC):
             self.batch_size, self._waited = size, 0
         return self.batch_size
 
-    def _watch_for_facts(self, facts: StepFacts) -> None:
+    def _watch_for_facts(self, facts: StepFacts, due: bool) -> None:
         missing = sorted(name for name in self.needs if getattr(facts, name) is None)
-        self._missed = self._missed + 1 if missing else 0
+        wanted = due or self._waited < self.patience
+        self._missed = self._missed + 1 if missing and wanted else 0
         if self._missed == max(self.patience, _SILENT) + 1:
             warnings.warn(
                 f"{type(self).__name__} reads {', '.join(missing)}, which has not come for {self._missed} updates: "
