@@ -66,7 +66,11 @@ def test_one_coordinate_of_noise_takes_the_coordinate_wise_test_to_the_cap():
 
 def test_no_noise_keeps_the_batch_no_signal_takes_it_to_the_maximum_and_growth_limits_that():
     keep, top = Moments(8, 1.0, 0.0, 0.0, 0.0), Moments(8, 0.0, 2.0, 0.0, 2.0)
-    for control in (NormTestBatch(8, maximum=64), InnerProductTestBatch(8, nu=1.0, maximum=64)):
+    for control in (
+        NormTestBatch(8, maximum=64),
+        InnerProductTestBatch(8, maximum=64),
+        InnerProductTestBatch(8, nu=1.0, maximum=64),
+    ):
         assert decided(control, keep) == 8 and decided(control, Moments(8, 0.0, 0.0, 0.0, 0.0)) == 8
         assert decided(control, top) == 64
     assert decided(NormTestBatch(8, maximum=64, growth=2.0), top) == 16

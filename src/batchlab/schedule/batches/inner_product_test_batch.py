@@ -50,8 +50,9 @@ class InnerProductTestBatch(BatchTestController):
 
     def proposed(self, moments: Moments | CoordinateMoments) -> float:
         """The plain or the augmented test's size; NaN if either is."""
-        scaled = moments.along / moments.grad_sq if moments.grad_sq > 0 else moments.along
-        plain = asked_for(scaled, moments.grad_sq, self.theta)
+        if moments.grad_sq == 0:  # and so every <g_i, ḡ>: what the spread asks for
+            return asked_for(moments.trace, 0.0, self.theta)
+        plain = asked_for(moments.along / moments.grad_sq, moments.grad_sq, self.theta)
         if self.nu is None:
             return plain
         across = asked_for(moments.across, moments.grad_sq, self.nu)
