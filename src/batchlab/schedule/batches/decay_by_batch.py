@@ -64,7 +64,7 @@ class DecayByBatch(BatchController):
     def wanted(self, step: int, facts: StepFacts) -> float | None:
         """B₀·f^-p or what the noise scale allows, and no less than the present size."""
         share = self.share(facts.seen)
-        size = self.base * share**-self.exponent if share > 0 else ANY_SIZE
+        size = ANY_SIZE if share <= 0 else self.base * share**-self.exponent
         if self.headroom is not None:
             noise = facts.noise_scale
             if noise is None or not 0 < noise.value < math.inf:
