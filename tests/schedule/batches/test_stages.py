@@ -75,6 +75,12 @@ def test_constant_sequences_must_be_said():
     assert said.updates(200) == 13 + 3 and said.where(0).lr is None
 
 
+def test_a_stage_that_keeps_the_rate_moves_it_with_its_batch_all_the_same():
+    doubling = BatchDoubling(4, [50], lr_rule="linear")
+    plan = Stages([Stage(100, 1, 4, lr=0.1), Stage(100, 1, doubling), Stage(100, 1)])
+    assert [plan.where(seen).lr for seen in (99, 100, 149, 150, 200)] == [0.1, 0.1, 0.1, 0.2, 0.2]
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -83,6 +89,7 @@ def test_constant_sequences_must_be_said():
         (lambda: Stage(0, 2, 4), "tokens must be an integer of at least 1, got 0"),
         (lambda: Stage(100, 2, 4, 8), "batch_sequences and batch_tokens are two batches: give one of them"),
         (lambda: Stage(100, 2, 4, lr=-1.0), "lr must be finite and > 0, got -1.0"),
+        (lambda: Stage(100, 2, 4, lr="0.1"), "lr must be finite and > 0, got '0.1'"),
         (lambda: Stage(100, 2, BatchDoubling(4, [100])), "must change within the stage's 100 tokens, got one at 100"),
         (
             lambda: Stages([Stage(100, 2, 4), Stage(100, 3)]),

@@ -53,7 +53,7 @@ class Stage:
                 )
         elif self.batch_sequences is not None:
             check_count(batch_sequences=self.batch_sequences)
-        if isinstance(self.lr, int | float):
+        if self.lr is not None and not callable(self.lr):
             check_positive(lr=self.lr)
 
 
@@ -143,14 +143,11 @@ class Stages(ScheduledBatch):
 
     def _lr(self, index: int, inside: int, batch: int) -> float | None:
         stage = self.stages[index]
-        if stage.lr is None:
-            if index == 0:
-                return None
-            before = self.stages[index - 1]
-            return self._lr(index - 1, before.tokens, self.at(self.begins[index] - 1))
         lr = stage.lr(inside) if callable(stage.lr) else stage.lr
+        if lr is None and index > 0:
+            lr = self._lr(index - 1, self.stages[index - 1].tokens, self.at(self.begins[index] - 1))
         schedule = stage.batch_sequences
-        return lr * schedule.lr_factor(batch) if isinstance(schedule, ScheduledBatch) else lr
+        return lr * schedule.lr_factor(batch) if lr is not None and isinstance(schedule, ScheduledBatch) else lr
 
     def changes(self) -> list[tuple[int, int]]:
         """Every (seen, size) at which the sequences of an update become others, the start at 0 among them."""
