@@ -18,6 +18,7 @@ def test_milestones_multiply_as_a_rate_would_be_divided():
         (lambda: Milestones(8, {5: 0}), "sizes must be an integer of at least 1, got 0"),
         (lambda: Milestones.by_factors(8, {5: 1.3}), "factors must give whole sizes, got 10.4 at 5"),
         (lambda: Milestones.by_factors(8, {5: -1}), "factors must be finite and > 0, got -1"),
+        (lambda: Milestones.by_factors("8", {5: 2}), "start must be an integer of at least 1, got '8'"),
     ],
 )
 def test_bad_input_is_named(call, message):

@@ -57,6 +57,7 @@ class Milestones(ScheduledBatch):
         lr_batch: int | None = None,
     ) -> Milestones:
         """{seen: factor}: each multiplies the size before it, and the product must be a whole number."""
+        check_count(start=start)
         size, sizes = float(start), {}
         for point, factor in factors.items():
             check_positive(factors=factor)
