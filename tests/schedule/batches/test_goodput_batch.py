@@ -140,7 +140,7 @@ def test_the_first_update_at_another_size_is_not_timed_and_old_times_go():
     [
         (lambda: GoodputBatch(8, maximum=64, patience=3), "patience must be an integer of at least 6, got 3"),
         (lambda: GoodputBatch(8, maximum=64, explore=1.2), "explore must be above deadband 1.41421, .* got 1.2"),
-        (lambda: GoodputBatch(8, maximum=64).load_rule_state({}), r"the state must hold times, got \[\]"),
+        (lambda: GoodputBatch(8, maximum=64).load_rule_state({}), r"the state must hold times and before, got \[\]"),
         (lambda: best_batch(8, fixed=0.0, per_example=1.0), "fixed must be finite and > 0, got 0.0"),
         (lambda: goodput(0, noise_scale=8, fixed=1.0, per_example=1.0), "batch must be finite and > 0, got 0"),
     ],

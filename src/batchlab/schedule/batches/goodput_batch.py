@@ -130,8 +130,8 @@ class GoodputBatch(BatchController):
 
     def load_rule_state(self, state: dict[str, Any]) -> None:
         """Takes over the times. On another machine, or other ranks, they no longer hold: `forget` them."""
-        if "times" not in state:
-            raise InputError(f"the state must hold times, got {sorted(state)}")
+        if not {"times", "before"} <= set(state):
+            raise InputError(f"the state must hold times and before, got {sorted(state)}")
         self._times = {int(size): [float(t) for t in times] for size, times in state["times"]}
         self._before = state["before"]
 
