@@ -23,6 +23,7 @@ from batchlab.measure.course.rate_search import RATIO as RATIO
 from batchlab.measure.course.rate_search import Choice as Choice
 from batchlab.measure.course.rate_search import Trial as Trial
 from batchlab.measure.course.rate_search import choose as choose
+from batchlab.measure.modes import evaluating
 from batchlab.measure.training_step import TrainingStep
 
 LOW, HIGH, STEPS = 1e-6, 10.0, 100
@@ -319,18 +320,13 @@ def set_momentum(optimizer: torch.optim.Optimizer, momentum: float) -> None:
 @torch.no_grad()
 def _loss_on(job: Job, model: nn.Module, indices: Sequence[int], batch_size: int, device: torch.device) -> float:
     """The mean loss over all units of the validation examples at `indices`, in evaluation mode."""
-    were_training = [part for part in model.modules() if part.training]
-    model.eval()
     total, units = 0.0, 0
-    try:
+    with evaluating(model):
         for start in range(0, len(indices), batch_size):
             part = list(indices[start : start + batch_size])
             batch = to_device(fetch(job.valid, part, job.collate), device)
             per_example = job.units_per_example
-            count = per_example(batch) if callable(per_example) else per_example * len(part)
+            count = int(per_example(batch)) if callable(per_example) else per_example * len(part)
             total += float(job.loss(model, batch)) * count if count else 0.0
             units += count
-    finally:
-        for module in were_training:
-            module.training = True
     return total / units if units else math.nan

@@ -25,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from batchlab.core.errors import InputError
 from batchlab.core.random import derive_seed, preserved_generators, reseed
 from batchlab.data.fetch import to_device
+from batchlab.measure.modes import evaluating
 
 Loss = Callable[[nn.Module, Any], Tensor]
 Piece = tuple[Any, int]
@@ -57,7 +58,6 @@ class LossSurface:
         on each other. Attention by its plain formula, as flash kernels have no double backward; for the same reason
         no cuDNN where there are recurrent layers. No autocast.
         """
-        training = [(module, module.training) for module in self.model.modules()]
         recurrent = any(isinstance(module, nn.RNNBase) for module in self.model.modules())
         with contextlib.ExitStack() as stack:
             stack.enter_context(preserved_generators())
@@ -66,12 +66,8 @@ class LossSurface:
             stack.enter_context(torch.autocast(self.device.type, enabled=False))
             if recurrent and self.device.type == "cuda":
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-            try:
-                self.model.eval()
-                yield
-            finally:
-                for module, flag in training:
-                    module.training = flag
+            stack.enter_context(evaluating(self.model))
+            yield
 
     def gradient(self, batch: Any) -> list[Tensor]:
         """∂L/∂θ of one batch, with its graph."""

@@ -14,6 +14,7 @@ from batchlab.core.errors import InputError
 from batchlab.core.random import derive_seed, preserved_generators, reseed
 from batchlab.data.fetch import to_device
 from batchlab.measure.batch_rows import check_batches, row_count
+from batchlab.measure.modes import evaluating
 from batchlab.measure.norms import to_floats
 from batchlab.measure.surface.directions import Direction, bare, check_whole, wide
 
@@ -59,16 +60,11 @@ def displaceable(model: nn.Module) -> Iterator[Weights]:
     """
     check_whole(model)
     weights = Weights(model)
-    modes = [(part, part.training) for part in model.modules()]
-    with preserved_generators():
+    with preserved_generators(), evaluating(model):
         try:
-            for part, _ in modes:  # by the flag: a layer's own eval() may merge weights, as adapters do
-                part.training = False
             yield weights
         finally:
             weights.put_back()
-            for part, training in modes:
-                part.training = training
 
 
 class MeanLoss:
