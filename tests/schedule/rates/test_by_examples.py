@@ -58,6 +58,17 @@ def test_without_a_warm_up_it_starts_at_the_peak_and_one_as_long_as_the_run_ends
     ]
 
 
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "wsd"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("examples", math.nan), ("examples", -1), ("examples", "5"), ("warmup_examples", math.nan)]
+    + [("total_examples", value) for value in (0, -10, math.nan, math.inf)],
+)
+def test_a_number_that_is_none_is_named(schedule, name, value):
+    with pytest.raises(InputError, match=f"^{name} must be "):
+        lr_factor(**({"examples": 5, "total_examples": 10, "schedule": schedule} | {name: value}))
+
+
 def test_an_unknown_schedule_is_named():
     with pytest.raises(InputError, match=r"schedule must be one of \['constant', 'linear', .*\], got 'step'"):
         lr_factor(5, total_examples=10, schedule="step")

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from batchlab.core.checks import check_positive, check_share, holds
+from batchlab.core.checks import check_not_negative, check_positive, check_share, holds
 from batchlab.core.errors import InputError
 from batchlab.measure.course.learning_rate import ONE_CYCLE
 from batchlab.schedule.rates.cooled import check_shape
@@ -57,6 +57,8 @@ def lr_factor(
     0.5
     """
     given = schedule_settings(schedule, settings)
+    check_not_negative(examples=examples, warmup_examples=warmup_examples)
+    check_positive(total_examples=total_examples)
     if schedule == "one_cycle":
         return _one_cycle(examples, total_examples, warmup_examples, given)
     if examples < warmup_examples:
