@@ -86,6 +86,13 @@ def test_updates_go_on_to_count_as_the_references_when_the_batch_changes():
     assert ours.ends == 10 * 8 + 30 * 32 and ours.regime.cost == 4.0
 
 
+def test_a_place_that_is_no_fraction_is_named():
+    ours = RegimeAdaptation(small_optimizer(), batch=8, examples=80, milestones=(2,))
+    for place in ([0.5, 1], [1, 0], [1], None):
+        with pytest.raises(InputError, match="place must be a numerator and a denominator, got"):
+            ours.load_state_dict({**ours.state_dict(), "place": place})
+
+
 def test_other_factors_at_each_milestone():
     """WResNet16-4: 0.1, then 0.02, 0.004 and 1e-4."""
     ours = RegimeAdaptation(
@@ -121,6 +128,8 @@ def test_bad_input_is_named(wrong, message):
         ({"examples": 0}, "examples must be an integer of at least 1, got 0"),
         ({"gamma": 0}, "gamma must be > 0, one number or one for each of 2, got 0"),
         ({"gamma": (0.1,)}, "gamma must be > 0, one number or one for each of 2"),
+        ({"gamma": "ab"}, "gamma must be > 0, one number or one for each of 2, got 'ab'"),
+        ({"gamma": None}, "gamma must be > 0, one number or one for each of 2, got None"),
         ({"epochs": 2}, "milestones must not lie beyond the 2 epochs"),
         ({"lr_rule": "cube"}, "lr_rule must be one of"),
     ],

@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from batchlab.core.checks import check_count, check_positive, holds
+from batchlab.core.checks import check_count, check_positive, holds, is_count
 from batchlab.core.errors import InputError
 from batchlab.rules.learning_rate import rescale
 from batchlab.schedule.rates.counted import Counted, taken
@@ -145,8 +145,8 @@ class RegimeAdaptation(Counted):
     ) -> None:
         _check(batch, ref_batch, milestones, lr_rule)
         check_count(examples=examples)
-        gammas = [gamma] * len(milestones) if isinstance(gamma, int | float) else list(gamma)
-        if len(gammas) != len(milestones) or not all_finite(gammas):
+        gammas = list(gamma) if isinstance(gamma, Sequence) else [gamma] * len(milestones)
+        if len(gammas) != len(milestones) or not holds(all_finite, gammas):
             raise InputError(f"gamma must be > 0, one number or one for each of {len(milestones)}, got {gamma!r}")
         self.milestones, self.gammas = tuple(milestones), gammas
         self.examples, self.epochs, self.keep_updates = operator.index(examples), epochs, keep_updates
@@ -214,7 +214,7 @@ class RegimeAdaptation(Counted):
         """As `Counted`'s."""
         since, place = taken(state_dict, "since"), taken(state_dict, "place")
         check_count(0, since=since)
-        if not holds(lambda pair: len(pair) == 2 and pair[0] >= 0 and pair[1] >= 1, place):
+        if not holds(lambda pair: len(pair) == 2 and is_count(pair[0], 0) and is_count(pair[1]), place):
             raise InputError(f"place must be a numerator and a denominator, got {place!r}")
         super().load_state_dict(state_dict)
         self._since, self._place = since, Fraction(*place)
