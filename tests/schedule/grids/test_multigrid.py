@@ -251,6 +251,9 @@ def test_bad_input():
     for factor in (0, -1, math.nan, math.inf):
         with pytest.raises(InputError, match=f"^epoch_factor must be finite and > 0, got {factor}$"):
             made(epoch_factor=factor)
+    for long_cycle in (None, ()):
+        with pytest.raises(InputError, match="^epoch_factor must leave an epoch at least, got 0.01 of 12 epochs$"):
+            made(epoch_factor=0.01, long_cycle=long_cycle)
     with pytest.raises(InputError, match=r"^no size must be below smallest 4, got the shape \(2, 16, 16\)$"):
         made(smallest=4)
     with pytest.raises(InputError, match=r"^factors must be one for each of 3 axes, got \(0.5, 0.5\)$"):

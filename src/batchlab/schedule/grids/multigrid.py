@@ -96,6 +96,10 @@ class Multigrid:
         found = {"long_cycle": long_cycle, "short_cycle": short_cycle, "entries": tuple(entries)}
         for name, value in (given | found).items():
             object.__setattr__(self, name, value)
+        if self.length < 1:
+            raise InputError(
+                f"epoch_factor must leave an epoch at least, got {self.epoch_factor!r} of {self.epochs} epochs"
+            )
         for entry in entries:
             for shape, _ in self._cycle_of(entry):
                 if min(shape.sizes) < self.smallest:
