@@ -298,6 +298,9 @@ def test_the_cauchy_rate_is_best_along_the_gradient_and_guarded():
     assert found == pytest.approx(float(g @ g / (g @ H @ g)), rel=1e-12)
     assert 0 < rate < 9
     assert cauchy_learning_rate(bowl, lambda m, x: -m(x).square().mean(), [x], keep=9.0) == 9.0
+    for bad in (math.nan, math.inf):
+        with pytest.raises(InputError, match="the gradient or Hessian at these weights is not finite"):
+            cauchy_learning_rate(bowl, lambda m, x: bad * m(x).square().mean(), [x], keep=9.0)  # noqa: B023
     with pytest.raises(InputError, match="keep must be finite and > 0, got 0"):
         cauchy_learning_rate(bowl, lambda m, x: m(x).square().mean(), [x], keep=0)
 

@@ -40,7 +40,8 @@ def cauchy_learning_rate(
     with sample.surface.still():
         g = sample.surface.mean_gradient(sample.pieces)
         bent = float(torch.dot(g, sample.surface.hessian(sample.pieces) @ g))
-    rate = float(torch.dot(g, g)) / bent if bent > 0 else keep
-    if not math.isfinite(rate):
+    square = float(torch.dot(g, g))
+    rate = square / bent if bent > 0 else keep
+    if not all(map(math.isfinite, (square, bent, rate))):
         raise InputError("the gradient or Hessian at these weights is not finite")
     return rate
