@@ -64,8 +64,10 @@ def places(parameter: Tensor, most: int, seed: int, name: str) -> Tensor | None:
     if local.numel() <= count:
         return None
     generator = torch.Generator().manual_seed(derive_seed(seed, "coordinates", name))
-    within = torch.rand(count, generator=generator, dtype=torch.float64)
-    found = ((torch.arange(count) + within) * (local.numel() / count)).long().clamp_(max=local.numel() - 1)
+    within = torch.rand(count, generator=generator, dtype=torch.float64, device="cpu")
+    found = (
+        ((torch.arange(count, device="cpu") + within) * (local.numel() / count)).long().clamp_(max=local.numel() - 1)
+    )
     return found.to(local.device)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -249,7 +250,7 @@ def _spike(edges: Sequence[BatchEdge], full: _Full, examples: int, coverage: flo
     if len(part) < 2 or not _is_positive(top, full.smallest[0]) or any(edge.largest.value <= 0 for edge in part):
         return None
     sizes = [edge.batch_size for edge in part]
-    variances = [float(torch.tensor(edge.samples).double().var()) / len(edge.samples) for edge in part]
+    variances = [statistics.variance(edge.samples) / len(edge.samples) for edge in part]
     values = [edge.largest.value for edge in part]
     return fit_spike(
         [*sizes, examples], [*values, top.value], [*variances, top.residual**2], examples, coverage=coverage

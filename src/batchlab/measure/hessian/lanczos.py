@@ -86,7 +86,7 @@ def lanczos(operator: Any, steps: int, generator: torch.Generator, start: Tensor
     size, m = operator.shape[0], min(steps, operator.shape[0])
     basis = torch.zeros(m, size, dtype=operator.dtype, device=operator.device)
     basis[0] = _unit(operator, basis[:0], generator) if start is None else start / torch.linalg.vector_norm(start)
-    T = torch.zeros(m, m, dtype=torch.float64)
+    T = torch.zeros(m, m, dtype=torch.float64, device="cpu")
     floor = max(_EXHAUSTED, 10 * torch.finfo(operator.dtype).eps)
     for k in range(m):
         w = operator @ basis[k]
@@ -170,7 +170,7 @@ def density(runs: list[Krylov], points: int) -> Density:
 
 def rademacher(operator: Any, generator: torch.Generator) -> Tensor:
     """Independent entries ±1, drawn on the CPU so that all devices and ranks get the same."""
-    signs = torch.randint(0, 2, (operator.shape[0],), generator=generator)
+    signs = torch.randint(0, 2, (operator.shape[0],), generator=generator, device="cpu")
     return (2 * signs - 1).to(operator.device, operator.dtype)
 
 
@@ -198,7 +198,7 @@ def _norm(w: Tensor) -> float:
 
 def _unit(operator: Any, basis: Tensor, generator: torch.Generator) -> Tensor:
     """A random unit vector orthogonal to the rows of `basis`."""
-    w = torch.randn(operator.shape[0], generator=generator, dtype=torch.float64)
+    w = torch.randn(operator.shape[0], generator=generator, dtype=torch.float64, device="cpu")
     w = w.to(operator.dtype).to(operator.device)
     for _ in range(2):
         w = w - basis.T @ (basis @ w)

@@ -87,7 +87,7 @@ class Sample:
     def draw(self, size: int, repeat: int) -> list[Piece]:
         """This rank's part of a random batch, in pieces no larger than the largest batch that was given."""
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "curvature", "batch", size, repeat))
-        order = torch.randperm(self.examples, generator=generator)[:size]
+        order = torch.randperm(self.examples, generator=generator, device="cpu")[:size]
         mine = torch.sort(order[(order >= self.start) & (order < self.start + sum(self.rows))] - self.start).values
         return [
             piece for part in torch.split(mine, max(self.rows, default=1)) for piece in self._gathered(part.tolist())

@@ -72,7 +72,7 @@ class Lockstep:
 
     def most(self, *values: float) -> list[float]:
         """The largest of the ranks' values, place by place."""
-        tensor, options = torch.tensor(values, dtype=torch.float64), dist.AllreduceOptions()
+        tensor, options = torch.tensor(values, dtype=torch.float64, device="cpu"), dist.AllreduceOptions()
         options.reduceOp = dist.ReduceOp.MAX  # type: ignore[assignment]
         self._votes.allreduce([tensor], options).wait()  # type: ignore[attr-defined]
         return list(tensor.tolist())

@@ -126,7 +126,7 @@ def hessian_map(
 def _extremes(hessian: Any, tolerance: float, max_steps: int, seed: int) -> list[float]:
     """λ_max, λ_min and the larger of their residuals."""
     generator = torch.Generator().manual_seed(derive_seed(seed, "lanczos"))
-    probe = torch.randn(hessian.shape[0], generator=generator, dtype=torch.float64)
+    probe = torch.randn(hessian.shape[0], generator=generator, dtype=torch.float64, device="cpu")
     if not (hessian @ probe.to(hessian.device, hessian.dtype)).isfinite().all():
         return [math.inf, -math.inf, math.inf]
     steps = min(16, max_steps)

@@ -181,7 +181,8 @@ def _chosen(weight: Tensor, axes: int | Sequence[int], name: str) -> Filters:
 def _gaussian(like: Tensor, seed: int) -> Tensor:
     """N(0, 1), drawn on the CPU in float32 whatever the parameter's device and type."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(like.shape, generator=generator, dtype=torch.float32).to(like.device, like.dtype)
+    draw = torch.randn(like.shape, generator=generator, dtype=torch.float32, device="cpu")
+    return draw.to(like.device, like.dtype)
 
 
 def _scaled(d: Tensor, weight: Tensor, filters: Filters, norm: str) -> Tensor:

@@ -87,7 +87,7 @@ def pca_trajectory(
     if len(checkpoints) < 3:
         raise InputError(f"checkpoints must be at least 3, two of them span no plane, got {len(checkpoints)}")
     names = _names(checkpoints, model, ignore)
-    gram = torch.zeros(len(checkpoints) - 1, len(checkpoints) - 1, dtype=torch.float64)
+    gram = torch.zeros(len(checkpoints) - 1, len(checkpoints) - 1, dtype=torch.float64, device="cpu")
     for name in names:
         for _, rows in _blocks(checkpoints, name):
             gram += (rows @ rows.T).cpu()
@@ -96,7 +96,7 @@ def pca_trajectory(
     if not gram.any():
         raise InputError("checkpoints must differ, all are equal: state_dict() gives the live tensors, clone them")
     mean = gram.new_full(gram.shape, 1 / len(gram)) if center else torch.zeros_like(gram)
-    centring = torch.eye(len(gram), dtype=torch.float64) - mean
+    centring = torch.eye(len(gram), dtype=torch.float64, device="cpu") - mean
     squares, vectors = torch.linalg.eigh(centring @ gram @ centring)
     squares = squares.flip(0).clamp_min(0)
     total, leading = float(squares.sum()), vectors.flip(1)[:, :2]
@@ -133,8 +133,8 @@ def project_trajectory(checkpoints: Sequence[Mapping[str, Tensor]], directions: 
         raise InputError(f"needs a checkpoint or more and 2 directions, got {len(checkpoints)} and {len(directions)}")
     names = list(dict.fromkeys(name for d in directions for name in d))
     _check_entries(checkpoints, {name: d[name].shape for d in directions for name in d})
-    A = torch.zeros(2, 2, dtype=torch.float64)
-    products = torch.zeros(len(checkpoints) - 1, 2, dtype=torch.float64)
+    A = torch.zeros(2, 2, dtype=torch.float64, device="cpu")
+    products = torch.zeros(len(checkpoints) - 1, 2, dtype=torch.float64, device="cpu")
     squares = 0.0
     for name in names:
         for part, rows in _blocks(checkpoints, name):
