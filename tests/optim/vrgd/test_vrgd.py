@@ -124,8 +124,11 @@ def test_the_momentum_of_r_goes_round():
     steps(w, optimizer, vr, range(3, 6))
     steps(v, resumed, fresh, range(3, 6))
     assert torch.equal(w, v)
-    assert vr.state_dict()["0"].keys() == {"multiplier_avg", "multiplier_weight"}
+    kept = vr.state_dict()
+    assert kept["0"].keys() == {"multiplier_avg", "multiplier_weight"}
+    fresh.load_state_dict(VRGradient(resumed, ema=0.9).state_dict())
+    assert fresh.state_dict() == {}  # of before the first step: no momentum of a later one is left
     with pytest.raises(InputError, match=r"the state of parameter 0 has the shape \(30,\), not \(4,\)"):
-        VRGradient([nn.Parameter(torch.zeros(4))]).load_state_dict(vr.state_dict())
+        VRGradient([nn.Parameter(torch.zeros(4))]).load_state_dict(kept)
     with pytest.raises(InputError, match="the state is of parameter '7', but there are 1 parameters"):
         fresh.load_state_dict({"7": {}})

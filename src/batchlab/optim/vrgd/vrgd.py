@@ -212,17 +212,19 @@ class VRGradient:
         return {places[parameter]: dict(state) for parameter, state in self.state.items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Takes up what `state_dict` gave, for the same parameters in the same order."""
+        """Takes up what `state_dict` gave, for the same parameters in the same order; those not in it begin anew."""
         members = [parameter for _, parameter, _ in self._parameters()]
         unknown = [place for place in state_dict if not place.isdigit() or int(place) >= len(members)]
         if unknown:
             raise InputError(f"the state is of parameter {unknown[0]!r}, but there are {len(members)} parameters")
+        found: dict[Tensor, dict[str, Tensor]] = {}
         for place, saved in state_dict.items():
             parameter = members[int(place)]
             if saved["multiplier_avg"].shape != parameter.shape:
                 shapes = f"{tuple(saved['multiplier_avg'].shape)}, not {tuple(parameter.shape)}"
                 raise InputError(f"the state of parameter {place} has the shape {shapes}")
-            self.state[parameter] = {name: value.detach().clone().to(parameter.device) for name, value in saved.items()}
+            found[parameter] = {name: value.detach().clone().to(parameter.device) for name, value in saved.items()}
+        self.state = found
 
     def _settings(self, group: Mapping[str, Any]) -> Settings:
         return Settings(self.gamma, self.cap, self.ema)
