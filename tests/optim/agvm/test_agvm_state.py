@@ -9,6 +9,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from batchlab.core.checkpoint import load_checkpoint, save_checkpoint
 from batchlab.core.errors import InputError
 from batchlab.optim.agvm.agvm import AGVM
+from tests.optim.agvm.given_gradients import pair
 from tests.optim.agvm.two_heads import OPTIMIZERS, batch, in_halves, parts, two_heads, weights
 
 
@@ -65,3 +66,13 @@ def test_a_wrapped_state_outlives_the_wrapper_and_a_bare_state_is_refused():
     agvm.optimizer.load_state_dict(bare)
     with pytest.raises(InputError, match=message):
         agvm.due()
+
+
+@pytest.mark.parametrize("by", ["AGVM", "the wrapped optimizer"])
+def test_a_group_that_was_just_added_is_in_the_state(by):
+    _, agvm = pair()
+    late = {"params": [torch.nn.Parameter(torch.zeros(3))]}
+    (agvm if by == "AGVM" else agvm.optimizer).add_param_group(late)
+    state = agvm.state_dict()
+    agvm.load_state_dict(state)
+    assert agvm.factors == (1.0, 1.0, 1.0)

@@ -265,6 +265,7 @@ class AGVM(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's; AGVM's numbers are in `param_groups`."""
+        self._groups()
         return self.optimizer.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
