@@ -259,6 +259,21 @@ def test_frozen_weights_cost_nothing_until_they_are_trained():
     torch.testing.assert_close(model[0].weight.detach(), (before + fast) / 2, rtol=1e-12, atol=0)
 
 
+def test_weights_frozen_later_take_their_last_outer_step_and_stay():
+    """What they did in the round counts; no outer momentum carries them on."""
+    model = network()
+    optimizer = DiLoCo(INNER["sgd"](model.parameters()), inner_steps=2, outer_lr=0.5)
+    train(model, optimizer, 5)
+    start, fast = optimizer.state_dict()["diloco"]["theta"][0].clone(), model[0].weight.detach().clone()
+    model[0].requires_grad_(False)
+    train(model, optimizer, 1)
+    end = model[0].weight.detach().clone()
+    torch.testing.assert_close(end, start - 0.5 * 1.9 * (start - fast), rtol=1e-12, atol=0)
+    head = model[2].weight.detach().clone()
+    train(model, optimizer, 4)
+    assert torch.equal(model[0].weight, end) and not torch.equal(model[2].weight, head)
+
+
 def test_weights_added_later_join_the_next_outer_step():
     model = network()
     optimizer = DiLoCo(INNER["sgd"](model[0].parameters()), inner_steps=2, outer_lr=0.5, outer_momentum=0)

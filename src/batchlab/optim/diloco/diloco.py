@@ -78,7 +78,8 @@ class DiLoCo(torch.optim.Optimizer):
     With a group, weights and buffers begin as those of its first rank (as in DDP), and every rank must construct.
     Memory: θ and v in float32 (float64 of float64 weights), 8 bytes a weight, and 4 more during an outer step. Frozen
     parameters (`requires_grad` False) take no memory and are not sent until they are unfrozen, which must happen on
-    all replicas at one step. Sent: one copy of the weights in θ's type an outer step, counted in `bytes_sent`.
+    all replicas at one step; those that are frozen later lose v, so that they stay, and are sent on. Sent: one copy of
+    the weights in θ's type an outer step, counted in `bytes_sent`.
 
     `position`: inner steps since the last outer one. `rounds`: outer steps. `steps`: inner steps in all. Let the
     number of steps be a multiple of H or end with `synchronize()`; test the model right after an outer step, or inside
@@ -332,6 +333,7 @@ class DiLoCo(torch.optim.Optimizer):
         for view, buffer in zip(views[len(thetas) :], averaged, strict=True):
             view.copy_(buffer)
         self._mean(flats)
+        self._common.stop(self._named())
         self._common.move(thetas, views[: len(thetas)])
         for held, common in zip([*weights, *averaged], [*thetas, *views[len(thetas) :]], strict=True):
             held.copy_(common)

@@ -44,6 +44,12 @@ class CommonWeights:
         velocity: Tensor = state["momentum_buffer"]
         return velocity
 
+    def stop(self, named: Named) -> None:
+        """v ← 0 of weights that are frozen by now: what was v would go on to move them."""
+        for _, p in named:
+            if p in self._theta and not p.requires_grad:
+                self.sgd.state.pop(self._theta[p], None)
+
     def move(self, thetas: Sequence[Tensor], deltas: Iterable[Tensor]) -> None:
         """v ← μv + Δ; θ ← θ - η(Δ + μv)."""
         for theta, delta in zip(thetas, deltas, strict=True):
