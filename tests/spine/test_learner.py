@@ -1,16 +1,20 @@
 import dataclasses
 import math
 import statistics
+import warnings
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from batchlab.core.checkpoint import load_checkpoint, save_checkpoint
 from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate
+from batchlab.core.job import Job
 from batchlab.optim.by_name import names
 from batchlab.spine.learner import Learner
 from batchlab.workloads.digits import digits
@@ -115,6 +119,47 @@ def test_variable_units_weigh_every_token_alike():
     torch.testing.assert_close(pieces, whole, rtol=0, atol=1e-10)
 
 
+def words_job(units=lambda batch: int((batch[1] >= 0).sum())):
+    """Five words an example, of which every fourth example has none to predict."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randint(0, 7, (2, 32, 5), generator=generator)
+    y[::4] = -100
+
+    def loss(module, batch):
+        return nn.functional.cross_entropy(module(batch[0]).flatten(0, 1), batch[1].flatten())
+
+    def model():
+        return nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 7)).double()
+
+    data = TensorDataset(x, y)
+    return Job("toy", model, loss, train=data, valid=data, unit="token", units_per_example=units)
+
+
+@pytest.mark.parametrize("moves", [{}, {"batch_schedule": "norm_test", "batch_settings": {"patience": 100}}])
+def test_a_micro_batch_without_units_is_left_out(moves):
+    """Its mean loss is one over nothing, NaN, and would spoil the update."""
+    job = words_job()
+    whole = _trained(job, toy_plan(16, micro_batch=16, optimizer="sgd"), steps=3)
+    cut = _trained(job, toy_plan(16, micro_batch=1, optimizer="sgd", **moves), steps=3)
+    torch.testing.assert_close(_weights(cut), _weights(whole), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, float, np.int64])
+def test_units_may_be_of_any_kind_of_number(kind):
+    job = words_job(lambda batch: kind(int((batch[1] >= 0).sum())))
+    learner = Learner(job, toy_plan(16, micro_batch=4), device="cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not learner.update().skipped and math.isfinite(learner.evaluate()["loss"])
+
+
+@pytest.mark.parametrize("wrong", [-3, 1.5, math.nan, math.inf, None, "5"])
+def test_units_that_are_no_number_are_named(wrong):
+    learner = Learner(words_job(lambda batch: wrong), toy_plan(16, micro_batch=4), device="cpu")
+    with pytest.raises(InputError, match="units_per_example must give a whole number of units, 0 or more, got"):
+        learner.update()
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("micro_batch", [0, 2])
 def test_one_bad_micro_batch_changes_nothing_but_the_position(bad, micro_batch):
@@ -212,6 +257,14 @@ def test_evaluation_is_the_mean_over_all_examples_whatever_its_batch():
         learner.plan = dataclasses.replace(learner.plan, evaluation_batch=size)
         assert learner.evaluate() == pytest.approx(expected, rel=1e-12)
     assert learner.model.training
+
+
+def test_a_metric_does_not_stand_for_the_loss():
+    learner = Learner(toy_job(metric=lambda module, batch: {"loss": 7.0, "seven": 7.0}), toy_plan(), device="cpu")
+    found = learner.evaluate()
+    assert found["seven"] == 7.0 and found["loss"] == pytest.approx(
+        squared_error(learner.model.eval(), learner.job.valid[:]).item()
+    )
 
 
 def test_adaptive_batch_follows_the_noise_and_moves_the_learning_rate():

@@ -130,17 +130,17 @@ class BatchGradient:
         batches = [to_device(fetch(self.job.train, piece, self.job.collate), self.device) for piece in pieces]
         units = [units_of(self.job, batch, len(piece)) for batch, piece in zip(batches, pieces, strict=True)]
         total = self._total_units(units, size)
+        told = [place for place, count in enumerate(units) if count] or [len(units) - 1]  # a mean over nothing is NaN
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        for index, (batch, piece) in enumerate(zip(batches, pieces, strict=True)):
-            share = units[index] * self.world / total
-            alone = in_groups_ or index < len(pieces) - 1
-            with self._unsynced(alone), self._observed(len(piece)):
-                part = self._loss(batch) * share
+        for place in told:
+            share = units[place] * self.world / total
+            with self._unsynced(in_groups_ or place != told[-1]), self._observed(len(pieces[place])):
+                part = self._loss(batches[place]) * share
                 part.backward()  # type: ignore[no-untyped-call]
             if self._by_optimizer is not None:
-                self._by_optimizer.add_group(examples=units[index])
+                self._by_optimizer.add_group(examples=units[place])
             if tested is not None:
-                tested.add(len(piece), share=share)
+                tested.add(len(pieces[place]), share=share)
             loss += part.detach()
         if self.world > 1:
             dist.all_reduce(loss)

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from batchlab.core.checks import holds
 from batchlab.core.errors import InputError
 from batchlab.core.job import Job
 from batchlab.data.fetch import fetch, to_device
@@ -55,14 +56,19 @@ def measured(job: Job, module: nn.Module, batch: Any) -> dict[str, Tensor]:
         metrics = job.metric(module, batch)
         if not isinstance(metrics, Mapping):
             raise InputError(f"job metric must return a dict of name to mean, got {type(metrics).__name__}")
-        values |= metrics
+        values |= {name: value for name, value in metrics.items() if name != "loss"}
     return {name: torch.as_tensor(value).detach().double() for name, value in values.items()}
 
 
 def units_of(job: Job, batch: Any, examples: int) -> int:
-    """The units in a batch of `examples` examples."""
+    """The units in a batch of `examples` examples; of a function's whole number, as a tensor or a float too."""
     per_example = job.units_per_example
-    return per_example(batch) if callable(per_example) else per_example * examples
+    if not callable(per_example):
+        return per_example * examples
+    count = per_example(batch)
+    if not holds(lambda value: value >= 0 and float(value).is_integer(), count):
+        raise InputError(f"job units_per_example must give a whole number of units, 0 or more, got {count!r}")
+    return int(count)
 
 
 def scalar(loss: Any) -> Tensor:

@@ -17,6 +17,7 @@ from batchlab.measure.course.learning_rate import Choice
 from batchlab.measure.memory.micro_batch import MicroBatch
 from batchlab.measure.noise.run_level import run_level
 from batchlab.measure.speed.step_time import Throughput
+from batchlab.spine.evaluate import units_of
 from batchlab.spine.reference import FEWEST_STEPS, Course
 
 MOST_POINTS = 60
@@ -91,7 +92,7 @@ def _units(job: Job) -> float:
     if not callable(job.units_per_example):
         return float(job.units_per_example)
     count = min(64, len(job.train))
-    return job.units_per_example(fetch(job.train, list(range(count)), job.collate)) / count
+    return units_of(job, fetch(job.train, list(range(count)), job.collate), count) / count
 
 
 def _thinned(points: Sequence[NoisePoint]) -> tuple[NoisePoint, ...]:
