@@ -78,6 +78,16 @@ def test_a_constant_gradient_is_a_sign_update_and_alarms_at_the_second_reading()
     assert readings[-1].alarms == (("group0.0", "bimodal"),)
 
 
+@pytest.mark.parametrize("beta1", [0.0, 0.2])
+def test_a_wide_bell_without_momentum_is_no_alarm(beta1):
+    """At β1 = 0 independent gradients alone have |u| > 0.8 in 0.42 of the coordinates; constant ones in all."""
+    calm, _ = run(white(), steps=100, betas=(beta1, 0.9), every=10)
+    assert last(calm).high_share > 0.3 and not any(reading.alarms for reading in calm)
+    signs = torch.where(torch.arange(N) % 4 == 0, 1.0, -1.0)
+    held, _ = run(lambda step: signs, steps=100, betas=(beta1, 0.9), every=10)
+    assert last(held).alarms == ("bimodal",)
+
+
 def test_one_sign_for_all_has_no_spread_but_still_alarms():
     readings, _ = run(lambda step: torch.ones(N), steps=100, betas=(0.9, 0.95), every=5)
     layer = last(readings)

@@ -11,7 +11,7 @@ from typing import Any
 from batchlab.core.checks import check_count
 from batchlab.core.errors import InputError
 from batchlab.core.jsonio import JsonNoun
-from batchlab.measure.course.adam_update import UpdateSums
+from batchlab.measure.course.adam_update import HIGH, UpdateSums
 
 REMEMBERED = 50
 
@@ -20,10 +20,11 @@ REMEMBERED = 50
 class AlarmLimits:
     """When a layer is called unstable; all defaults are batchlab's, set where simulated gradients leave the bell.
 
-    "bimodal": Sarle's coefficient above `sarle`, or |u| > 0.8 in more than `high_share` of the coordinates, or
-    var u above `variance_ratio` times its white value, at `consecutive` readings in a row. "frozen": √v̂ < ε in more
-    than `frozen_share`. "disaligned": the cosine of u with g below `cosine` while RMS(u) is above `norm_ratio` times
-    its running median. Layers of fewer than `fewest` coordinates raise none.
+    "bimodal": Sarle's coefficient above `sarle`, or |u| > 0.8 in more than `high_share` of the coordinates and in more
+    than twice as many as where gradients are independent (which counts for β1 up to 0.5), or var u above
+    `variance_ratio` times its white value, at `consecutive` readings in a row. "frozen": √v̂ < ε in more than
+    `frozen_share`. "disaligned": the cosine of u with g below `cosine` while RMS(u) is above `norm_ratio` times its
+    running median. Layers of fewer than `fewest` coordinates raise none.
     """
 
     sarle: float = 0.8
@@ -104,19 +105,21 @@ class LayerRecord:
     rms: deque[float] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
 
     def take(
-        self, layer: LayerStability, lag1: float, keep: float, limits: AlarmLimits, *, warm: bool
+        self, layer: LayerStability, lag1: float, keep: float, limits: AlarmLimits, *, white: float, warm: bool
     ) -> LayerStability:
-        """The layer with its running correlation and its alarms; none before it is warm."""
+        """The layer with its running correlation and its alarms; none before it is warm. white: (1 - β1)/(1 + β1)."""
         if math.isfinite(lag1):
             self.lag_sum, self.lag_weight = keep * self.lag_sum + lag1, keep * self.lag_weight + 1
         running = self.lag_sum / self.lag_weight if self.lag_weight else math.nan
-        alarms = self._alarms(layer, limits) if warm and layer.coordinates >= limits.fewest else ()
+        alarms = self._alarms(layer, limits, white) if warm and layer.coordinates >= limits.fewest else ()
         if math.isfinite(layer.rms):
             self.rms.append(layer.rms)
         return replace(layer, lag1=running, alarms=alarms)
 
-    def _alarms(self, layer: LayerStability, limits: AlarmLimits) -> tuple[str, ...]:
-        bimodal = layer.sarle > limits.sarle or layer.high_share > limits.high_share
+    def _alarms(self, layer: LayerStability, limits: AlarmLimits, white: float) -> tuple[str, ...]:
+        in_the_bell = math.erfc(HIGH / math.sqrt(2 * white))
+        crowded = layer.high_share > max(limits.high_share, 2 * in_the_bell)
+        bimodal = layer.sarle > limits.sarle or crowded
         self.in_a_row = self.in_a_row + 1 if bimodal or layer.variance_ratio > limits.variance_ratio else 0
         usual = statistics.median(self.rms) if self.rms else math.inf
         raised = {

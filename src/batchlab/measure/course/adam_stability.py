@@ -141,7 +141,7 @@ class AdamStability:
             white, bound = white_variance(last.betas[0]), update_bound(last.betas, last.t)
             layer = self._with_dip(describe(name, sums[number], last.t, bound, white), own)
             warm = last.t * (1 - last.betas[1]) > 3 * (1 + 1e-9)  # 3/(1 - 0.95) is a little under 60
-            layers.append(record.take(layer, sums[number].lag1, self._lag_memory, self._limits, warm=warm))
+            layers.append(record.take(layer, sums[number].lag1, self._lag_memory, self._limits, white=white, warm=warm))
         return StabilityReading(self._steps, tuple(layers))
 
     def _with_dip(self, layer: LayerStability, own: list[tuple[Watched, Moments]]) -> LayerStability:
