@@ -13,6 +13,7 @@ from torch import nn
 from batchlab.core.errors import InputError, NonFiniteError
 from batchlab.optim.diloco.diloco import DiLoCo, outer_learning_rate, pseudo_gradient
 from batchlab.optim.diloco.replicas import clip_
+from batchlab.optim.vrgd.optimizers import VRSGD
 from tests.optim.diloco.diloco_fixture import ByHand, backward, batch, network, weights
 
 INNER = {
@@ -353,6 +354,9 @@ def test_what_the_inner_optimizer_may_not_be():
     through = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1, differentiable=True)
     with pytest.raises(InputError, match="inner must have differentiable=False"):
         DiLoCo(through, inner_steps=2, outer_lr=0.6)
+    grouped = VRSGD(network().parameters(), lr=0.1)
+    with pytest.raises(InputError, match="clip_norm must be None where inner takes its gradient in groups, as VRSGD d"):
+        DiLoCo(grouped, inner_steps=2, outer_lr=0.6, clip_norm=1.0)
     complex_ = torch.optim.SGD([("w", nn.Parameter(torch.zeros(2, dtype=torch.complex64)))], lr=0.1)
     with pytest.raises(InputError, match="DiLoCo needs real weights, got a complex w: make it a parameter by torch.vi"):
         DiLoCo(complex_, inner_steps=2, outer_lr=0.6)

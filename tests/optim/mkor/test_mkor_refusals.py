@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from batchlab.core.errors import InputError
 from batchlab.optim.mkor.mkor import MKOR
+from batchlab.optim.vrgd.optimizers import VRSGD
 from tests.optim.mkor.small_mlp import batch, made, mlp, run
 
 
@@ -53,6 +54,8 @@ def test_bases_that_cannot_work_are_refused():
         MKOR(model, torch.optim.LBFGS(model.parameters()))
     with pytest.raises(InputError, match="base must have differentiable=False"):
         MKOR(model, torch.optim.SGD(model.parameters(), lr=0.1, differentiable=True))
+    with pytest.raises(InputError, match="base must take its gradient from .grad, got VRSGD, which takes it in groups"):
+        MKOR(model, VRSGD(model.parameters(), lr=0.1))
 
 
 def test_gradients_and_weights_that_cannot_be_preconditioned_are_refused_by_name():

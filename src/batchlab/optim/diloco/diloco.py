@@ -21,6 +21,7 @@ from torch import Tensor
 
 from batchlab.core.checks import check_count, check_positive, holds, is_count
 from batchlab.core.errors import BatchlabError, InputError, NonFiniteError
+from batchlab.optim.by_name import in_groups
 from batchlab.optim.diloco.outer import CommonWeights, check_real, check_state, named_parameters, part_of, wide
 from batchlab.optim.diloco.replicas import Replicas, clip_, floating, in_buckets, over_shards
 from batchlab.parallel.agree import device_of
@@ -127,6 +128,11 @@ class DiLoCo(torch.optim.Optimizer):
             raise InputError(f"outer_momentum must lie in [0, 1), got {outer_momentum!r}")
         if any(group.get("differentiable") for group in inner.param_groups):
             raise InputError("inner must have differentiable=False: nothing is differentiated through an outer step")
+        if clip_norm is not None and in_groups(inner):
+            raise InputError(
+                f"clip_norm must be None where inner takes its gradient in groups, as {type(inner).__name__} does, got "
+                f"{clip_norm!r}: clip after its finish(), before step()"
+            )
         self.inner, self.inner_steps, self.clip_norm = inner, inner_steps, clip_norm
         self.position = self.rounds = self.steps = self.bytes_sent = 0
         self.defaults = inner.defaults

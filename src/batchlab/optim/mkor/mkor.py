@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from batchlab.core.checks import check_count, check_inside, check_positive, check_share, holds, is_count
 from batchlab.core.errors import InputError
+from batchlab.optim.by_name import in_groups
 from batchlab.optim.mkor.factors import Knee, Variant, input_sums, output_sum, wide_dtype
 from batchlab.optim.mkor.layers import Layer, layers_of, mean_over_ranks, over_ranks
 from batchlab.parallel.shards import is_spread
@@ -73,8 +74,9 @@ class MKOR(torch.optim.Optimizer):
     When not: a layer fed with zero-mean inputs (`report`), a very wide one (a vocabulary: ignore it), few rows a step
     (D costs (in + out)/(3N) of the layer's passes), a model compiled before this is made (its hooks are not seen).
 
-    Raises `InputError` for settings out of range, a base that needs a closure or is differentiable, a model without a
-    layer to precondition, and gradients that are sparse, complex or sums still to be taken over ranks.
+    Raises `InputError` for settings out of range, a base that needs a closure, is differentiable or takes gradients in
+    groups, a model without a layer to precondition, and gradients that are sparse, complex or sums still to be taken
+    over ranks.
 
     >>> model = nn.Linear(4, 2)
     >>> optimizer = MKOR(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
@@ -294,6 +296,11 @@ def _check_base(base: Any) -> None:
         raise InputError("base must step without a closure, got LBFGS")
     if any(group.get("differentiable") for group in base.param_groups):
         raise InputError("base must have differentiable=False: gradients are preconditioned in place")
+    if in_groups(base):
+        raise InputError(
+            f"base must take its gradient from .grad, got {type(base).__name__}, which takes it in groups: give a plain "
+            "base, and finish() a VRGradient of it before each step"
+        )
 
 
 def mkor_sgd(
