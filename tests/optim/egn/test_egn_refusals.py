@@ -19,6 +19,13 @@ def test_what_is_not_finite_moves_nothing():
             with pytest.raises(NonFiniteError, match="is not finite: no weight was moved"):
                 optimizer.step(inputs, targets)
     assert torch.equal(flat(model), at) and not optimizer.state
+    for damping, loss in ((1.0, lambda f, y: (f[:, 0], f, f / 0)), (1e-20, "half_mse")):
+        small = nn.Linear(2, 1, bias=False)
+        nn.init.ones_(small.weight)
+        optimizer = EGN(small, loss, damping=damping, momentum=0.9)
+        with pytest.raises(NonFiniteError, match="the direction is not finite, from Q or beyond the weights' dtype"):
+            optimizer.step(torch.full((3, 2), 1e-12), torch.full((3, 1), 1e35))
+        assert small.weight.tolist() == [[1.0, 1.0]] and not optimizer.state
     steep = EGN(nn.Sequential(nn.Linear(1, 1), nn.ReLU(), nn.Linear(1, 1)), lr=1e38, line_search="armijo")
     nn.init.ones_(steep.model[0].weight)
     nn.init.ones_(steep.model[2].weight)

@@ -85,7 +85,7 @@ class EGN(torch.optim.Optimizer):
     Not for language-model heads or large batches (bc is limited), noisy targets or classes without tuning of λ and α,
     or sharded (DTensor) parameters, which are refused. With more rows than weights and λ < 1e-4, Jᵀz loses digits in
     float32: take float64 weights. `InputError` for bad input, `TypeError` for a loss without curvature,
-    `NonFiniteError` where loss, J or the new loss is not finite; the weights then are as they were.
+    `NonFiniteError` where loss, J, direction or new loss is not finite; the weights then are as they were.
 
     >>> x = torch.tensor([[1.0, 0.0, 2.0], [0.0, 1.0, 1.0]])
     >>> model = nn.Linear(3, 1)
@@ -174,6 +174,10 @@ class EGN(torch.optim.Optimizer):
         z = dual_solve(K, batch.terms, damping, self.solver)
         plain = pull_back(net, parts, -z, ranks)
         check_buffers(net)
+        if not all(bool(part.isfinite().all()) for part in plain.values()):
+            raise NonFiniteError(
+                "the direction is not finite, from Q or beyond the weights' dtype: no weight was moved"
+            )
         self._move(batch, plain, -(K @ z), damping, momentum)
         return torch.tensor(batch.loss, dtype=batch.dtype, device=K.device)
 
