@@ -89,6 +89,18 @@ def test_reentrant_checkpointing_is_refused():
             measure(model, lambda m, b: m(b[0]).square().mean(), [torch.randn(5, 3, 4).double()])
 
 
+@pytest.mark.parametrize("combine", [lambda loss, s: loss * torch.exp(-s) + s, lambda loss, s: loss * (s * 2.0)])
+def test_sums_and_products_of_single_numbers_are_no_use_by_examples(combine):
+    """As where losses are weighed by their learned uncertainty."""
+    model, x = Called(lambda m, x: F.linear(x, m.w, m.v)), torch.randn(5, 3, 4).double()
+    model.s = nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
+    loss = lambda m, b: combine(m(b[0]).square().mean(), m.s)  # noqa: E731
+    assert list(watched_norms(model, loss, [x], strict=False).uncovered) == ["s"]
+    torch.testing.assert_close(
+        per_example_sq_norms(model, loss, [x]).values, one_by_one(model, loss, [x]), rtol=1e-10, atol=0
+    )
+
+
 def test_a_missing_use_is_noticed_at_any_size():
     """The seen use is 1,000 times the other; a projection of float64 numbers cannot overlook it."""
     model = Called(lambda m, x: F.linear(x, m.w) + 1e-3 * torch.einsum("ntd,pd->ntp", x, m.w))

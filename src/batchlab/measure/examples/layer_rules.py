@@ -103,7 +103,7 @@ def _broadcast(uses: Uses, out: Tensor, name: str, w: View, source: bool, term: 
     if layout is not None:
         whole = layout
         uses.use(out, name, [w.part], layout, lambda g: [(w.part, summed(whole.fold(term(g), features)))], source)
-    elif not w.transposed and len(out) == n and (out.ndim > features or (out.ndim == features and w.shape[0] == 1)):
+    elif not w.transposed and _rows_are(n, out) and (out.ndim > features or (out.ndim == features and w.shape[0] == 1)):
         shape = (n, *((1,) * (out.ndim - features) + tuple(w.shape))[1:])
 
         def pieces(g: Tensor) -> Iterable[tuple[Part, Piece]]:
@@ -111,6 +111,10 @@ def _broadcast(uses: Uses, out: Tensor, name: str, w: View, source: bool, term: 
             yield w.part, Dense(terms.sum_to_size(shape).reshape(n, *w.shape), terms)
 
         uses.use(out, name, [w.part], Layout(n), pieces, source)
+
+
+def _rows_are(n: int, out: Tensor) -> bool:
+    return out.ndim > 0 and len(out) == n
 
 
 def _add(uses: Uses, out: Tensor, input: Any, other: Any, *, alpha: float = 1, **_: Any) -> None:
