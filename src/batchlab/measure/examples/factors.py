@@ -64,9 +64,9 @@ class Vectors(NamedTuple):
 def draw_vectors(shape: Sequence[int], device: torch.device, dtype: torch.dtype, seed: int) -> Vectors:
     """Normal u and v for a parameter of `shape`, the same for the same seed."""
     rows, columns = (shape[0] if shape else 1), math.prod(shape[1:])
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    both = torch.randn(rows + columns, generator=generator, dtype=dtype).to(device)
+    both = torch.randn(rows + columns, generator=generator, dtype=dtype, device="cpu").to(device)
     return Vectors(both[:rows], both[rows:] if len(shape) > 1 else torch.ones_like(both[rows:]))
 
 

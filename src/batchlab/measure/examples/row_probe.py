@@ -54,12 +54,12 @@ class RowProbe:
         return ""
 
     def _send_back(self, root: RecordedUse, inputs: Sequence[RecordedUse]) -> None:
-        generator = torch.Generator().manual_seed(self._row)
+        generator = torch.Generator("cpu").manual_seed(self._row)
         cotangent = torch.zeros(root.shape, dtype=root.dtype, device=root.device)
         first = root.layout.first(cotangent)
         group = len(first) // self._examples
         row = first[self._row * group : (self._row + 1) * group]
-        row.copy_(torch.randn(row.shape, generator=generator))
+        row.copy_(torch.randn(row.shape, generator=generator, device="cpu"))
         edges = [use.edge for use in (root, *inputs) if use.edge is not None]
         torch.autograd.grad(edges[:1], edges[1:], grad_outputs=[cotangent], retain_graph=True, allow_unused=True)
 
