@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from batchlab.core.errors import InputError
 from batchlab.measure.examples.example_norms import ExampleNorms, norm_layer_names
 from batchlab.measure.examples.per_example import per_example_sq_norms
-from tests.measure.examples.naive import cast, make_job, tensors_of, watched_norms
+from tests.measure.examples.naive import cast, make_job, one_by_one, tensors_of, watched_norms
 
 
 @pytest.mark.parametrize("name", ["gpt", "conv", "vision", "bert sdpa", "lstm"])
@@ -66,6 +67,33 @@ def test_active_dropout_is_part_of_the_watched_pass():
     hidden, back = model[0](x) * mask, model[2].weight * mask
     want = hidden.square().sum(1) + 1 + back.square().sum(1) * (x.square().sum(1) + 1)
     torch.testing.assert_close(record.sq_norms(), want, rtol=1e-10, atol=0)
+
+
+def test_a_checkpointed_block_runs_as_often_as_without_watching():
+    """Twice; once more in the first pass for each row that is sent back."""
+    block, last, calls = (
+        nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.Tanh(), nn.LayerNorm(6)),
+        nn.Linear(6, 3),
+        [],
+    )
+    block[0].register_forward_hook(lambda *_: calls.append(1))
+    model, x = nn.Sequential(block, last).double(), torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
+    norms = ExampleNorms(model)
+    for ran in (4, 2):
+        calls.clear()
+        with norms.watch(5) as record:
+            last(checkpoint(block, x, use_reentrant=False)).square().sum(1).mean().backward()
+        assert len(calls) == ran
+    want = one_by_one(model, lambda m, b: m(b[0]).square().sum(1).mean(), [x])
+    torch.testing.assert_close(record.sq_norms(), want, rtol=1e-10, atol=0)
+
+
+def test_the_default_device_is_not_asked():
+    model, loss, batch = make_job("mlp")
+    want = watched_norms(model, loss, batch).sq_norms()
+    with torch.device("meta"):
+        found = watched_norms(model, loss, batch).sq_norms()
+    assert torch.equal(found, want)
 
 
 def test_chosen_parameters_are_watched_alone():

@@ -92,11 +92,18 @@ def _last_dims(
 
 
 def layer_statistics(out: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The mean and 1/σ that a layer norm's forward pass kept for its backward pass, each feature dimension 1."""
+    """The mean and 1/σ that a layer norm's forward pass kept for its backward pass, each feature dimension 1.
+
+    None where hooks are on what is saved: under checkpointing each reading would run the block anew.
+    """
     node: Any = out.grad_fn
     if node is None or node.name() != "NativeLayerNormBackward0":
         return None
-    return node._saved_result1, node._saved_result2
+    try:
+        with torch.autograd.graph.disable_saved_tensors_hooks(""):  # which raises where there are some
+            return node._saved_result1, node._saved_result2
+    except RuntimeError:
+        return None
 
 
 def scale_rows(g: Tensor, x: Tensor, mean: Tensor | None, r: Tensor) -> Tensor:
