@@ -148,6 +148,7 @@ def _refuse_random(model: nn.Module, record: ExampleRecord) -> None:
 def _left_alone(model: nn.Module) -> Iterator[None]:
     """`.grad` and buffers as they were."""
     gradients = [(p, p.grad) for p in model.parameters()]
+    modules = [(module, dict(module._buffers)) for module in model.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     for parameter, _ in gradients:
         parameter.grad = None
@@ -156,6 +157,8 @@ def _left_alone(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter, gradient in gradients:
             parameter.grad = gradient
+        for module, own in modules:
+            module._buffers.update(own)
         with torch.no_grad():
             for buffer, saved in buffers:
                 if not torch.equal(buffer, saved):
