@@ -57,6 +57,16 @@ def test_the_layouts_hold_the_same_network(tmp_path):
     assert pylo.deltas.tolist() == arrays.deltas.tolist() == pytest.approx(sum(PYLO_DELTAS.values(), ()))
 
 
+def test_weights_are_on_the_cpu_whatever_the_default_device_is(tmp_path):
+    """A network of PyLO's without decays takes theirs."""
+    weights = fresh_weights(5)
+    names = [f"network.{stage}.{kind}" for stage in ("input", "linear_0", "output") for kind in ("weight", "bias")]
+    save_file(dict(zip(names, weights.layers, strict=True)), tmp_path / "pylo.safetensors")
+    with torch.device("meta"):
+        again, loaded = fresh_weights(5), load_weights(tmp_path / "pylo.safetensors")
+    assert again.digest == weights.digest and loaded.deltas.tolist() == pytest.approx(sum(PYLO_DELTAS.values(), ()))
+
+
 def test_wrong_weights_are_refused(tmp_path):
     [p] = parameters([(2,)])
     make = partial(LearnedOptimizer, [p])
@@ -75,6 +85,13 @@ def test_wrong_weights_are_refused(tmp_path):
     (tmp_path / "text.safetensors").write_text("no weights here")
     with pytest.raises(InputError, match=r"weights must be a \.safetensors or \.npz file"):
         make(weights=tmp_path / "text.safetensors")
+    np.savez_compressed(tmp_path / "whole.npz", **constant(1.0, 0.0))
+    whole = (tmp_path / "whole.npz").read_bytes()
+    np.save(tmp_path / "one.npy", np.zeros(3))
+    for damaged in (b"", whole[:-30], whole[:90] + b"?" * 20 + whole[110:], (tmp_path / "one.npy").read_bytes()):
+        (tmp_path / "damaged.npz").write_bytes(damaged)
+        with pytest.raises(InputError, match=r"weights must be a \.safetensors or \.npz file"):
+            make(weights=tmp_path / "damaged.npz")
     save_weights(tmp_path / "scale.safetensors", OptimizerWeights(fresh_weights(0).layers, torch.zeros(7), -1.0))
     with pytest.raises(InputError, match=r"step_mult must be .*, got -1\.0"):
         make(weights=tmp_path / "scale.safetensors")

@@ -9,11 +9,13 @@ learned shifts δ of the decays: β = clip(1 - exp(10·(ln(1 - β₀)/10 + δ)),
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -72,15 +74,15 @@ def betas(deltas: Tensor) -> Tensor:
 def fresh_weights(seed: int, hidden: int = 32, layers: int = 2) -> OptimizerWeights:
     """Random weights to train from: normal with a deviation of 1/√inputs, cut at two of them; biases and δ zero."""
     check_count(hidden=hidden, layers=layers)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     sizes = [INPUTS, *[hidden] * layers, 2]
     found = []
     for inputs, outputs in pairwise(sizes):
-        weight = torch.empty(outputs, inputs)
+        weight = torch.empty(outputs, inputs, device="cpu")
         std = inputs**-0.5
         torch.nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std, generator=generator)
-        found += [weight, torch.zeros(outputs)]
-    return OptimizerWeights(tuple(found), torch.zeros(7))
+        found += [weight, torch.zeros(outputs, device="cpu")]
+    return OptimizerWeights(tuple(found), torch.zeros(7, device="cpu"))
 
 
 def load_weights(source: str | Path | Mapping[str, Any] | OptimizerWeights | None) -> OptimizerWeights:
@@ -132,7 +134,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
                 return dict(arrays), {}
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, ValueError, OSError, EOFError) as error:
+    except (SafetensorError, BadZipFile, zlib.error, ValueError, TypeError, OSError, EOFError) as error:
         raise InputError(f"weights must be a .safetensors or .npz file, {path} is none: {error}") from None
 
 
@@ -168,7 +170,7 @@ def _deltas(found: Mapping[str, Tensor]) -> Tensor:
     parts = []
     for name, default in PYLO_DELTAS.items():
         given = [each for key, each in found.items() if key.replace("/", ".").split(".")[-1] == name]
-        parts.append(given[0].reshape(-1) if given else torch.tensor(default))
+        parts.append(given[0].reshape(-1) if given else torch.tensor(default, device="cpu"))
         if len(parts[-1]) != len(default):
             raise InputError(f"{name} must hold {len(default)} numbers, got {len(parts[-1])}")
     return torch.cat(parts)
