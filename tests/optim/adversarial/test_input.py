@@ -1,13 +1,13 @@
 """The adversarial input: its length, its range, what it leaves as it was."""
 
 import copy
-import functools
 import math
 
 import pytest
 import torch
 from torch import nn
 
+from batchlab.core.errors import InputError
 from batchlab.optim.adversarial.dual_batchnorm import DualBatchNorm, use_bn
 from batchlab.optim.adversarial.input import adversarial_input, perturbation
 from tests.optim.adversarial.small_network import RHO, cross_entropy, data, network
@@ -45,6 +45,8 @@ def test_a_perturbation_knows_no_scale_and_hides_no_nan():
     assert unit[2].isnan().all() and unit[3].isnan().any()
     for scale in (1e-30, 1e30):
         torch.testing.assert_close(perturbation(g[:2] * scale, 2.0, "l2"), unit[:2])
+    with pytest.raises(InputError, match='norm must be "linf" or "l2", got \'l1\''):
+        perturbation(g, 2.0, "l1")
     half = perturbation(torch.tensor([[6e4, 6e4, -6e4]], dtype=torch.float16), 1.0, "l2")
     assert half.dtype == torch.float16 and half[0].float().norm() == pytest.approx(1, abs=1e-3)
 
@@ -52,7 +54,10 @@ def test_a_perturbation_knows_no_scale_and_hides_no_nan():
 def test_a_range_holds_and_rho_may_differ_by_channel():
     torch.manual_seed(0)
     model, x = nn.Linear(3, 1).double(), torch.rand(50, 3, dtype=torch.float64)
-    loss = functools.partial(lambda model, batch: model(batch[0]).square().mean())
+
+    def loss(model, batch):
+        return model(batch[0]).square().mean()
+
     rho = torch.tensor([0.1, 0.0, 0.3])
     free = adversarial_input(model, loss, (x,), rho=rho)
     torch.testing.assert_close((free - x).abs(), rho.double().expand(50, 3), rtol=1e-12, atol=1e-15)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from batchlab.core.errors import InputError
 from batchlab.optim.egn.kernel import dual_solve, times
 from batchlab.optim.egn.loss import LOSSES
 from tests.optim.egn.problems import primal, relative
@@ -21,6 +22,8 @@ def test_the_small_system_has_the_large_ones_solution(solver):
         QJ = times(terms.Q, J.view(b, c, d)).reshape(b * c, d)
         want = primal(J.T @ terms.r.flatten() / b, J.T @ QJ / b, 1e-2)
         assert relative(-J.T @ z, want) < 1e-12
+    with pytest.raises(InputError, match='solver must be "lu" or "cholesky", got \'qr\''):
+        dual_solve(J @ J.T, terms, 1e-2, "qr")
 
 
 def test_a_symmetric_solver_of_the_matrix_of_cross_entropy_would_be_wrong():

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from batchlab.core.errors import InputError
 from batchlab.optim.mkor.factors import Knee, precondition, update_inverse_, update_released_
 from tests.optim.mkor.small_mlp import DOUBLE, close, drawn
 
@@ -27,6 +28,9 @@ def test_no_weight_or_no_vector_changes_only_the_scale():
     assert torch.equal(P, before)
     update_inverse_(P, torch.zeros(4, dtype=DOUBLE), gamma=0.5)
     assert torch.equal(P, before * 2)
+    for gamma in (0.0, 1.5, math.nan):
+        with pytest.raises(InputError, match=r"gamma must lie in \(0, 1\), got"):
+            update_inverse_(P, drawn(4), gamma=gamma)
 
 
 def same_vector(eps, zeta, steps, dtype=DOUBLE, d=10):

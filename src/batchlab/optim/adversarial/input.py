@@ -29,6 +29,7 @@ def perturbation(gradient: Tensor, rho: float | Tensor, norm: Norm = "linf") -> 
     >>> perturbation(torch.tensor([[3.0, -4.0]]), 1.0, "l2")
     tensor([[ 0.6000, -0.8000]])
     """
+    check_norm(norm)
     if norm == "linf":
         sign = torch.where(gradient.isnan(), gradient, gradient.sign())  # torch's sign of NaN is 0
         return (sign * rho).to(gradient.dtype)
@@ -80,10 +81,15 @@ def adversarial_input(
         return moved if clip is None else moved.clamp(*(torch.as_tensor(end).to(x) for end in clip))
 
 
-def check_perturbation(rho: Any, norm: Any, clip: Any) -> None:
-    """Refuses a ρ that is negative or not finite, a norm that is not known, a range that is none."""
+def check_norm(norm: Any) -> None:
+    """Refuses a norm that is not known."""
     if norm not in ("linf", "l2"):
         raise InputError(f'norm must be "linf" or "l2", got {norm!r}')
+
+
+def check_perturbation(rho: Any, norm: Any, clip: Any) -> None:
+    """Refuses a ρ that is negative or not finite, a norm that is not known, a range that is none."""
+    check_norm(norm)
     if isinstance(rho, Tensor) and rho.ndim and norm == "l2":
         raise InputError(f'rho must be one number for norm "l2", got a tensor of shape {tuple(rho.shape)}')
     if not holds(lambda value: _every((torch.as_tensor(value) >= 0) & torch.as_tensor(value).isfinite()), rho):

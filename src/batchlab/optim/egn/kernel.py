@@ -252,6 +252,8 @@ def dual_solve(K: Tensor, terms: Terms, damping: float, solver: str) -> Tensor:
     "lu": (QK + bλI) z = r, which is not symmetric. "cholesky": z = S(SᵀKS + bλI)⁻¹u with Q = SSᵀ and r = Su.
     `InputError` where the system is singular in its dtype.
     """
+    if solver not in ("lu", "cholesky"):
+        raise InputError(f'solver must be "lu" or "cholesky", got {solver!r}')
     b, c = terms.r.shape
     n = b * c
     ridge = torch.full((n,), b * damping, dtype=K.dtype, device=K.device)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from batchlab.core.checks import check_inside
+
 Variant = Literal["exact", "released", "printed"]
 CLIP = 100.0  # the released package's `clipping_value`
 RESET_ABOVE = 2.0  # and the largest entry above which it resets both factors of a layer
@@ -46,6 +48,8 @@ def update_inverse_(
     >>> P.tolist()
     [[1.0, 0.0], [0.0, 2.0]]
     """
+    if gamma != 1:
+        check_inside(gamma=gamma)
     W = P.to(wide_dtype(P.dtype))
     v, largest = v.to(W.dtype), W.diagonal().max()
     mixed = changed = largest > eps

@@ -298,8 +298,8 @@ def _check_base(base: Any) -> None:
         raise InputError("base must have differentiable=False: gradients are preconditioned in place")
     if in_groups(base):
         raise InputError(
-            f"base must take its gradient from .grad, got {type(base).__name__}, which takes it in groups: give a plain "
-            "base, and finish() a VRGradient of it before each step"
+            f"base must take its gradient from .grad, got {type(base).__name__}, which takes it in groups: give a "
+            "plain base, and finish() a VRGradient of it before each step"
         )
 
 
