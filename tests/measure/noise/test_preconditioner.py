@@ -25,7 +25,12 @@ def _gradient(model, loss):
     return [g.clone() for g in torch.autograd.grad(loss, list(model.parameters()))]
 
 
-@pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.Adam, torch.optim.RMSprop])
+def _amsgrad(parameters, lr):
+    """β₂ = 0.5, so that the largest mean of squares is not the last."""
+    return torch.optim.Adam(parameters, lr=lr, betas=(0.9, 0.5), amsgrad=True)
+
+
+@pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.Adam, torch.optim.RMSprop, _amsgrad])
 def test_pairs_are_those_of_the_rescaled_gradient(make):
     """Naive: g̃ = g/√P by hand, and the plain pair of g̃."""
     generator = torch.Generator().manual_seed(1)
@@ -37,8 +42,9 @@ def test_pairs_are_those_of_the_rescaled_gradient(make):
         y = torch.randn(16, generator=generator, dtype=torch.float64)
         expected = None
         if step:
-            v = [optimizer.state[p].get("exp_avg_sq", optimizer.state[p].get("square_avg")) for p in model.parameters()]
-            seen = 1 - 0.999**step if make is not torch.optim.RMSprop else 1.0
+            key = {torch.optim.RMSprop: "square_avg", _amsgrad: "max_exp_avg_sq"}.get(make, "exp_avg_sq")
+            v = [optimizer.state[p][key] for p in model.parameters()]
+            seen = {torch.optim.RMSprop: 1.0, _amsgrad: 1 - 0.5**step}.get(make, 1 - 0.999**step)
             root = torch.cat([(part / seen).sqrt().flatten() for part in v])
             scale = (root + 0.1 * root.square().mean().sqrt()).rsqrt()
             pieces = [torch.cat([g.flatten() for g in _gradient(model, loss)]) * scale for loss in _losses(model, x, y)]

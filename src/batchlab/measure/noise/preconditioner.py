@@ -18,12 +18,14 @@ from batchlab.measure.norms import total
 from batchlab.parallel.shards import Mesh, over_meshes, share
 
 DAMPING = 0.1
+MEAN_SQUARES = ("max_exp_avg_sq", "exp_avg_sq", "square_avg")  # the first is what amsgrad divides by
 
 
 class Preconditioner:
     """w = 1/(√v̂ + damping·rms(√v̂)) for each parameter, read from an optimizer's state at each `refresh`.
 
-    optimizer: Adam, AdamW, NAdam, RAdam or RMSprop of torch, or another with "exp_avg_sq" or "square_avg" in its state.
+    optimizer: Adam, AdamW, NAdam, RAdam or RMSprop of torch, or another with "exp_avg_sq" or "square_avg" in its state;
+    with amsgrad v is the largest such mean so far.
     damping: in units of the root mean square of √v̂ over all coordinates; the default 0.1 is batchlab's: 0.01 to 1
     give noise scales within 10 % of each other on the digits job, 0 one that scatters tenfold.
     """
@@ -55,7 +57,7 @@ class Preconditioner:
             return False
         roots, known = [], [place for place, kept in enumerate(has) if kept]
         for parameter, state in ((self._parameters[place], states[place]) for place in known):
-            mean_sq = state["exp_avg_sq"] if "exp_avg_sq" in state else state["square_avg"]
+            mean_sq = next(state[name] for name in MEAN_SQUARES if name in state)
             step = float(state["step"]) if "step" in state else 0.0
             seen = 1.0 - self._decay[parameter] ** step if "exp_avg_sq" in state else 1.0
             roots.append((mean_sq / seen).sqrt())
