@@ -1,5 +1,7 @@
 """What hooks see of each backward pass, and the factor by which that differs from `.grad`."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given
@@ -88,6 +90,16 @@ def test_a_pass_that_raises_is_forgotten():
     expected = squares(loss(net, 2, 1), list(net.parameters()))
     (piece,) = norms.take()
     assert piece.examples == 2 and sorted(piece.squares.values()) == pytest.approx(sorted(expected), rel=1e-12)
+
+
+def test_a_pass_of_a_rank_that_raises_before_the_sum_ends_is_forgotten():
+    net = model()
+    norms = PieceNorms(list(net.parameters()), merged=True)
+    norms._ddp = SimpleNamespace(require_backward_grad_sync=False)
+    with pytest.raises(ZeroDivisionError), norms.watch(3):
+        loss(net, 3, 0).backward()
+        raise ZeroDivisionError
+    assert norms.take() == [] and norms.empty
 
 
 def test_what_cannot_be_told_apart_is_refused():

@@ -209,7 +209,7 @@ class PieceNorms:
     def take(self) -> list[Piece]:
         """The pieces since the last `take`, which are then forgotten."""
         pieces, self._pieces, self._seen = self._pieces, [], {}
-        for index in self._awaited - set(pieces[0].squares if pieces else ()):
+        for index in self._awaited - set(pieces[0].squares) if pieces else ():
             pieces[0].squares[index], self._ddp = math.nan, None
         self._awaited = set()
         return pieces
