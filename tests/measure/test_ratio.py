@@ -127,5 +127,8 @@ def test_bad_options_are_refused(options):
 
 
 def test_a_pair_that_is_not_finite_is_refused():
-    with pytest.raises(InputError, match="a pair must be finite"):
-        RatioOfMeans().update(math.nan, 1.0)
+    for wrong in (math.nan, math.inf, -1e101):
+        with pytest.raises(InputError, match="a pair must be finite, and within 1e100 of 0, got"):
+            RatioOfMeans().update(wrong, 1.0)
+    ratio = _filled([(1e100, 1e99), (-1e100, 1e100), (9e99, 1e100), (1.0, 1e100)])
+    assert math.isfinite(ratio.ratio().value)

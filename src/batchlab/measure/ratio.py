@@ -13,6 +13,7 @@ from batchlab.core.facts import Estimate
 _FEWEST = 3.0
 _ROUNDS = 3
 _SYMMETRIC = 1e-6
+_LARGEST = 1e100  # whose cube is a number still
 
 
 class RatioOfMeans:
@@ -45,9 +46,9 @@ class RatioOfMeans:
         self._skew = (0.0, 0.0, 0.0, 0.0)
 
     def update(self, x: float, y: float) -> None:
-        """Adds one pair (Welford's update: sums of powers about the running mean lose no digits)."""
-        if not (math.isfinite(x) and math.isfinite(y)):
-            raise InputError(f"a pair must be finite, got ({x!r}, {y!r})")
+        """Adds one pair, of numbers up to 1e100 (Welford's: sums of powers about the running mean lose no digits)."""
+        if not (abs(x) <= _LARGEST and abs(y) <= _LARGEST):
+            raise InputError(f"a pair must be finite, and within 1e100 of 0, got ({x!r}, {y!r})")
         keep = 1.0 if self.ema is None else self.ema
         self._weight = keep * self._weight + 1.0
         self._weight_sq = keep**2 * self._weight_sq + 1.0

@@ -1,6 +1,7 @@
 """Attached to a loop, `GradientNoise` gives the naive pair and leaves the training as it was."""
 
 import contextlib
+import json
 import math
 
 import numpy as np
@@ -111,7 +112,7 @@ def test_one_piece_says_that_there_is_nothing_to_compare():
     del x, y
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e45, 1e150])
 def test_a_step_that_is_not_finite_is_skipped_and_counted(bad):
     model = Quadratic(3)
     noise = GradientNoise(model)
@@ -122,6 +123,27 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(bad):
                 (model(torch.full((2, 3), value + shift, dtype=torch.float64)) / 2).backward()
         noise.step()
     assert noise.skipped == 1 and noise.statistics.count == 3
+
+
+def test_a_step_after_which_a_run_diverges_is_held_up_to_its_cube():
+    model = Quadratic(3)
+    noise = GradientNoise(model)
+    for step in range(8):
+        model.theta.grad = None
+        for shift in (0.0, 1.0):
+            with noise.micro_batch(2):
+                (model(torch.full((2, 3), 10.0 ** (5 * step) + shift, dtype=torch.float64)) / 2).backward()
+        assert noise.step().method
+    assert noise.skipped == 0
+
+
+def test_the_state_is_of_plain_numbers_whoever_counted():
+    noise = GradientNoise(Quadratic(3), every=np.int64(3))
+    for _ in range(2):
+        with noise.micro_batch(np.int64(2)):
+            pass
+        noise.skip()
+    assert json.loads(json.dumps(noise.state_dict()))["turn"] == 2
 
 
 def test_skip_forgets_the_pieces():

@@ -374,6 +374,39 @@ class _Sequence(nn.Module):
         return self.last(self.norm(turned.square() + turned).mean(0))
 
 
+def test_a_skipped_step_leaves_nothing_for_the_next_to_be_held_against():
+    """At a step with all layers the norms' own hooks saw its pieces too."""
+    model = _model()
+    noise = GradientNoise(model, method="norm_layers")
+    for step in range(FIRST + 6):
+        model.zero_grad()
+        _passes(noise, model, *_batch(step), [12])
+        if step == FIRST + 1:
+            assert noise._norm_layers.calibrates
+            noise.skip()
+        else:
+            noise.step()
+    assert noise.skipped == 1 and isinstance(noise._norm_layers.source, NormPieces)
+
+
+class _Scaled(nn.RMSNorm):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_what_a_subclass_of_a_norm_does_is_left_to_the_general_rules():
+    model = _model()
+    model[1] = _Scaled(8).double()
+    noise = GradientNoise(model, method="norm_layers")
+    for step in range(FIRST + 1):
+        model.zero_grad()
+        x, y = _batch(step)
+        _passes(noise, model, x, y, [12])
+        noise.step()
+    own, _ = _naive(model, x, y, [model[1].weight, model[4].bias])
+    assert noise.pair.trace == pytest.approx(noise._norm_layers._alpha.means[0] * own.trace, rel=1e-9)
+
+
 def test_that_the_norms_own_hooks_are_not_sound_is_kept_in_the_state():
     model = _Sequence()
     noise = GradientNoise(model, method="norm_layers")

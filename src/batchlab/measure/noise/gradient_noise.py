@@ -32,6 +32,7 @@ from batchlab.parallel.agree import agree_min
 
 METHODS = ("micro_batch", "per_example", "norm_layers", "ranks")
 WEIGHTINGS = ("none", "preconditioned")
+LARGEST = 1e80  # of |g|², in a run of float64 that diverges
 
 
 class GradientNoise:
@@ -76,7 +77,7 @@ class GradientNoise:
     are left out where the caller gives the norm.
 
     The pieces of all ranks count. One piece in all tells nothing: there is nothing to compare it with. A step that is
-    not finite is skipped on all ranks and counted in `skipped`. `steps` counts `step` and `skip`. `pair` holds the last
+    not finite, or whose |g|² is over 1e80, is skipped on all ranks and counted in `skipped`. `steps` counts `step` and `skip`. `pair` holds the last
     step's own two parts, None where it gave none.
 
     An example is whatever is drawn independently: for language models a sequence. With batch normalisation the
@@ -117,7 +118,7 @@ class GradientNoise:
         self.statistics = RatioOfMeans(ema=ema, coverage=coverage)
         self.method, self.weighting, self.skipped, self.steps = method, weighting, 0, 0
         self._closed = False
-        self._every, self._turn, self._examples = 1 if every == "auto" else every, 0, 1.0
+        self._every, self._turn, self._examples = 1 if every == "auto" else operator.index(every), 0, 1.0
         self._latest: Estimate | None = None
         self.pair: NoisePair | None = None
         self._group = process_group
@@ -242,6 +243,8 @@ class GradientNoise:
         """Forgets the pieces of a step that the caller will not apply, and counts it."""
         self._source.take()
         self._source.witness.forget()
+        if self._norm_layers is not None and self._norm_layers.calibrates:
+            self._norm_layers.forget()
         self.pair = None
         self.skipped += 1
         self._go_on()
@@ -302,4 +305,5 @@ def _pair(sums: StepSums, small: int, big: int) -> NoisePair:
 
 
 def _finite(sums: StepSums) -> bool:
-    return all(map(math.isfinite, [*sums.small, *sums.big]))
+    """Whether the statistics can hold it: they sum cubes."""
+    return all(abs(each) < LARGEST for each in [*sums.small, *sums.big])

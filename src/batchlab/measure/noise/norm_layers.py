@@ -87,12 +87,16 @@ class NormLayers:
         among the first steps it takes three that differ in a row.
         """
         seen = self._fast.square
-        self._fast.take()
-        self._fast.witness.forget()
+        self.forget()
         differs = math.isfinite(square) and not math.isclose(seen, square, rel_tol=AGREE)
         self._differed = self._differed + 1 if differs else 0
         if self._differed > (2 if self.turn < FIRST else 0):
             self._fast.sound = False
+
+    def forget(self) -> None:
+        """What the layers' own hooks saw beside the measurement of all layers."""
+        self._fast.take()
+        self._fast.witness.forget()
 
     def calibrate(self, trace: float, norm_trace: float) -> None:
         """Takes in tr(Σ) of all layers and of the normalisation layers at one step, which `turn` counts already."""
