@@ -8,7 +8,9 @@ import diptest
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from batchlab.measure.course.adam_stability import AdamStability
 from batchlab.measure.course.adam_update import expected_variance
 from tests.measure.course.adam_runs import STEPS, N, autoregressive, last, run, white
 
@@ -99,15 +101,34 @@ BATCHES = (1, 16, 64, 256, 400, 1024, 4096)
 
 
 @functools.cache
-def _at_batch(batch, equal):
-    """The last reading at a batch size, its updates, and the mean var u of the last twenty readings."""
+def _courses():
+    """At each batch size, for |G_i| alike or not: the last reading, its updates, the mean var u of the last twenty.
+
+    All are parameters of one optimizer, with the same noise.
+    """
     signs = torch.where(torch.arange(N) % 2 == 0, 0.05, -0.05)
-    mean = signs if equal else 0.05 * torch.randn(N, generator=torch.Generator().manual_seed(1))
-    noise = white()
-    steps = STEPS + 100
-    readings, stability = run(lambda step: mean + noise(step) / math.sqrt(batch), lag_memory=1.0, steps=steps)
-    spread = np.mean([reading.layers[0].variance_ratio / 19 for reading in readings[-20:]])
-    return last(readings), stability.updates("group0.0"), spread
+    means = {True: signs, False: 0.05 * torch.randn(N, generator=torch.Generator().manual_seed(1))}
+    cases = [(batch, equal) for batch in BATCHES for equal in means]
+    parameters, noise, readings = [nn.Parameter(torch.zeros(N)) for _ in cases], white(), []
+    optimizer = torch.optim.Adam(parameters, lr=0.0, fused=True)
+    with AdamStability(optimizer, lag_memory=1.0, on_reading=readings.append) as stability:
+        for step in range(STEPS + 100):
+            drawn = noise(step)
+            for p, (batch, equal) in zip(parameters, cases, strict=True):
+                p.grad = means[equal] + drawn / math.sqrt(batch)
+            optimizer.step()
+    return {
+        case: (
+            readings[-1].layers[at],
+            stability.updates(f"group0.{at}"),
+            np.mean([reading.layers[at].variance_ratio / 19 for reading in readings[-20:]]),
+        )
+        for at, case in enumerate(cases)
+    }
+
+
+def _at_batch(batch, equal):
+    return _courses()[batch, equal]
 
 
 def test_the_batch_size_predicts_correlation_and_variance():
