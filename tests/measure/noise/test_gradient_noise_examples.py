@@ -389,14 +389,20 @@ def test_a_skipped_step_leaves_nothing_for_the_next_to_be_held_against():
     assert noise.skipped == 1 and isinstance(noise._norm_layers.source, NormPieces)
 
 
+class _Named(nn.RMSNorm):
+    pass
+
+
 class _Scaled(nn.RMSNorm):
     def forward(self, x):
         return 2 * super().forward(x)
 
 
-def test_what_a_subclass_of_a_norm_does_is_left_to_the_general_rules():
+@pytest.mark.parametrize(("kind", "source"), [(_Scaled, ExamplePieces), (_Named, NormPieces)])
+def test_a_subclass_of_a_norm_is_taken_for_what_it_is(kind, source):
+    """Held against the general rules, and left to them where it does something else."""
     model = _model()
-    model[1] = _Scaled(8).double()
+    model[1] = kind(8).double()
     noise = GradientNoise(model, method="norm_layers")
     for step in range(FIRST + 1):
         model.zero_grad()
@@ -404,6 +410,7 @@ def test_what_a_subclass_of_a_norm_does_is_left_to_the_general_rules():
         _passes(noise, model, x, y, [12])
         noise.step()
     own, _ = _naive(model, x, y, [model[1].weight, model[4].bias])
+    assert isinstance(noise._norm_layers.source, source)
     assert noise.pair.trace == pytest.approx(noise._norm_layers._alpha.means[0] * own.trace, rel=1e-9)
 
 

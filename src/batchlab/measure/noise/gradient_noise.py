@@ -77,8 +77,8 @@ class GradientNoise:
     are left out where the caller gives the norm.
 
     The pieces of all ranks count. One piece in all tells nothing: there is nothing to compare it with. A step that is
-    not finite, or whose |g|² is over 1e80, is skipped on all ranks and counted in `skipped`. `steps` counts `step` and `skip`. `pair` holds the last
-    step's own two parts, None where it gave none.
+    not finite, or whose |g|² is over 1e80, is skipped on all ranks and counted in `skipped`. `steps` counts `step` and
+    `skip`. `pair` holds the last step's own two parts, None where it gave none.
 
     An example is whatever is drawn independently: for language models a sequence. With batch normalisation the
     pieces' gradients depend on each other, and the estimate with them. A loss scale is taken out by `scaler.unscale_`
