@@ -138,6 +138,21 @@ def test_a_zero_gradient_moves_nothing_and_nan_stays_nan():
     assert flat(model.parameters()).isnan().all()
 
 
+def test_a_pass_that_is_not_finite_leaves_the_factors_of_a_loop_that_skips_it():
+    """Such a loop may clear the gradients of the model alone, so that the next step finds what the pass left."""
+    model = mlp()
+    optimizer = made(model, inv_freq=1)
+    run(model, optimizer, 2)
+    F.cross_entropy(model(batch(2)[0] * math.nan), batch(2)[1]).backward()
+    model.zero_grad()
+    x, y = batch(3)
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    assert [row.updates for row in optimizer.report()] == [2, 2]
+    run(model, optimizer, 2)
+    assert [row.updates for row in optimizer.report()] == [4, 4] and flat(model.parameters()).isfinite().all()
+
+
 def test_closures_schedulers_and_groups_are_the_bases_own():
     model = mlp()
     base = torch.optim.SGD([{"params": model[0].parameters()}, {"params": [model[2].weight], "lr": 0.2}], lr=0.1)

@@ -68,6 +68,29 @@ def test_means_are_those_taken_by_hand(name, cut):
         close(passes.output, layer.bias.grad)
 
 
+@pytest.mark.parametrize("name", ["rows", "tokens", "images"])
+def test_the_released_means_are_those_of_the_packages_rows(name):
+    """Of a convolution an example's mean patch, and its positions' gradients summed over their number; N times a row's
+    gradient, and both cut to [-100, 100].
+    """
+    make, shape = LAYERS[name]
+    torch.manual_seed(0)
+    layer, x = make(), drawn(*shape) * 60
+    output = layer(x)
+    scale = 1e3 * torch.linspace(-1, 1, output.numel(), dtype=DOUBLE).view_as(output) / len(output)
+    optimizer = made(layer, variant="released")
+    (layer(x) * scale).sum().backward()
+    if name == "images":
+        a, g = patches(layer, x).view(len(x), -1, layer.weight[0].numel()).mean(1), scale.mean((2, 3))
+    else:
+        a, g = x.reshape(-1, 5), scale.reshape(-1, 4)
+    assert (x.abs() > 100).any() and (g.abs() * len(g) > 100).any()
+    (passes,) = [one.take() for one in optimizer._layers]
+    assert passes.inputs.rows == len(a) == len(g)
+    close(passes.inputs.total, a.clamp(-100, 100).sum(0))
+    close(passes.output, (len(g) * g).clamp(-100, 100).mean(0))
+
+
 def test_a_convolution_of_one_pixel_is_a_linear_layer():
     linear, conv = nn.Linear(5, 4, dtype=DOUBLE), nn.Conv2d(5, 4, 1, dtype=DOUBLE)
     conv.weight.data, conv.bias.data = linear.weight.data.clone()[..., None, None], linear.bias.data.clone()

@@ -184,6 +184,12 @@ def over_ranks(passes: Sequence[Passes], group: dist.ProcessGroup | None) -> lis
     ]
 
 
+def all_finite(passes: Sequence[Passes]) -> list[bool]:
+    """Of each layer whether its sums are; waits for the device, once."""
+    flags = [each.inputs.total.isfinite().all() & each.output.isfinite().all() for each in passes]
+    return [bool(flag) for flag in torch.stack([each.to(flags[0].device) for each in flags]).tolist()]
+
+
 def mean_over_ranks(value: Tensor, device: torch.device, group: dist.ProcessGroup | None) -> float:
     """Of one number; every rank must call."""
     if dist.is_available() and dist.is_initialized() and (world := dist.get_world_size(group)) > 1:

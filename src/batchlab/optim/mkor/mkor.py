@@ -15,7 +15,7 @@ from batchlab.core.checks import check_count, check_inside, check_positive, chec
 from batchlab.core.errors import InputError
 from batchlab.optim.by_name import in_groups
 from batchlab.optim.mkor.factors import Knee, Variant, input_sums, output_sum, wide_dtype
-from batchlab.optim.mkor.layers import Layer, layers_of, mean_over_ranks, over_ranks
+from batchlab.optim.mkor.layers import Layer, all_finite, layers_of, mean_over_ranks, over_ranks
 from batchlab.parallel.shards import is_spread
 
 _SETTINGS = ("gamma", "inv_freq", "warmup_steps", "eps", "zeta", "variant", "switch")
@@ -66,7 +66,8 @@ class MKOR(torch.optim.Optimizer):
     rows: ā is the mean of all rows, ḡ a sum over passes and a mean over ranks, as the gradient is. All backward passes
     through a layer count, forward passes without one do not. With `GradScaler` set `loss_scale` to its `get_scale()`
     before each backward pass; after a step that it skips call `zero_grad` of this optimizer, not of the model, so that
-    what the pass left is forgotten.
+    what the pass left is forgotten. An ā or ḡ that is not finite leaves both factors of its layer as they are; a
+    gradient that is not goes to `base` as it is.
 
     State: per layer (in + 1)² + out² elements, the same on every rank. Sent: in + out + 2 numbers a layer, once an
     update. Gradients may be DTensors (FSDP2): each layer's is gathered, preconditioned and cut again, on every rank.
@@ -220,8 +221,9 @@ class MKOR(torch.optim.Optimizer):
                 "no pass through a layer was seen, but there are gradients: make MKOR before torch.compile, and before "
                 "the forward pass of the step"
             )
-        for layer, each in zip(self._layers, passes, strict=True):
-            layer.update(each, gamma=self.gamma, eps=self.eps, zeta=self.zeta, variant=self.variant)
+        for layer, each, finite in zip(self._layers, passes, all_finite(passes), strict=True):
+            if finite:
+                layer.update(each, gamma=self.gamma, eps=self.eps, zeta=self.zeta, variant=self.variant)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Also forgets what backward passes told of gradients that are not stepped with."""
