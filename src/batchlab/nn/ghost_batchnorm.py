@@ -127,7 +127,7 @@ def ghosts(batch: int, ghost_size: int, values: int, ragged: Ragged = "own") -> 
     ((3, 4), (2, 33), (3, 1), (2, 36))
     """
     _check(ghost_size, ragged)
-    full, rest = divmod(batch, ghost_size)
+    full, rest = batch // ghost_size, batch % ghost_size  # not divmod, which a compiled batch of any size has not
     if rest and ragged == "refuse":
         raise InputError(f"the batch must be a multiple of ghost_size {ghost_size}, got {batch} examples")
     if full and rest and (ragged == "merge" or rest * values < 2):
