@@ -37,6 +37,16 @@ def test_the_gradient_is_the_mean_over_the_first_examples_of_the_stream(size):
     torch.testing.assert_close(gradient(step), 2 * expected, rtol=1e-12, atol=1e-14)
 
 
+def test_a_share_of_the_gradient_is_that_of_the_loss_but_not_what_it_returns():
+    step = TrainingStep(toy_job(n=32), device=CPU)
+    batch, losses, found = step.batch(4), [], []
+    for share in (1.0, 0.25):
+        step.clear()
+        losses.append(step.backward_on(batch, share=share).item())
+        found.append(gradient(step))
+    assert losses[0] == losses[1] and torch.equal(0.25 * found[0], found[1])
+
+
 @pytest.mark.parametrize("optimizer", names())
 def test_every_step_is_the_same_work_and_moves_nothing(optimizer):
     step = TrainingStep(toy_job(optimizer=optimizer), device=CPU)

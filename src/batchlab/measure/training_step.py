@@ -75,8 +75,8 @@ class TrainingStep:
         self.phase = "data"
         return self.backward_on(self.batch(size))
 
-    def backward_on(self, batch: Any) -> Tensor:
-        """The same for a batch that is on the device."""
+    def backward_on(self, batch: Any, share: float = 1.0) -> Tensor:
+        """The same for a batch that is on the device; the gradient, and not the loss returned, times `share`."""
         self.phase = "forward"
         loss = self.job.loss(self.model, batch)
         if not isinstance(loss, Tensor) or loss.ndim != 0:
@@ -84,7 +84,7 @@ class TrainingStep:
         if not loss.requires_grad:
             raise InputError("job loss does not depend on the model's weights: it has no gradient")
         self.phase = "backward"
-        loss.backward()  # type: ignore[no-untyped-call]
+        (loss if share == 1 else loss * share).backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
     def step(self) -> None:

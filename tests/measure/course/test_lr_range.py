@@ -13,6 +13,7 @@ from batchlab.core.errors import InputError
 from batchlab.core.random import derive_seed
 from batchlab.data.stream import SampleStream
 from batchlab.measure.course.learning_rate import lr_range, range_test, set_momentum
+from batchlab.optim.vrgd.optimizers import VRSGD
 from tests.spine.jobs import toy_job
 
 
@@ -56,6 +57,33 @@ def test_a_job_is_trained_as_by_a_plain_loop(optimizer, batch_size):
     assert found.losses == pytest.approx(expected.losses, rel=1e-9)
     assert found.smoothed == pytest.approx(expected.smoothed, rel=1e-9)
     assert found.reason == expected.reason and len(found.losses) >= 20
+
+
+@pytest.mark.parametrize("batch_size", [20, 3])
+def test_an_optimizer_of_groups_gets_groups_of_the_batch(batch_size):
+    """Eight of two or three examples, or one each, weighted by their size."""
+    job, ramped = line_job("vrsgd"), {"low": 1e-3, "high": 1.0, "steps": 12, "smoothing": 0.2}
+    found = lr_range(job, batch_size=batch_size, **ramped, device="cpu", seed=4)
+    model, stream, position = job.model(), SampleStream(32, derive_seed(4, "stream")), 0
+    plain = VRSGD(model.parameters(), lr=0.0, momentum=0.9)
+
+    def update(rate):
+        nonlocal position
+        indices = stream.indices(position, batch_size)
+        position += batch_size
+        plain.param_groups[0]["lr"], total = rate, 0.0
+        for part in np.array_split(indices, min(8, batch_size)):
+            x, y = job.train[part]
+            loss = (model(x).squeeze(1) - y).square().sum() / batch_size
+            loss.backward()
+            plain.add_group(examples=len(part))
+            total += loss.item()
+        plain.step()
+        plain.zero_grad()
+        return total
+
+    assert found.losses == pytest.approx(range_test(update, **ramped).losses, rel=1e-9)
+    assert found.losses != pytest.approx(lr_range(line_job("sgd"), batch_size=batch_size, **ramped, seed=4).losses)
 
 
 def test_a_range_test_is_a_function_of_its_seed_and_keeps_the_callers_generators():

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
-from typing import Literal
+from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -15,105 +16,26 @@ from batchlab.core.checks import check_count, holds, is_count
 from batchlab.core.device import pick_device
 from batchlab.core.errors import InputError
 from batchlab.core.job import Job
-from batchlab.core.jsonio import JsonNoun
+from batchlab.core.model import least_examples
 from batchlab.core.random import derive_seed, preserved_generators, reseed
 from batchlab.data.fetch import fetch, to_device
 from batchlab.data.stream import SampleStream
+from batchlab.measure.course.range_reading import ONE_CYCLE as ONE_CYCLE
+from batchlab.measure.course.range_reading import Cycle as Cycle
+from batchlab.measure.course.range_reading import RangeTest as RangeTest
+from batchlab.measure.course.range_reading import Spacing as Spacing
 from batchlab.measure.course.rate_search import RATIO as RATIO
 from batchlab.measure.course.rate_search import Choice as Choice
 from batchlab.measure.course.rate_search import Trial as Trial
 from batchlab.measure.course.rate_search import choose as choose
 from batchlab.measure.modes import evaluating
 from batchlab.measure.training_step import TrainingStep
+from batchlab.optim.by_name import in_groups
 
 LOW, HIGH, STEPS = 1e-6, 10.0, 100
 SMOOTHING, STOP_FACTOR = 0.05, 4.0
-ONE_CYCLE, MANY_CYCLES = 10.0, 4.0
 _ABOVE = 3.0
-_NOT_ABOVE_NOISE = "the loss did not fall above its noise: take more steps, a larger batch, or validation examples"
-
-Spacing = Literal["geometric", "linear"]
-
-
-@dataclass(frozen=True)
-class Cycle(JsonNoun):
-    """The ends of a cyclical learning rate, as a range test suggests them, and why.
-
-    bracketed: whether the test saw the loss fall and turn up, so that `max_lr` is not merely an end of the ramp.
-    """
-
-    min_lr: float
-    max_lr: float
-    bracketed: bool
-    reason: str
-
-
-@dataclass(frozen=True)
-class RangeTest(JsonNoun):
-    """One ramp of the learning rate. learning_rates, losses: as far as it went; smoothed: what the readings are of.
-
-    steepest: where the smoothed loss falls fastest per factor of the rate, before its minimum. minimum: where it is
-    least. divergence: where it passed `stop_factor` times the least, or was not finite; None if it never did.
-    validation: the validation loss after each update, where one was given; the readings are then of that. momenta:
-    the momentum (or β₁) at each rate, where it was cycled. spacing: of the rates. read_from: the first step that is
-    read, at which the average holds so many losses that one batch's luck is no reading. fell: whether the average fell
-    from there to its least by more than three standard errors of its noise, that of the losses up to there.
-
-    The point of divergence is not the stability limit: it depends on the speed of the ramp (a slower one never gives
-    a larger stop under noise), and by a factor of several on the noise. `max_stable_lr` finds that limit.
-    """
-
-    learning_rates: tuple[float, ...]
-    losses: tuple[float, ...]
-    smoothed: tuple[float, ...]
-    steepest: float
-    minimum: float
-    divergence: float | None
-    validation: tuple[float, ...] = ()
-    momenta: tuple[float, ...] = ()
-    spacing: Spacing = "geometric"
-    read_from: int = 0
-    fell: bool = True
-
-    @property
-    def suggestion(self) -> float:
-        """Where to start short runs: halfway between the steepest point and the minimum, in the logarithm.
-
-        Where `fell` is false it is only where noise happened to be least.
-        """
-        return math.sqrt(self.steepest * self.minimum)
-
-    @property
-    def reason(self) -> str:
-        """What was read, in a sentence."""
-        end = "never diverged" if self.divergence is None else f"diverged at {self.divergence:.3g}"
-        noise = "" if self.fell else f"; but {_NOT_ABOVE_NOISE}"
-        return f"range test: falls fastest at {self.steepest:.3g}, least at {self.minimum:.3g}, {end}{noise}"
-
-    def cycle(self, cycles: int = 1) -> Cycle:
-        """The ends for `cycles` cycles of the learning rate, by Smith's rules.
-
-        max_lr: the largest rate before the (validation) loss turns up, which is where it is least. min_lr: a tenth of
-        that for one cycle (he uses a tenth or a twentieth), a quarter for several (a third or a quarter). It holds
-        for the batch size and the weight decay of the test. A test of 100 updates at a high momentum understates
-        max_lr on small networks; one that reads the training loss alone overstates it.
-        """
-        check_count(cycles=cycles)
-        part = ONE_CYCLE if cycles == 1 else MANY_CYCLES
-        what = "validation loss" if self.validation else "training loss"
-        ended = self.divergence is None and self.minimum == self.learning_rates[-1]
-        bracketed = self.fell and not ended and self.minimum > self.learning_rates[self.read_from]
-        turn = f"the smoothed {what} turns up after {self.minimum:.3g}"
-        if ended:
-            turn = f"the smoothed {what} still fell at {self.minimum:.3g}, where the ramp ended: test higher rates"
-        elif self.minimum == self.learning_rates[self.read_from]:
-            turn = f"the smoothed {what} only rose from {self.minimum:.3g}, where the ramp began: test lower rates"
-        elif not self.fell:
-            turn = _NOT_ABOVE_NOISE
-        overstated = "" if self.validation else "; read from training loss alone it is overstated"
-        few = "one cycle" if cycles == 1 else f"{cycles} cycles"
-        reason = f"max: {turn}{overstated}; min: 1/{part:g} of it, for {few}"
-        return Cycle(self.minimum / part, self.minimum, bracketed, reason)
+GROUPS = 8  # of a batch, as in `train`, where an optimizer takes the gradient in groups
 
 
 def ramp(low: float, high: float, steps: int, spacing: Spacing = "geometric") -> list[float]:
@@ -275,9 +197,7 @@ def lr_range(
                 set_momentum(step.optimizer, momenta[done])
             indices = stream.indices(done * batch_size, batch_size).tolist()
             done += 1
-            loss = step.backward_on(to_device(fetch(job.train, indices, job.collate), where))
-            step.step()
-            return float(loss)
+            return _trained(step, indices)
 
         fixed = [i * len(job.valid) // validation for i in range(validation)]
         found = range_test(
@@ -291,6 +211,32 @@ def lr_range(
             validate=(lambda: _loss_on(job, step.model, fixed, batch_size, where)) if fixed else None,
         )
     return replace(found, momenta=tuple(momenta[: len(found.learning_rates)]))
+
+
+def _trained(step: TrainingStep, indices: list[int]) -> float:
+    """One update on the examples at `indices`: the mean loss over their units before it.
+
+    An optimizer that takes the gradient in groups gets eight, or as many as the batch allows.
+    """
+    job, optimizer = step.job, step.optimizer
+    most = len(indices) // least_examples(step.model) if in_groups(optimizer) else 1
+    parts = [part.tolist() for part in np.array_split(indices, max(1, min(GROUPS, most)))]
+    batches = [to_device(fetch(job.train, part, job.collate), step.device) for part in parts]
+    units = [_units(job, batch, len(part)) for batch, part in zip(batches, parts, strict=True)]
+    total = 0.0
+    for batch, count in zip(batches, units, strict=True):
+        share = count / max(sum(units), 1) if len(parts) > 1 else 1.0
+        total += share * float(step.backward_on(batch, share=share))
+        if in_groups(optimizer):
+            cast(Any, optimizer).add_group(examples=count)
+    optimizer.step()
+    step.clear()
+    return total
+
+
+def _units(job: Job, batch: Any, examples: int) -> int:
+    per_example = job.units_per_example
+    return int(per_example(batch)) if callable(per_example) else per_example * examples
 
 
 def _falling(momentum: tuple[float, float], steps: int) -> list[float]:
@@ -325,8 +271,7 @@ def _loss_on(job: Job, model: nn.Module, indices: Sequence[int], batch_size: int
         for start in range(0, len(indices), batch_size):
             part = list(indices[start : start + batch_size])
             batch = to_device(fetch(job.valid, part, job.collate), device)
-            per_example = job.units_per_example
-            count = int(per_example(batch)) if callable(per_example) else per_example * len(part)
+            count = _units(job, batch, len(part))
             total += float(job.loss(model, batch)) * count if count else 0.0
             units += count
     return total / units if units else math.nan
