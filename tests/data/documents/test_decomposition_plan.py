@@ -1,4 +1,6 @@
+import numpy as np
 import pytest
+import torch
 
 from batchlab.core.errors import InputError
 from batchlab.data.documents.decomposition_curriculum import bucket_odds
@@ -68,6 +70,17 @@ def test_the_nearest_counts_are_the_nearest_of_all_single_changes():
     assert released_counts([2, 2], [4, 8], 24, 1) == [2, 2]
 
 
+@pytest.mark.parametrize("integers", [np.array, torch.tensor])
+def test_integers_of_other_libraries_do_not_overflow(integers):
+    """10^21 tokens times sequences are past 64 bits."""
+    given = [10**9, 3 * 10**8, 9 * 10**7], [8, 16, 32], [16, 8, 4]
+    whole = dict(tokens_per_step=64, cycles=4, total_tokens=10**12)
+    plan = plan_decomposition(*map(integers, given[:2]), units=integers(given[2]), **whole)
+    assert plan == plan_decomposition(*given[:2], units=given[2], **whole)
+    shares = [count * length for count, length in zip(plan.sequences_per_cycle, plan.lengths, strict=True)]
+    assert shares == pytest.approx([10**12 / 4 * part / 15.68 for part in (8, 4.8, 2.88)], rel=1e-6)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -78,6 +91,10 @@ def test_the_nearest_counts_are_the_nearest_of_all_single_changes():
         (dict(lengths=[8, 32, 16]), "lengths must be integers of at least 1, ascending, got [8, 32, 16]"),
         (dict(available=[1000]), "available must have one count for each of the lengths, got 1 and 3"),
         (dict(units=[8, 5, 2]), "units must be multiples of a batch: 4 sequences in the bucket of length 16, got 5"),
+        (
+            dict(units=[8.5, 4, 2]),
+            "units must be multiples of a batch: 8 sequences in the bucket of length 8, got 8.5",
+        ),
         (dict(units=[8]), "units must have one number for each of the 3 buckets, got 1"),
         (dict(total_tokens=10), "the bucket of length 8" + NONE.format(1000, 8, 4)),
         (dict(total_tokens=1e6), "total_tokens must be an integer of at least 1, got 1000000.0"),

@@ -106,9 +106,12 @@ def plan_decomposition(
     ((3, 2, 3), '8,192 tokens in 2 cycles of 8 steps of 512')
     """
     batch = _batches(available, lengths, tokens_per_step)
-    units = _ints(batch if units is None else units)
+    available, lengths = _ints(available), _ints(lengths)  # Python's, which do not overflow
+    units = batch if units is None else units
     _check_units(units, batch, lengths)
+    units = _ints(units)
     check_count(cycles=cycles)
+    cycles = int(cycles)
     tokens = [unit * length for unit, length in zip(units, lengths, strict=True)]
     if total_tokens is None:
         counts = [there // (unit * cycles) for there, unit in zip(available, units, strict=True)]
@@ -136,9 +139,7 @@ def plan_decomposition(
                 f"units of {units[at]}, {cycles} cycles get none; take fewer cycles or tokens a step, or leave it out"
             )
     total = cycles * sum(count * size for count, size in zip(nearest, tokens, strict=True))
-    return DecompositionPlan(
-        _ints(lengths), units, _ints(counts), _ints(batch), _ints(available), int(cycles), total_tokens, int(total)
-    )
+    return DecompositionPlan(lengths, units, _ints(counts), batch, available, int(cycles), total_tokens, int(total))
 
 
 def nearest_counts(counts: Sequence[int], tokens: Sequence[int], total_tokens: int, cycles: int) -> list[int]:
@@ -173,10 +174,10 @@ def released_counts(counts: Sequence[int], tokens: Sequence[int], total_tokens: 
     return counts
 
 
-def _batches(available: Sequence[int], lengths: Sequence[int], tokens_per_step: int) -> list[int]:
+def _batches(available: Sequence[int], lengths: Sequence[int], tokens_per_step: int) -> tuple[int, ...]:
     """Sequences of each bucket in a step."""
     check_count(tokens_per_step=tokens_per_step)
-    if len(available) != len(lengths) or not lengths:
+    if len(available) != len(lengths) or not len(lengths):
         raise InputError(
             f"available must have one count for each of the lengths, got {len(available)} and {len(lengths)}"
         )
@@ -190,7 +191,7 @@ def _batches(available: Sequence[int], lengths: Sequence[int], tokens_per_step: 
             raise InputError(
                 f"tokens_per_step must be a multiple of the bucket of length {length}, got {tokens_per_step}"
             )
-    return [tokens_per_step // length for length in lengths]
+    return _ints([tokens_per_step // length for length in lengths])
 
 
 def _ints(numbers: Sequence[int]) -> tuple[int, ...]:
@@ -201,7 +202,7 @@ def _check_units(units: Sequence[int], batch: Sequence[int], lengths: Sequence[i
     if len(units) != len(batch):
         raise InputError(f"units must have one number for each of the {len(batch)} buckets, got {len(units)}")
     for unit, size, length in zip(units, batch, lengths, strict=True):
-        if unit < 1 or unit % size:
+        if not is_count(unit) or unit % size:
             raise InputError(
                 f"units must be multiples of a batch: {size} sequences in the bucket of length {length}, got {unit}"
             )
