@@ -160,6 +160,15 @@ def test_group_gradients_are_each_groups_own():
         group_gradients(nn.Tanh(), loss, groups)
 
 
+@pytest.mark.parametrize("geometry", ["sign", "spectral", "euclidean"])
+def test_gradients_by_name_of_every_shape(geometry):
+    """Single numbers and empty tensors too, and counts of any library."""
+    named = {"w": draws(4, 3, 2), "b": draws(4, seed=1), "none": draws(4, 0, 2)}
+    flat = [draws(4, 3, 2), draws(4, 1, seed=1)]
+    assert dual_norm_parts(named, np.int64(8), geometry) == dual_norm_parts(flat, [8] * 4, geometry)
+    assert repr(dual_norm_noise([named] * 3, 8, geometry)) == repr(dual_norm_noise([flat] * 3, 8, geometry))
+
+
 def test_state_goes_round_and_steps_that_are_not_finite_are_skipped():
     noise, again = DualNormNoise("sign", ema=0.9), DualNormNoise("sign", ema=0.9)
     for seed in range(6):

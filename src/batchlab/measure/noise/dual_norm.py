@@ -13,7 +13,7 @@ tr(Σ)/|G|², McCandlish's.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -24,6 +24,7 @@ from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate
 from batchlab.measure.ratio import RatioOfMeans
 
+Stacks = Sequence[Tensor] | Mapping[str, Tensor]
 Geometry = Literal["sign", "spectral", "euclidean"]
 GEOMETRIES = ("sign", "spectral", "euclidean")
 _NOT_IN_IT = "spectral geometry needs a tensor of two or more dimensions; there is none"
@@ -42,7 +43,7 @@ class DualNormParts(NamedTuple):
 
 
 def dual_norm_noise(
-    steps: Iterable[Sequence[Tensor]],
+    steps: Iterable[Stacks],
     examples: int | Sequence[int],
     geometry: Geometry = "sign",
     *,
@@ -51,7 +52,8 @@ def dual_norm_noise(
 ) -> Estimate:
     """The noise scale in examples, from the group gradients of one or more steps: see `DualNormNoise`.
 
-    steps: for each, the tensors' group gradients, stacked along the first dimension, as `group_gradients` gives them.
+    steps: for each, the tensors' group gradients, stacked along the first dimension, in a list or by name, as
+    `group_gradients` gives them.
     """
     noise = DualNormNoise(geometry, ema=ema, coverage=coverage)
     for gradients in steps:
@@ -91,10 +93,11 @@ class DualNormNoise:
         self._plain = RatioOfMeans(ema=ema, coverage=coverage)
         self._crossed = RatioOfMeans(ema=ema, coverage=coverage)
 
-    def update(self, gradients: Sequence[Tensor], examples: int | Sequence[int]) -> Estimate:
+    def update(self, gradients: Stacks, examples: int | Sequence[int]) -> Estimate:
         """Adds one step and returns the estimate so far; a step that is not finite is skipped and counted.
 
-        gradients: for each tensor, its k >= 2 group gradients stacked. examples: in each group, or of each.
+        gradients: for each tensor, its k >= 2 group gradients stacked; a list, or by name. examples: in each group, or
+        of each.
         """
         parts = dual_norm_parts(gradients, examples, self.geometry)
         if all(map(math.isfinite, parts)):
@@ -134,9 +137,7 @@ class DualNormNoise:
 
 
 @torch.no_grad()
-def dual_norm_parts(
-    gradients: Sequence[Tensor], examples: int | Sequence[int], geometry: Geometry = "sign"
-) -> DualNormParts:
+def dual_norm_parts(gradients: Stacks, examples: int | Sequence[int], geometry: Geometry = "sign") -> DualNormParts:
     """Noise and signal of one step, summed over tensors (the dual of the largest of the tensors' norms).
 
     "euclidean" sums squares over tensors instead. Computed in float32 at least; NaN where a gradient is not
@@ -148,18 +149,19 @@ def dual_norm_parts(
     """
     if geometry not in GEOMETRIES:
         raise InputError(f"geometry must be one of {list(GEOMETRIES)}, got {geometry!r}")
-    stacks = [_wide(stack) for stack in gradients]
+    given = gradients.values() if isinstance(gradients, Mapping) else gradients
+    stacks = [each for each in map(_wide, given) if each.numel()]
     counts = {len(stack) for stack in stacks}
     if len(counts) != 1 or min(counts) < 2:
         raise InputError(f"gradients must be stacks of one number of groups, at least two, got {sorted(counts)}")
     k = counts.pop()
-    sizes = [examples] * k if isinstance(examples, int) else list(examples)
+    sizes = list(examples) if isinstance(examples, Sequence) else [examples] * k
     if len(sizes) != k or not all(map(is_count, sizes)):
         raise InputError(f"examples must be an integer of at least 1, or one for each of {k} groups, got {examples!r}")
     if not all(bool(stack.isfinite().all()) for stack in stacks):
         return DualNormParts(math.nan, math.nan, math.nan)
     if geometry == "euclidean":
-        return _euclidean(torch.cat([stack.flatten(1) for stack in stacks], 1), sizes)
+        return _euclidean(torch.cat([stack.reshape(k, -1) for stack in stacks], 1), sizes)
     if geometry == "spectral":
         stacks = [stack.flatten(2) for stack in stacks if stack.ndim > 2]
         if not stacks:
