@@ -24,3 +24,5 @@ def test_one_and_none():
         median_interval([])
     with pytest.raises(InputError, match="samples must be one or more finite numbers"):
         median_interval([1.0, float("nan")])
+    with pytest.raises(InputError, match=r"coverage must lie in \(0, 1\), got 95"):
+        median_interval([1.0, 2.0], coverage=95)

@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
+from batchlab.core.checks import check_inside
 from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate
 
@@ -20,6 +21,7 @@ def median_interval(samples: Sequence[float], *, coverage: float = 0.95, method:
     >>> median_interval([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], method="seconds")
     Estimate(3.5 [1, 6], 96.88 %, seconds, median of 6)
     """
+    check_inside(coverage=coverage)
     if not samples or not all(math.isfinite(sample) for sample in samples):
         raise InputError(f"samples must be one or more finite numbers, got {list(samples)!r:.80}")
     ordered, n = sorted(samples), len(samples)

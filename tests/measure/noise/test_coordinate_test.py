@@ -55,6 +55,7 @@ def test_pure_noise_asks_for_far_more_than_the_norm_test():
     [
         (lambda: coordinate_norm_test(stacks(3), eta=1.0), r"eta must lie in \(0, 1\), got 1.0"),
         (lambda: coordinate_norm_test(stacks(1)), "a variance needs two examples or more, got 1"),
+        (lambda: coordinate_moments(stacks(3), examples=[1, 2, 2]), r"at least 1, got \[1, 2, 2\]"),
         (lambda: coordinate_moments(), "micro_batches must hold at least one stack of gradients, got none"),
     ],
 )

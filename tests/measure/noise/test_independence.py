@@ -140,6 +140,7 @@ def test_gradients_that_vanish_tell_nothing():
         ([], "gradients must be at least 16, for two sizes of batch, got 0"),
         (torch.ones(15, 2), "gradients must be at least 16, for two sizes of batch, got 15"),
         ([torch.ones(2), torch.tensor([1.0, math.nan])], "gradient 2 is not finite"),
+        (torch.ones(16, 2).long(), "gradient 1 must be of real floating-point numbers, got torch.int64"),
         ([torch.ones(2), torch.ones(3)], r"gradients must all be of the same shapes, got \[\(2,\)\] and \[\(3,\)\]"),
         ([[torch.ones(2)], [torch.ones(2), None]], "gradients must all be of the same shapes"),
     ],

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from batchlab.core.checks import check_inside
+from batchlab.core.checks import check_count, check_inside
 from batchlab.measure.noise.batch_tests import BatchTest, Stacks, batch_moments
 from batchlab.parallel.agree import device_of
 
@@ -42,6 +42,7 @@ def coordinate_moments(
 
     Over ranks it sums two float64 tensors of the model's size, where the other tests sum one.
     """
+    check_count(examples=examples)
     moments = batch_moments(*micro_batches, examples=examples, process_group=process_group)
     return CoordinateMoments(*moments, _worst(micro_batches, examples, process_group))
 

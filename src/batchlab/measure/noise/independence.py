@@ -138,6 +138,8 @@ def _parts(gradient: Tensor | Sequence[Tensor | None], number: int) -> Parts:
     for part in given:
         if part is not None and is_spread(part):
             raise InputError(f"gradient {number} is spread over ranks: give the whole tensors")
+        if part is not None and not part.is_floating_point():
+            raise InputError(f"gradient {number} must be of real floating-point numbers, got {part.dtype}")
         parts.append(None if part is None else _wide(part))
     return parts
 
