@@ -32,6 +32,20 @@ def weights(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
+INNER = {
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.003),
+}
+
+
+def train(model, optimizer, steps, start=0):
+    """So many steps on the batches of replica 0."""
+    for step in range(start, start + steps):
+        backward(model, *batch(0, step))
+        optimizer.step()
+
+
 class ByHand:
     """Replicas by number, θ and v as flat tensors; a round runs over those named."""
 

@@ -1,7 +1,6 @@
-"""DiLoCo in one process: its limits, its outer step by hand, its state, and what it refuses."""
+"""DiLoCo in one process: its limits, its outer step by hand, clipping, closures, schedules and hooks."""
 
 import copy
-import io
 import math
 
 import pytest
@@ -10,23 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from batchlab.core.errors import InputError, NonFiniteError
-from batchlab.optim.diloco.diloco import DiLoCo, outer_learning_rate, pseudo_gradient
+from batchlab.optim.diloco.diloco import DiLoCo, pseudo_gradient
 from batchlab.optim.diloco.replicas import clip_
-from batchlab.optim.vrgd.optimizers import VRSGD
-from tests.optim.diloco.diloco_fixture import ByHand, backward, batch, network, weights
-
-INNER = {
-    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
-    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
-    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.003),
-}
-
-
-def train(model, optimizer, steps, start=0):
-    for step in range(start, start + steps):
-        backward(model, *batch(0, step))
-        optimizer.step()
+from tests.optim.diloco.diloco_fixture import INNER, ByHand, backward, batch, network, train, weights
 
 
 @pytest.mark.parametrize("name", INNER)
@@ -99,56 +84,6 @@ def test_the_pseudo_gradient_points_where_a_subtracting_optimizer_follows(theta,
     assert old - pseudo_gradient(old, old + moved) == pytest.approx(theta + moved, abs=1e-12)
 
 
-def test_weights_that_stay_move_no_bit_of_a_finer_theta():
-    """1/3 is not a bfloat16: a Δ against unrounded θ would pull it to one."""
-    theta = torch.tensor([1 / 3])
-    assert pseudo_gradient(theta, theta.bfloat16()).item() == 0.0
-
-
-def test_half_precision_keeps_theta_in_float32_and_small_steps_add_up():
-    model = nn.Linear(1, 1, bias=False).bfloat16()
-    nn.init.constant_(model.weight, 1.0)
-    optimizer = DiLoCo(torch.optim.SGD(model.parameters(), lr=1.0), inner_steps=1, outer_lr=0.01, outer_momentum=0.0)
-    for _ in range(60):  # each inner step is one bfloat16 grid step below 1, 2^-8; a hundredth of it is none
-        model.weight.grad = torch.full_like(model.weight, 2**-8)
-        optimizer.step()
-    theta = optimizer.state_dict()["diloco"]["theta"][0]
-    assert theta.dtype == torch.float32 and theta.item() == pytest.approx(1 - 0.6 * 2**-8, abs=60 * 2**-24)
-    assert model.weight.dtype == torch.bfloat16 and model.weight.item() == 1 - 2**-8
-
-
-@pytest.mark.parametrize("cut", [5, 8, 9])
-def test_a_run_saved_within_a_round_goes_on_the_same(cut):
-    """H = 4: after one step of a round, at its end, and after the first step of the next."""
-
-    def start(seed):
-        model = network(seed)
-        inner = INNER["adamw"](model.parameters())
-        optimizer = DiLoCo(inner, inner_steps=4, outer_lr=0.6, clip_norm=0.5)
-        return model, optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer.outer, 5)
-
-    model, optimizer, _ = start(0)
-    train(model, optimizer, 17)
-    first, half, _ = start(0)
-    train(first, half, cut)
-    file = io.BytesIO()
-    torch.save({"model": first.state_dict(), "optimizer": half.state_dict()}, file)
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
-    train(first, half, 3, start=50)  # what was saved does not move with the run
-    second, resumed, _ = start(1)
-    train(second, resumed, 3)
-    second.load_state_dict(saved["model"])
-    resumed.load_state_dict(saved["optimizer"])
-    assert (resumed.steps, resumed.position, resumed.rounds) == (cut, cut % 4, cut // 4)
-    train(second, resumed, 17 - cut, start=cut)
-    assert torch.equal(weights(second), weights(model))
-    one, two = optimizer.state_dict(), resumed.state_dict()
-    for key in ("theta", "velocity"):
-        assert all(map(torch.equal, one["diloco"].pop(key), two["diloco"].pop(key)))
-    assert one["diloco"] == two["diloco"]
-
-
 def test_schedules_of_both_rates_are_read_at_each_step():
     model, optimizer = network(), None
     optimizer = DiLoCo(torch.optim.SGD(model.parameters(), lr=0.1), inner_steps=2, outer_lr=1.0, outer_momentum=0)
@@ -206,88 +141,6 @@ def test_micro_batches_make_the_step_of_their_whole():
     torch.testing.assert_close(weights(models[0]), weights(models[1]), rtol=1e-12, atol=1e-14)
 
 
-def test_weights_within_a_round_and_the_common_ones():
-    model = network()
-    optimizer = DiLoCo(INNER["sgd"](model.parameters()), inner_steps=4, outer_lr=0.6)
-    train(model, optimizer, 4)
-    common = weights(model)
-    train(model, optimizer, 2)
-    own = weights(model)
-    with pytest.raises(KeyError), optimizer.global_weights():
-        assert torch.equal(weights(model), common)
-        raise KeyError
-    assert torch.equal(weights(model), own) and not torch.equal(own, common)
-    optimizer.rewind()
-    assert torch.equal(weights(model), common) and optimizer.position == 0
-    before = optimizer.rounds
-    optimizer.synchronize()
-    assert optimizer.rounds == before and torch.equal(weights(model), common)  # nothing moved: no outer step
-
-
-def test_a_bad_round_is_named_and_moves_nothing_common():
-    model = network()
-    optimizer = DiLoCo(INNER["adamw"](model.named_parameters()), inner_steps=2, outer_lr=0.6)
-    train(model, optimizer, 3)
-    held = copy.deepcopy(optimizer.state_dict()["diloco"])
-    backward(model, *batch(0, 3))
-    model[2].bias.grad[0] = math.nan
-    with pytest.raises(NonFiniteError, match=r"in outer step 2; 2.bias is so on this one, whose inner state must"):
-        optimizer.step()
-    now = optimizer.state_dict()["diloco"]
-    for key in ("theta", "velocity"):
-        assert all(map(torch.equal, held[key], now[key]))
-    assert model[2].bias.isnan().any()  # nothing was silently made finite
-    optimizer.rewind()
-    optimizer.state.clear()
-    train(model, optimizer, 4)
-    assert optimizer.rounds == 3 and weights(model).isfinite().all()
-
-
-def test_frozen_weights_cost_nothing_until_they_are_trained():
-    model = network()
-    model[0].requires_grad_(False)
-    optimizer = DiLoCo(INNER["sgd"](model.parameters()), inner_steps=2, outer_lr=0.5, outer_momentum=0)
-    train(model, optimizer, 2)
-    assert [theta is None for theta in optimizer.state_dict()["diloco"]["theta"]] == [True, True, False, False]
-    model[0].requires_grad_(True)
-    before = model[0].weight.detach().clone()
-    train(model, optimizer, 1)
-    fast = model[0].weight.detach().clone()
-    backward(model, *batch(0, 0))
-    model[0].weight.grad.zero_()
-    optimizer.inner.state.clear()
-    optimizer.step()
-    torch.testing.assert_close(model[0].weight.detach(), (before + fast) / 2, rtol=1e-12, atol=0)
-
-
-def test_weights_frozen_later_take_their_last_outer_step_and_stay():
-    """What they did in the round counts; no outer momentum carries them on."""
-    model = network()
-    optimizer = DiLoCo(INNER["sgd"](model.parameters()), inner_steps=2, outer_lr=0.5)
-    train(model, optimizer, 5)
-    start, fast = optimizer.state_dict()["diloco"]["theta"][0].clone(), model[0].weight.detach().clone()
-    model[0].requires_grad_(False)
-    train(model, optimizer, 1)
-    end = model[0].weight.detach().clone()
-    torch.testing.assert_close(end, start - 0.5 * 1.9 * (start - fast), rtol=1e-12, atol=0)
-    head = model[2].weight.detach().clone()
-    train(model, optimizer, 4)
-    assert torch.equal(model[0].weight, end) and not torch.equal(model[2].weight, head)
-
-
-def test_weights_added_later_join_the_next_outer_step():
-    model = network()
-    optimizer = DiLoCo(INNER["sgd"](model[0].parameters()), inner_steps=2, outer_lr=0.5, outer_momentum=0)
-    train(model, optimizer, 2)
-    start = model[2].weight.detach().clone()
-    optimizer.add_param_group({"params": list(model[2].parameters()), "lr": 0.2})
-    train(model, optimizer, 1)
-    fast = model[2].weight.detach().clone()
-    optimizer.synchronize()
-    assert len(optimizer.param_groups) == 2 and not torch.equal(fast, start)
-    torch.testing.assert_close(model[2].weight.detach(), (start + fast) / 2, rtol=1e-12, atol=0)
-
-
 def test_any_shape_and_memory_order_will_do():
     parts = [nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last), nn.Linear(2, 2)]
     odd = [nn.Parameter(torch.tensor(2.0)), nn.Parameter(torch.zeros(0, 3)), nn.Parameter(torch.ones(3).double())]
@@ -301,16 +154,6 @@ def test_any_shape_and_memory_order_will_do():
         torch.testing.assert_close(p.detach(), old - 0.05 * p.grad)
 
 
-def test_a_deep_copy_is_an_optimizer_of_its_own():
-    model = network()
-    optimizer = DiLoCo(INNER["adamw"](model.parameters()), inner_steps=3, outer_lr=0.6)
-    train(model, optimizer, 4)
-    twin_model, twin = copy.deepcopy((model, optimizer))
-    train(model, optimizer, 5, start=4)
-    train(twin_model, twin, 5, start=4)
-    assert torch.equal(weights(model), weights(twin_model))
-
-
 def test_hooks_and_profile_names_are_those_of_any_optimizer():
     model, calls = network(), []
     optimizer = DiLoCo(INNER["sgd"](model.parameters()), inner_steps=3, outer_lr=0.6)
@@ -318,87 +161,3 @@ def test_hooks_and_profile_names_are_those_of_any_optimizer():
     train(model, optimizer, 3)
     assert calls == [1, 2, 3] and isinstance(optimizer, torch.optim.Optimizer)
     assert repr(optimizer).startswith("DiLoCo (\nParameter Group 0") and optimizer.bytes_sent == 0
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"inner_steps": 0}, "inner_steps must be an integer of at least 1, got 0"),
-        ({"inner_steps": 2.5}, "inner_steps must be an integer of at least 1, got 2.5"),
-        ({"outer_lr": 0.0}, "outer_lr must be finite and > 0, got 0.0"),
-        ({"outer_lr": math.nan}, "outer_lr must be finite and > 0, got nan"),
-        ({"outer_lr": None}, "outer_lr must be finite and > 0, got None"),
-        ({"outer_momentum": 1.0}, r"outer_momentum must lie in \[0, 1\), got 1.0"),
-        ({"outer_momentum": -0.1}, r"outer_momentum must lie in \[0, 1\), got -0.1"),
-        ({"outer_momentum": "0.9"}, r"outer_momentum must lie in \[0, 1\), got '0.9'"),
-        ({"clip_norm": 0.0}, "clip_norm must be finite and > 0, got 0.0"),
-        ({"process_group": 3}, "process_group must be a torch.distributed.ProcessGroup that this rank is in, or None"),
-        (
-            {"buffers": [("scale", torch.ones(1))]},
-            r"buffers must be several tensors, as model.buffers\(\) gives them, go",
-        ),
-        ({"buffers": torch.ones(2)}, r"buffers must be several tensors, as model.buffers\(\) gives them, got tensor"),
-        ({"inner": nn.Linear(1, 1)}, "inner must be the torch.optim.Optimizer of one replica, got Linear"),
-    ],
-)
-def test_bad_input_is_named(arguments, message):
-    given_ = {"inner": INNER["sgd"](network().parameters()), "inner_steps": 3, "outer_lr": 0.6} | arguments
-    with pytest.raises(InputError, match=message):
-        DiLoCo(given_.pop("inner"), **given_)
-
-
-def test_what_the_inner_optimizer_may_not_be():
-    inner = DiLoCo(INNER["sgd"](network().parameters()), inner_steps=2, outer_lr=0.6)
-    with pytest.raises(InputError, match="inner must be the torch.optim.Optimizer of one replica, got DiLoCo"):
-        DiLoCo(inner, inner_steps=2, outer_lr=0.6)
-    through = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1, differentiable=True)
-    with pytest.raises(InputError, match="inner must have differentiable=False"):
-        DiLoCo(through, inner_steps=2, outer_lr=0.6)
-    grouped = VRSGD(network().parameters(), lr=0.1)
-    with pytest.raises(InputError, match="clip_norm must be None where inner takes its gradient in groups, as VRSGD d"):
-        DiLoCo(grouped, inner_steps=2, outer_lr=0.6, clip_norm=1.0)
-    complex_ = torch.optim.SGD([("w", nn.Parameter(torch.zeros(2, dtype=torch.complex64)))], lr=0.1)
-    with pytest.raises(InputError, match="DiLoCo needs real weights, got a complex w: make it a parameter by torch.vi"):
-        DiLoCo(complex_, inner_steps=2, outer_lr=0.6)
-    nowhere = torch.optim.SGD(nn.Linear(1, 1, device="meta").parameters(), lr=0.1)
-    with pytest.raises(InputError, match=r"param_groups\[0\]\['params'\]\[0\] is on meta: give it some before DiLoCo"):
-        DiLoCo(nowhere, inner_steps=2, outer_lr=0.6)
-
-
-def test_sparse_gradients_are_the_inner_optimizers_but_for_clipping():
-    table = nn.Embedding(4, 2, sparse=True)
-    for clip_norm in (None, 1.0):
-        inner = torch.optim.SGD([("table", table.weight)], lr=0.1)
-        optimizer = DiLoCo(inner, inner_steps=1, outer_lr=0.6, clip_norm=clip_norm)
-        optimizer.zero_grad()
-        table(torch.tensor([1])).sum().backward()
-        if clip_norm is None:
-            optimizer.step()
-            continue
-        with pytest.raises(InputError, match="clip_norm needs dense gradients, got a sparse one of table: build it"):
-            optimizer.step()
-
-
-def test_states_of_other_things_are_refused():
-    model = network()
-    inner = INNER["adamw"](model.named_parameters())
-    optimizer = DiLoCo(inner, inner_steps=2, outer_lr=0.6)
-    with pytest.raises(InputError, match=r'state_dict must be of DiLoCo \(no "diloco" in it\): load a plain one into'):
-        optimizer.load_state_dict(inner.state_dict())
-    state = optimizer.state_dict()
-    state["diloco"]["theta"] = state["diloco"]["theta"][:3]
-    with pytest.raises(InputError, match="state_dict must be of 4 parameters, got 3"):
-        optimizer.load_state_dict(state)
-    state["diloco"]["theta"] = [torch.zeros(2, 2)] * 4
-    with pytest.raises(InputError, match=r"θ of 0.weight must be of shape \(5, 3\), got \(2, 2\)"):
-        optimizer.load_state_dict(state)
-    with pytest.raises(InputError, match="join needs a process group: give it to set_process_group first"):
-        optimizer.join()
-
-
-def test_outer_rates_are_the_sources_where_it_has_one():
-    assert [outer_learning_rate(m) for m in (1, 2, 4, 8)] == [0.4, 0.6, 0.6, 0.8]
-    with pytest.raises(InputError, match=r"replicas must be one of \(1, 2, 4, 8\), .* got 3: try outer rates of 0.4"):
-        outer_learning_rate(3)
-    with pytest.raises(InputError, match="replicas must be an integer of at least 1, got 0"):
-        outer_learning_rate(0)

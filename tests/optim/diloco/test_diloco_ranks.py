@@ -1,9 +1,6 @@
-"""DiLoCo between real gloo processes: means, bytes, shards, a replica that is killed and one that comes."""
+"""DiLoCo between real gloo processes: means, bytes, buffers, shards, and what they refuse."""
 
 import copy
-import multiprocessing
-import os
-import signal
 
 import pytest
 import torch
@@ -14,37 +11,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from batchlab.core.errors import BatchlabError, InputError, NonFiniteError
-from batchlab.optim.diloco.diloco import DiLoCo
 from tests.optim.diloco.diloco_fixture import ByHand, backward, batch, network, weights
+from tests.optim.diloco.in_rank import adamw, optimizer_of, save, saved, sgd, train
 from tests.spine.forked import in_ranks
-
-
-def sgd(parameters):
-    return torch.optim.SGD(parameters, lr=0.1)
-
-
-def adamw(parameters):
-    return torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1)
-
-
-def optimizer_of(model, inner=adamw, **settings):
-    settings = {"inner_steps": 3, "outer_lr": 0.6, "process_group": dist.group.WORLD} | settings
-    return DiLoCo(inner(model.parameters()), **settings)
-
-
-def train(model, optimizer, steps, replica=None):
-    """steps: their numbers. The replica's batches are those of its rank unless told."""
-    for step in steps:
-        backward(model, *batch(dist.get_rank() if replica is None else replica, step))
-        optimizer.step()
-
-
-def saved(folder, world):
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]
-
-
-def save(folder, **found):
-    torch.save(found, folder / f"{dist.get_rank()}.pt")
 
 
 def _every_step(folder):
@@ -76,7 +45,7 @@ def test_at_every_step_it_is_data_parallel_for_linear_inner_steps_alone(tmp_path
         assert apart < 1e-12 if name == "sgd" else apart > 1e-3, (name, apart)
 
 
-def _bytes(folder):
+def _bytes():
     handed, reduced = [], dist.all_reduce
     dist.all_reduce = lambda tensor, *rest, **named: (handed.append(tensor.nbytes), reduced(tensor, *rest, **named))[1]
     model = network().float()
@@ -102,7 +71,7 @@ def _bytes(folder):
 
 
 def test_an_outer_step_sends_one_copy_of_the_weights_and_so_a_part_in_h_of_ddp(tmp_path):
-    assert in_ranks(2, tmp_path, _bytes, tmp_path) == [0, 0]
+    assert in_ranks(2, tmp_path, _bytes) == [0, 0]
 
 
 def _run(folder, steps):
@@ -156,7 +125,7 @@ def test_nan_on_one_replica_stops_all_alike_and_all_go_on_together(tmp_path):
     assert first["buffer"].tolist() == second["buffer"].tolist() == [0.0, 0.0]  # as rank 0's from the start
 
 
-def _statistics(folder):
+def _statistics():
     torch.manual_seed(dist.get_rank())
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).double()
     optimizer = optimizer_of(model, buffers=model.buffers(), inner_steps=4)
@@ -174,7 +143,7 @@ def _statistics(folder):
 
 
 def test_running_statistics_are_averaged_where_they_are_given(tmp_path):
-    assert in_ranks(2, tmp_path, _statistics, tmp_path) == [0, 0]
+    assert in_ranks(2, tmp_path, _statistics) == [0, 0]
 
 
 def _late(folder):
@@ -198,7 +167,7 @@ def test_late_and_unfrozen_weights_are_common_from_then_on(tmp_path):
     assert first["bytes"] == 8 * (12 + 2 * (12 + 20 + 6))  # one round of the head alone, two of all
 
 
-def _refused(folder):
+def _refused():
     rank = dist.get_rank()
     for name, settings in (
         ("inner_steps must be the same on every replica, got 3 to 4", {"inner_steps": 3 + rank}),
@@ -222,7 +191,7 @@ def _refused(folder):
 
 
 def test_what_differs_between_replicas_is_named_before_anything_hangs(tmp_path):
-    assert in_ranks(2, tmp_path, _refused, tmp_path) == [0, 0]
+    assert in_ranks(2, tmp_path, _refused) == [0, 0]
 
 
 def _sharded(folder):
@@ -286,119 +255,3 @@ def test_sharded_replicas_train_as_whole_ones(tmp_path):
         torch.testing.assert_close(each["theta"], hand.theta, rtol=1e-11, atol=1e-12)
     one_copy = 8 * hand.theta.numel()  # float64, over the two shards of a replica
     assert ranks[0]["bytes"] + ranks[1]["bytes"] == 4 * one_copy
-
-
-def _resume(folder, state):
-    model = network()
-    model.load_state_dict(state["model"])
-    optimizer = optimizer_of(model)
-    optimizer.load_state_dict(state["optimizer"])
-    train(model, optimizer, range(3, 9))
-    save(folder, weights=weights(model))
-
-
-def test_a_state_goes_into_another_number_of_replicas(tmp_path):
-    """Saved by one replica after an outer step; each of three goes on with its moments."""
-    model = network()
-    optimizer = DiLoCo(adamw(model.parameters()), inner_steps=3, outer_lr=0.6)
-    train(model, optimizer, range(3), replica=0)
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    assert in_ranks(3, tmp_path, _resume, tmp_path, state) == [0] * 3
-    hand = ByHand(adamw, lr=0.6)
-    hand.rounds([0], 0, 3, 3)
-    for number in (1, 2):
-        hand.replicas[number] = copy.deepcopy(hand.replicas[0])
-    hand.rounds(range(3), 3, 9, 3)
-    for each in saved(tmp_path, 3):
-        torch.testing.assert_close(each["weights"], hand.theta, rtol=1e-12, atol=1e-12)
-
-
-def _world(folder, name, rank, size):
-    dist.init_process_group("gloo", init_method=f"file://{folder / name}", rank=rank, world_size=size)
-    dist.barrier()
-
-
-def _survivor(folder, number):
-    _world(folder, "three", number, 3)
-    model = network()
-    optimizer = optimizer_of(model)
-    train(model, optimizer, range(7), replica=number)  # two rounds and a step
-    if number == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-    with pytest.raises(RuntimeError):
-        train(model, optimizer, range(7, 9), replica=number)
-    assert (optimizer.rounds, optimizer.position) == (2, 3)  # the outer step is still to be made
-    dist.destroy_process_group()
-    _world(folder, "two", number, 2)
-    optimizer.set_process_group(dist.group.WORLD)
-    assert not optimizer.join()
-    optimizer.synchronize()
-    after = weights(model)
-    train(model, optimizer, range(9, 12), replica=number)
-    dist.destroy_process_group()
-    _world(folder, "four", number, 3)
-    optimizer.set_process_group(dist.group.WORLD)
-    assert not optimizer.join()
-    train(model, optimizer, range(12, 18), replica=number)
-    save(folder, after=after, weights=weights(model))
-
-
-def _newcomer(folder):
-    _world(folder, "four", 2, 3)
-    model = network(7)
-    optimizer = optimizer_of(model, process_group=None, outer_lr=0.1)
-    optimizer.set_process_group(dist.group.WORLD)
-    assert optimizer.join()
-    assert (optimizer.rounds, optimizer.position, optimizer.steps) == (4, 0, 12)
-    train(model, optimizer, range(12, 18), replica=3)
-    save(folder, weights=weights(model))
-
-
-def test_a_killed_replica_leaves_the_rest_consistent_and_a_new_one_joins(tmp_path):
-    """SIGKILL within a round: the survivors' outer step fails, is made without it, and a fourth process takes over."""
-    torch.set_num_threads(1)
-    context = multiprocessing.get_context("fork")
-    children = [context.Process(target=_survivor, args=(tmp_path, number)) for number in range(3)]
-    children.append(context.Process(target=_newcomer, args=(tmp_path,)))
-    for child in children:
-        child.start()
-    for child in children:
-        child.join(90)
-        if child.exitcode is None:
-            child.kill()
-    assert [child.exitcode for child in children] == [0, 0, -signal.SIGKILL, 0]
-    hand = ByHand(adamw, lr=0.6)
-    hand.rounds(range(3), 0, 6, 3)
-    hand.rounds(range(2), 6, 9, 3)
-    first, second, third = saved(tmp_path, 3)
-    assert torch.equal(first["after"], second["after"])
-    torch.testing.assert_close(first["after"], hand.theta, rtol=1e-12, atol=1e-12)
-    hand.rounds(range(2), 9, 12, 3)
-    hand.rounds([0, 1, 3], 12, 18, 3)
-    for each in (first, second, third):
-        assert torch.equal(each["weights"], first["weights"])
-        torch.testing.assert_close(each["weights"], hand.theta, rtol=1e-12, atol=1e-12)
-
-
-def _left_behind(folder):
-    """Rank 1 missed an outer step that rank 0 made: the newest is the source, and within a round none is disturbed."""
-    model = network()
-    optimizer = optimizer_of(model)
-    train(model, optimizer, range(3))
-    optimizer.set_process_group(None)
-    train(model, optimizer, range(3, 6 if dist.get_rank() == 1 else 5))
-    if dist.get_rank() == 1:
-        train(model, optimizer, range(6, 7))
-    own = weights(model)
-    optimizer.set_process_group(dist.group.WORLD)
-    took = optimizer.join()
-    assert took == (dist.get_rank() == 0) and (optimizer.rounds, optimizer.position) == (2, 1)
-    assert took or torch.equal(weights(model), own)
-    optimizer.synchronize()
-    save(folder, weights=weights(model))
-
-
-def test_a_replica_left_behind_takes_the_newest_state(tmp_path):
-    assert in_ranks(2, tmp_path, _left_behind, tmp_path) == [0, 0]
-    first, second = saved(tmp_path, 2)
-    assert torch.equal(first["weights"], second["weights"])
