@@ -63,8 +63,8 @@ class GroupGradients:
         stacks = []
         world = 1 if self._process_group is None else dist.get_world_size(self._process_group)
         for place, parameter in enumerate(self._parameters):
-            rows = [torch.zeros_like(parameter) if row[place] is None else row[place] for row in self._rows]
-            stack = torch.stack(rows)
+            rows = [row[place] for row in self._rows]
+            stack = torch.stack([torch.zeros_like(parameter) if row is None else row for row in rows])
             total = stack.sum(0)
             if world > 1:
                 dist.all_reduce(total, group=self._process_group)
