@@ -1,6 +1,6 @@
 """Claim: measuring the gradient noise scale costs at most 2 % of a step's time from micro-batches or ranks, 3 % from
-normalisation layers, 25 % from single examples by 8 projections, and 2 % of its memory, 10 % from single examples.
-Exact norms of single examples take a fifth to two fifths.
+normalisation layers, 25 % from single examples by 8 projections. Exact norms of single examples take a fifth to two
+fifths. What it takes of memory is in `noise_memory.py`.
 
 At every step of a 4-layer GPT of width 256 and 4,096 tokens; smaller steps pay more, and where one takes milliseconds
 the limits are kept at one step in so many as `batchlab plan` chooses for a long run from what measuring each costs
@@ -13,17 +13,16 @@ with the same weights and data, AdamW, the gradient's norm computed on both side
 that it is finite), which the noise scale then takes over. For ranks both copies are in DistributedDataParallel over one
 process, with `no_sync` up to the last micro-batch. The ratio is the median over pairs, a pair being the time
 of `calls` steps on each side; its interval is the bootstrap's. After the timing the two copies' weights must agree
-in every bit. Memory is the peak of a child process that takes ten steps, less that of a child that takes none.
+in every bit.
 """
 
 import contextlib
 import copy
 import time
-from functools import partial
 from typing import Any
 
 import torch
-from _paired import arguments, kept, median_ratio, paired_seconds, peak_bytes, report, result, write
+from _paired import arguments, kept, median_ratio, paired_seconds, report, result, write
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -32,7 +31,6 @@ from batchlab.planner.cadence import noise_every
 from batchlab.workloads.models import ByteTransformer, ConvNet
 
 LIMITS = {"micro_batch": 1.02, "ranks": 1.02, "norm_layers": 1.03, "per_example": 1.25}
-MEMORY = {"micro_batch": 1.02, "ranks": 1.02, "norm_layers": 1.02, "per_example": 1.10}
 GPT, WIDE = "4-layer GPT, width 128, length 64, batch 32", "4-layer GPT, width 256, length 64, batch 32"
 LONG = "4-layer GPT, width 256, length 256, batch 16"
 EXAMPLES = [("per_example", 1, 8), ("per_example", 1, None)]
@@ -116,7 +114,6 @@ def main() -> None:
             settings: dict[str, Any] = {"pairs": given.pairs, "calls": 4 if "GPT" in name else 40, "clock": clock}
             row = {"model": name, "micro_batches": pieces}
             rows.append(row | timed(job, pieces, every=1, **settings))
-            rows[-1] |= memory(name, pieces, given.threads)
             print(_sentence(rows[-1]), flush=True)
             seldom = noise_every(10**6, step_seconds=1.0, noise_seconds=max(0.0, rows[-1]["ratio"] - 1))
             if seldom > 1:
@@ -128,7 +125,6 @@ def main() -> None:
         row = {"model": name, "micro_batches": pieces, "projections": projections}
         ways: dict[str, Any] = {"method": method, "projections": projections}
         rows.append(row | timed(jobs()[name], pieces, every=1, **ways, **settings))
-        rows[-1] |= memory(name, pieces, given.threads, **ways)
         print(_sentence(rows[-1]), flush=True)
         if given.save:
             write(result("noise_overhead", claim, rows))
@@ -165,31 +161,12 @@ def alone_in_a_group() -> None:
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
 
 
-def memory(
-    name: str, pieces: int, threads: int, *, method: str = "micro_batch", projections: int | None = None
-) -> dict[str, Any]:
-    """The ratio of the measured side's peak memory to the plain side's."""
-    makes = [partial(side, name, pieces, every, method, projections) for every in (1, 0)]
-    measured, plain, imports = (peak_bytes(make, threads=threads) for make in (*makes, None))
-    ratio = (measured - imports) / (plain - imports)  # both with scipy in them, which the small models feel
-    return {"memory_ratio": ratio, "memory_bytes": measured - imports, "memory_holds": ratio <= MEMORY[method]}
-
-
-def side(name: str, pieces: int, every: int, method: str, projections: int | None) -> Side:
-    """In a process of its own; with the modules that an estimate imports, which are no part of a step."""
-    alone_in_a_group()
-    from scipy import special, stats  # noqa: F401
-
-    return Side(*jobs()[name], pieces, every=every, method=method, projections=projections)
-
-
 def _sentence(row: dict[str, Any]) -> str:
     how = f"{row['method']}, {row['micro_batches']} micro-batches, every {row['every']}"
     how += f", {row['projections']} projections" if row.get("projections") else ""
     interval = f"[{row['low']:.4f}, {row['high']:.4f}]"
-    memory = f", memory {row['memory_ratio']:.3f}" if "memory_ratio" in row else ""
-    memory += f", first 400 steps {row['first_400']:.3f}" if "first_400" in row else ""
-    return f"{row['model']:45} {how}: {row['ratio']:.4f} {interval} of {row['step_ms']:.2f} ms{memory}"
+    first = f", first 400 steps {row['first_400']:.3f}" if "first_400" in row else ""
+    return f"{row['model']:45} {how}: {row['ratio']:.4f} {interval} of {row['step_ms']:.2f} ms{first}"
 
 
 if __name__ == "__main__":

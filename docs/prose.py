@@ -110,7 +110,7 @@ def benchmark_tables(folder: Path) -> str:
     for path in sorted(folder.glob("*.json")):
         result = json.loads(path.read_text("utf-8"))
         machine, rows = result["machine"], [_flat(row) for row in result["rows"]]
-        names = [name for name in rows[0] if any(name in row for row in rows)]
+        names = list(dict.fromkeys(name for row in rows for name in row))
         where = f"{machine['processor']}, {machine['cores']} cores, torch {result['versions']['torch']}"
         script = next((name for name in scripts(path.stem) if (folder.parent / name).is_file()), f"{path.stem}.py")
         what = "" if script == f"{path.stem}.py" else f" ({path.stem})"
