@@ -215,6 +215,13 @@ def test_tokens_are_counted_as_the_job_counts_them(timed):
     assert Throughput.from_json(fixed.to_json()).law.half.method == fixed.law.half.method
 
 
+def test_a_count_of_tokens_may_be_a_tensor(timed):
+    """As a masked batch gives it; the result is written as numbers."""
+    job = timed(unit="token", units_per_example=lambda batch: torch.tensor(3) * len(batch)).job
+    found = throughput(job, [1, 4], seconds=20, device="cpu")
+    assert found.units_per_example == 3.0 and Throughput.from_json(found.to_json()) == found
+
+
 def test_the_size_that_runs_out_of_memory_ends_the_ascent(timed):
     clock = timed(most=20)
     found = throughput(clock.job, [1, 16, 32, 64], seconds=math.inf, device="cpu")

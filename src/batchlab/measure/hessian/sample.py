@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from batchlab.core.checks import is_count
 from batchlab.core.errors import InputError
 from batchlab.core.random import derive_seed
 from batchlab.measure.batch_rows import check_batches, join, row_count, take_rows
@@ -56,9 +58,9 @@ class Sample:
 
     def _counted(self, batch: Any) -> int:
         n = self.count(batch)
-        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        if not is_count(n):
             raise InputError(f"count must return a positive integer for each batch, got {n!r}")
-        return n
+        return operator.index(n)
 
     def _row_counts(self) -> list[int]:
         try:
@@ -80,9 +82,9 @@ class Sample:
         if self.note and asked:
             raise InputError(f"batch_sizes must be () for this data, got {list(asked)!r}: {self.note}")
         for size in asked:
-            if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= self.examples:
+            if not (is_count(size) and size <= self.examples):
                 raise InputError(f"batch_sizes must be integers in 1..{self.examples}, the examples, got {size!r}")
-        return sorted(set(asked))
+        return sorted(set(map(operator.index, asked)))
 
     def draw(self, size: int, repeat: int) -> list[Piece]:
         """This rank's part of a random batch, in pieces no larger than the largest batch that was given."""

@@ -224,7 +224,7 @@ def _rate(units: float, seconds: Estimate) -> Estimate:
 
 def _units_per_example(step: TrainingStep, size: int) -> float:
     per_example = step.job.units_per_example
-    return per_example(step.batch(size)) / size if callable(per_example) else float(per_example)
+    return int(per_example(step.batch(size))) / size if callable(per_example) else float(per_example)
 
 
 def _measure(step: TrainingStep, sizes: Sequence[int], deadline: float) -> _Times:
