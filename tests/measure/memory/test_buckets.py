@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -202,3 +203,4 @@ def test_the_size_for_an_example():
     with pytest.raises(InputError, match=r"bucket must be one of \[5, 10\], got 6"):
         one[6]
     assert ascending([(2, 1), (1, 9)]) == ((1, 9), (2, 1))
+    assert ascending([np.int64(20), np.float32(10)]) == (10, 20)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from batchlab.core.checks import holds
 from batchlab.core.errors import InputError
 from batchlab.measure.memory.size_finder import MicroBatch
 
@@ -75,8 +76,7 @@ def ascending(buckets: Sequence[Bucket]) -> tuple[Bucket, ...]:
         raise InputError(f"buckets must be a list or tuple of at least one length or tuple of lengths, got {buckets!r}")
     for bucket in buckets:
         for edge in edges(bucket):
-            number = isinstance(edge, (int, float)) and not isinstance(edge, bool)
-            if not (number and 0 < edge < math.inf):
+            if isinstance(edge, bool) or not holds(lambda edge: 0 < edge < math.inf, edge):
                 raise InputError(f"buckets must hold finite lengths > 0, got {bucket!r}")
     if len({len(edges(bucket)) if isinstance(bucket, tuple) else 0 for bucket in buckets}) > 1:
         raise InputError(f"buckets must be all lengths, or all tuples of as many lengths, got {list(buckets)!r}")
