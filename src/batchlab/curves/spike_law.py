@@ -49,7 +49,7 @@ def mean_square_edge(eigenvalue: float, kappa_sq: float, effective: float, momen
     (3.0, 5.0)
     """
     noise = _noise(eigenvalue, kappa_sq, effective)
-    _check_momentum(momentum)
+    check_momentum(momentum)
     return eigenvalue + (1 + momentum) / (1 - momentum) * noise / eigenvalue
 
 
@@ -59,7 +59,7 @@ def stable_rate(eigenvalue: float, momentum: float = 0.0) -> float:
     >>> stable_rate(4.0, 0.9)
     0.95
     """
-    _check_momentum(momentum)
+    check_momentum(momentum)
     if not eigenvalue > 0:
         raise InputError(f"eigenvalue must be > 0: no learning rate is too large along it, got {eigenvalue!r}")
     return 2 * (1 + momentum) / eigenvalue
@@ -75,6 +75,7 @@ def _noise(eigenvalue: float, kappa_sq: float, effective: float) -> float:
     return kappa_sq / effective
 
 
-def _check_momentum(momentum: float) -> None:
+def check_momentum(momentum: float) -> None:
+    """Heavy ball's must lie in [0, 1)."""
     if not 0 <= momentum < 1:
         raise InputError(f"momentum must lie in [0, 1), got {momentum!r}")

@@ -152,6 +152,7 @@ def test_a_fit_goes_round_as_json():
         (lambda: spike_edge(0.0, 1.0, 1.0), "eigenvalue and effective must be > 0"),
         (lambda: rate_ceiling(1.0, -1.0, 1.0), "kappa_sq >= 0"),
         (lambda: rate_ceiling(1.0, 1.0, 1.0, 1.0), r"momentum must lie in \[0, 1\), got 1.0"),
+        (lambda: fit_spike(SIZES, law(2.0, 30.0), [1e-4] * 5, N).knee(1.0), r"momentum must lie in \[0, 1\), got 1.0"),
         (lambda: stable_rate(-1.0), "eigenvalue must be > 0: no learning rate is too large along it, got -1.0"),
         (lambda: fit_spike([4, 8], [1, 1], [1, 1], N), "at least 3 different sizes"),
         (lambda: fit_spike([4, 8, 16], [1, 1], [1, 1, 1], N), "of one length, got 3, 2 and 3"),

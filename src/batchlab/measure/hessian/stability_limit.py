@@ -28,8 +28,8 @@ from batchlab.core.checks import check_inside
 from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate
 from batchlab.core.jsonio import JsonNoun
+from batchlab.curves.spike_law import check_momentum, mean_square_edge
 from batchlab.curves.spike_law import effective_batch as effective_batch
-from batchlab.curves.spike_law import mean_square_edge
 from batchlab.curves.spike_law import spike_edge as spike_edge
 from batchlab.curves.spike_law import stable_rate as stable_rate
 
@@ -75,6 +75,7 @@ class SpikeFit(JsonNoun):
 
     def knee(self, momentum: float = 0.0) -> Estimate:
         """The batch size, in examples, at which noise halves the ceiling: 𝔟 = κ²/λ₁²·(1 + μ)/(1 - μ), as b <= N."""
+        check_momentum(momentum)
         k, lam, more = self.kappa_sq, self.eigenvalue, (1 + momentum) / (1 - momentum)
         knees = [k.value / lam.value**2, k.low / lam.high**2, k.high / lam.low**2 if lam.low else math.inf]
         value, low, high = (1 / (1 / (more * knee) + 1 / self.examples) if knee else 0.0 for knee in knees)
