@@ -1,6 +1,7 @@
 """`AdaptiveBatch` and `MicroBatches` in a plain loop, against the loop by hand."""
 
 import copy
+import dataclasses
 import itertools
 import json
 
@@ -101,13 +102,12 @@ def test_it_resumes_on_another_world_and_accumulation():
     assert [*next(pieces), *next(pieces)] == stream(56)[48:]
 
 
-def test_a_smaller_maximum_holds_at_once_where_a_run_is_resumed():
-    _, adaptive, _, _ = _loop(Table([8, 32]), 2)
-    sampler = MicroBatches(N, 8, accumulation=4)
-    smaller = AdaptiveBatch(Table([8, 16]), sampler)
+def test_a_smaller_maximum_holds_at_once_where_a_run_is_resumed_and_for_the_rate_too():
+    _, _, _, state = _loop(Table([8, 32]), 2, lr_rule="linear")
     with pytest.warns(UserWarning, match="going on with 16"):
-        smaller.load_state_dict(adaptive.state_dict())
-    assert sampler.batch_size == 16
+        _, _, done, _ = _loop(Table([8, 16, 16, 16]), 2, lr_rule="linear", state=state)
+    assert [update.batch_size for update in done] == [16, 16]
+    assert [update.learning_rate for update in done] == pytest.approx([0.2, 0.2], rel=1e-12)
 
 
 def test_a_ragged_epoch_counts_what_it_has():
@@ -213,8 +213,15 @@ def test_loaders_draw_nothing_from_the_global_generator():
     assert (like.num_workers, like.collate_fn, like.batch_sampler) == (1, list, sampler)
 
 
+@dataclasses.dataclass
+class _Batch:
+    name: str
+    x: torch.Tensor
+
+
 def test_examples_are_counted_by_the_first_tensor():
     assert examples_in([torch.tensor(1.0), {"a": "x", "b": (None, torch.zeros(3, 2))}, torch.zeros(5)]) == 3
+    assert examples_in(_Batch("name", torch.zeros(3, 2))) == 3
     with pytest.raises(InputError, match="no tensor in a batch of type dict to count examples by"):
         examples_in({"text": ["a", "b"]})
 

@@ -210,7 +210,7 @@ class AdaptiveBatch:
         if self.noise is not None and state["noise"] is not None:
             self.noise.load_state_dict(state["noise"])
         if self.rate is not None and state["rate"] is not None:
-            self.rate.load_state_dict(state["rate"])
+            self.rate.load_state_dict(state["rate"], self._size_of(self.updates))
 
 
 def resume_sampler(state: Mapping[str, Any], controller: BatchController, sampler: StreamBatches) -> None:

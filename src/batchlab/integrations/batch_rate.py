@@ -38,11 +38,15 @@ class BatchRate:
     def __init__(self, schedule: Counted, factor: LrFactor, size: int) -> None:
         self.schedule, self._factor = schedule, factor
         self._base_lrs = [float(base) for base in schedule.base_lrs]
-        if schedule.batch != size:
-            schedule.batch = size
+        self._begin(size)
+
+    def _begin(self, size: int) -> None:
+        """The rate of the next update, of `size` examples."""
+        if self.schedule.batch != size:
+            self.schedule.batch = size
         bases = self._moved(size)
-        rates = [schedule.rate(schedule.seen, base) for base in bases]
-        schedule.load_state_dict({**schedule.state_dict(), "base_lrs": bases, "lr": rates})
+        rates = [self.schedule.rate(self.schedule.seen, base) for base in bases]
+        self.schedule.load_state_dict({**self.schedule.state_dict(), "base_lrs": bases, "lr": rates})
 
     @property
     def learning_rate(self) -> float:
@@ -69,10 +73,12 @@ class BatchRate:
         """Plain numbers."""
         return {"base_lrs": list(self._base_lrs), "schedule": self.schedule.state_dict()}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over what `state_dict` gave."""
+    def load_state_dict(self, state: Mapping[str, Any], size: int) -> None:
+        """Takes over what `state_dict` gave. size: of the next update, another than was foreseen under other bounds."""
         self.schedule.load_state_dict(state["schedule"])
         self._base_lrs = [float(base) for base in state["base_lrs"]]
+        if self.schedule.batch != size:
+            self._begin(size)
 
 
 def lr_factor(controller: BatchController, rule: LrRule | LrFactor | None, base: int) -> LrFactor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -92,7 +93,7 @@ def loader_like(loader: DataLoader[Any], sampler: StreamBatches) -> DataLoader[A
 
 
 def examples_in(batch: Any) -> int:
-    """The first dimension of the first tensor in a batch, looked for in dicts, lists and tuples in their order.
+    """The first dimension of the first tensor in a batch, looked for in dicts, lists, tuples and dataclasses in order.
 
     >>> examples_in({"name": None, "x": torch.zeros(3, 2)})
     3
@@ -107,4 +108,6 @@ def _leading(batch: Any) -> int | None:
     if isinstance(batch, Tensor):
         return len(batch) if batch.ndim else None
     values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
+    if dataclasses.is_dataclass(batch):
+        values = vars(batch).values()
     return next((size for size in map(_leading, values) if size is not None), None)
