@@ -56,6 +56,14 @@ def test_the_noise_scale_is_that_of_the_whole_data(everything):
     assert found.noise_scale.low <= 1.1 * trace / grad_sq and found.noise_scale.high >= 0.9 * trace / grad_sq
 
 
+@pytest.mark.parametrize("examples", [5, 9])
+def test_measuring_noise_leaves_batch_normalisations_statistics_and_no_piece_of_one(examples):
+    job = toy_job(batch_norm=True, n=examples)
+    alone = bl.probe(job, only=["landscape"], budget=0.2).landscape.landscape.origin
+    both = bl.probe(job, only=["noise", "landscape"], budget=0.4)
+    assert both.noise.steps >= 20 and both.landscape.landscape.origin == alone
+
+
 def test_the_curvature_is_of_all_examples_where_time_allows(everything):
     assert everything.curvature.examples == 256
     assert not any(note.startswith("curvature") for note in everything.notes)
@@ -103,6 +111,7 @@ def test_a_report_without_findings_has_no_such_parts(run, tmp_path):
         ({"only": ["nois"]}, r"only must name some of noise, memory, curvature, energy, landscape, got \['nois'\]"),
         ({"only": []}, "only must name some of"),
         ({"only": ["noise"], "budget": 0.0}, "budget must be finite and > 0 seconds, got 0.0"),
+        ({"only": ["noise"], "budget": "1"}, "budget must be finite and > 0 seconds, got '1'"),
     ],
 )
 def test_bad_input_is_named(settings, message):

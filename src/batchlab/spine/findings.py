@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,11 +13,12 @@ import torch.distributed as dist
 from torch import nn
 
 from batchlab.core.checkpoint import newest_whole
+from batchlab.core.checks import holds
 from batchlab.core.device import pick_device
 from batchlab.core.errors import CheckpointError, InputError
 from batchlab.core.files import write_atomic
 from batchlab.core.job import Job
-from batchlab.core.model import make_model
+from batchlab.core.model import least_examples, make_model
 from batchlab.core.provenance import machine
 from batchlab.core.random import derive_seed, preserved_generators, reseed
 from batchlab.core.run import CHECKPOINTS, Run
@@ -74,7 +76,7 @@ def findings(
     wanted = [only] if isinstance(only, str) else list(dict.fromkeys(only))
     if not wanted or any(kind not in KINDS for kind in wanted):
         raise InputError(f"only must name some of {', '.join(KINDS)}, got {only!r}")
-    if not 0 < budget < float("inf"):
+    if not holds(lambda value: 0 < value < math.inf, budget):
         raise InputError(f"budget must be finite and > 0 seconds, got {budget!r}")
     if dist.is_initialized() and dist.get_world_size() > 1:
         raise InputError("single facts are measured in one process: run probe with only= without torchrun")
@@ -134,11 +136,13 @@ class _Work:
         batch = min(BATCH, len(self.job.train))
         stream = SampleStream(len(self.job.train), derive_seed(self.seed, "noise"))
         noise, deadline, steps = GradientNoise(self.model, ema=None), time.perf_counter() + self.seconds, 0
+        pieces, buffers = max(1, min(PIECES, batch // least_examples(self.model))), list(self.model.buffers())
+        before = [buffer.clone() for buffer in buffers]
         self.model.train()
         try:
             while steps < MOST_STEPS and (steps < FEWEST_STEPS or time.perf_counter() < deadline):
                 self.model.zero_grad(set_to_none=True)
-                parts = torch.as_tensor(stream.indices(steps * batch, batch)).chunk(PIECES)
+                parts = torch.as_tensor(stream.indices(steps * batch, batch)).tensor_split(pieces)
                 batches = [self._batch(self.job.train, part.tolist()) for part in parts]
                 units = [units_of(self.job, each, len(part)) for each, part in zip(batches, parts, strict=True)]
                 for part, each, count in zip(parts, batches, units, strict=True):
@@ -148,6 +152,8 @@ class _Work:
         finally:
             noise.close()
             self.model.zero_grad(set_to_none=True)
+            for buffer, kept in zip(buffers, before, strict=True):
+                buffer.copy_(kept)
         trace, grad_sq = noise.statistics.means
         return NoiseFinding(estimate, trace, grad_sq, batch, steps)
 
