@@ -57,7 +57,9 @@ def test_fewer_steps_than_the_target_needs_end_well(tmp_path):
         ({"budget": 0.0}, "budget must be finite and > 0 seconds, got 0.0"),
         ({"budget": math.inf}, "budget must be finite and > 0 seconds, got inf"),
         ({"budget": math.nan}, "budget must be finite and > 0 seconds, got nan"),
-        ({"max_steps": 0}, "max_steps must be at least 1, got 0"),
+        ({"budget": "60"}, "budget must be finite and > 0 seconds, got '60'"),
+        ({"max_steps": 0}, "max_steps must be an integer of at least 1, got 0"),
+        ({"max_steps": 1.5}, "max_steps must be an integer of at least 1, got 1.5"),
         ({"goal": "fast"}, r"goal must be one of \['balanced', 'cost', 'time'\], got 'fast'"),
     ],
 )

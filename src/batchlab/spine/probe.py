@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, overload
 import torch
 import torch.distributed as dist
 
-from batchlab.core.checks import is_whole
+from batchlab.core.checks import holds, is_whole
 from batchlab.core.device import pick_device
 from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate, Facts
@@ -133,7 +133,7 @@ def probe(
 def _check(job: Job, budget: float, seed: int, device: str | torch.device | None) -> torch.device:
     if not isinstance(job, Job):
         raise InputError(f"job must be a batchlab.Job, got {type(job).__name__}")
-    if not 0 < budget < math.inf:
+    if not holds(lambda value: 0 < value < math.inf, budget):
         raise InputError(f"budget must be finite and > 0 seconds, got {budget!r}")
     if not is_whole(seed):
         raise InputError(f"seed must be an integer, got {seed!r}")

@@ -10,6 +10,7 @@ from signal import Signals
 
 import torch.distributed as dist
 
+from batchlab.core.checks import check_count, holds
 from batchlab.core.errors import InputError, Interrupted
 from batchlab.core.facts import Facts
 from batchlab.core.files import write_atomic
@@ -64,10 +65,10 @@ def tune(
     check_folder(folder)
     if (folder / RUN_FILE).exists():
         raise InputError(f"{folder} already holds a run: resume it with train, or name another folder")
-    if isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 < budget < math.inf:
+    if not holds(lambda value: 0 < value < math.inf, budget):
         raise InputError(f"budget must be finite and > 0 seconds, got {budget!r}")
-    if max_steps is not None and max_steps < 1:
-        raise InputError(f"max_steps must be at least 1, got {max_steps!r}")
+    if max_steps is not None:
+        check_count(max_steps=max_steps)
     world = dist.get_world_size() if dist.is_initialized() else 1
     if verify and world > 1:
         raise InputError(f"verify sweeps in a single process, these are {world} ranks: sweep by itself, one a device")
