@@ -210,6 +210,7 @@ def test_probe_only_measures_what_is_asked_for_and_keeps_it_in_the_run(place):
     [
         ("--only nois", "only must name some of noise, memory, curvature, energy, landscape, got ['nois']"),
         ("--at runs/a", "--at is for --only"),
+        ("--only noise --at-least loss=1", "--at-least and --at-most are for all facts"),
         ("--only noise --at nowhere", "nowhere is not a run folder"),
     ],
 )

@@ -112,10 +112,12 @@ def probe(
     """Measure JOB on this machine: speed, memory, noise scale, a good learning rate. Its model is not touched."""
     with output(as_json) as out_, progress_bar() as bar:
         arguments.check_file(out)
+        aim = arguments.learning_target(at_least, at_most)
         if only is not None or at is not None:
+            if aim is not None:
+                raise InputError("--at-least and --at-most are for all facts: none of --only depends on a target")
             _single_facts(job, only, at, out, out_, bar, target, budget=budget, seed=seed, device=device)
             return
-        aim = arguments.learning_target(at_least, at_most)
         from batchlab.cli.tables import facts_table
         from batchlab.core.files import write_atomic
         from batchlab.parallel.torchrun import process_group
