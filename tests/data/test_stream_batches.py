@@ -110,6 +110,29 @@ def test_a_size_for_each_batch_does_not_make_the_state_grow():
         batches.state_dict(batches=3)
 
 
+def test_an_epoch_whose_start_is_forgotten_is_refused():
+    """Sizes are kept of two epochs: an earlier one began at a batch that cannot be told any more."""
+    batches = StreamBatches(10, 4)
+    for size in (5, 2, 4):
+        following(batches, 6 * len(batches))
+        batches.batch_size = size
+    before = batches.state_dict()
+    assert batches.epoch == 18 and batches._cuts[0].position == 120
+    for epoch in (0, 2, 11):
+        with pytest.raises(InputError, match=f"epoch must be at least 12, what came before is forgotten: {epoch}"):
+            batches.set_epoch(epoch)
+        assert batches.state_dict() == before
+    for epoch in (17, 12, 18):
+        batches.set_epoch(epoch)
+        assert batches.epoch == epoch and sum(map(len, batches)) == 10
+    behind = StreamBatches(10, 4)  # a loader's workers are more than an epoch ahead of training
+    for size in (5, 2, 4, 3):
+        following(behind, 2)
+        behind.batch_size = size
+    with pytest.raises(InputError, match="is forgotten"):
+        behind.state_dict(batches=1)
+
+
 def test_far_positions_are_exact_integers():
     batches = StreamBatches(10**13, 1024, rank=1, world_size=2)
     batches.load_state_dict(batches.state_dict(batches=10**15 + 1))
@@ -157,8 +180,11 @@ def test_a_refused_size_or_state_changes_nothing():
     before = batches.state_dict()
     with pytest.raises(InputError, match="leaves 1 of n=100"):
         batches.batch_size = 23  # 70 are left in this epoch: 1 beyond 69
-    with pytest.raises(InputError, match="as 'cuts'"):
-        batches.load_state_dict({name: value for name, value in before.items() if name != "cuts"})
+    for cuts in ({name: value for name, value in before.items() if name != "cuts"}, before | {"cuts": []}):
+        with pytest.raises(InputError, match="as 'cuts'"):
+            batches.load_state_dict(cuts)
+    with pytest.raises(InputError, match="batches must be at least 7, what came before is forgotten: 3"):
+        batches.load_state_dict(before | {"cuts": [[7, 70, 10]]})
     with pytest.raises(InputError, match="must have n 100 as this sampler has, got 99"):
         batches.load_state_dict(before | {"n": 99})
     small = StreamBatches(100, 10, world_size=1)

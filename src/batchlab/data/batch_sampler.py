@@ -117,11 +117,14 @@ class BatchSampler(Sampler[list[int]], ABC):
             yield batch.tolist() if isinstance(batch, np.ndarray) else list(batch)
 
     def set_epoch(self, epoch: int) -> None:
-        """Goes to the start of the epoch, as trainers ask for; nothing happens where it is the present one."""
+        """Goes to the start of the epoch, as trainers ask for; nothing happens where it is the present one.
+
+        `InputError` for an epoch so far back that its start is no longer known.
+        """
         check_count(0, epoch=epoch)
         if epoch == self.epoch:
             return
-        if self.epoch_length(0) is None:
+        if self.epoch_length(self.epoch) is None:
             raise InputError(f"epoch must be 0, the only one of a {type(self).__name__} without end, got {epoch}")
         self._taken = self.start_of(epoch)
 

@@ -95,9 +95,13 @@ class StreamBatches(BatchSampler):
 
     def start_of(self, epoch: int) -> int:
         """Batches of the run before the epoch."""
-        if self.endless or epoch == 0:
+        if self.endless:
             return 0
-        cut = self._cuts[bisect_right(self._cuts, epoch * self.n, key=lambda cut: cut.position) - 1]
+        at = bisect_right(self._cuts, epoch * self.n, key=lambda cut: cut.position) - 1
+        if at < 0:
+            known = -(-self._cuts[0].position // self.n)
+            raise InputError(f"epoch must be at least {known}, what came before is forgotten: {epoch}")
+        cut = self._cuts[at]
         begun, offset = divmod(cut.position, self.n)
         rest = self._count(self.n - offset, cut.size)
         return cut.batch + (rest + (epoch - begun - 1) * self._count(self.n, cut.size) if epoch > begun else 0)
@@ -129,6 +133,7 @@ class StreamBatches(BatchSampler):
     def state_dict(self, batches: int | None = None) -> dict[str, Any]:
         """As of every batch sampler; with every batch size of the present epoch, and those set for batches to come."""
         state = super().state_dict(batches)
+        self.locate(state["batches"])
         return state | {"cuts": [list(cut) for cut in self._needed(self._cuts, self.position(batches))]}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -137,8 +142,9 @@ class StreamBatches(BatchSampler):
         super().load_state_dict(state_dict)
         try:
             self._cuts = [Cut(*map(int, cut)) for cut in state_dict["cuts"]]
-            for cut in self._cuts[bisect_right(self._cuts, self._taken, key=lambda cut: cut.batch) - 1 :]:
+            for cut in self._cuts[self._cuts.index(self._cut(self._taken)) :]:
                 self._check_size(cut.size, self.position() if cut.batch <= self._taken else cut.position)
+            self.locate(self._taken)
         except (KeyError, TypeError, IndexError) as error:
             self._taken, self._cuts = before
             raise InputError("state_dict must hold the batch sizes of a StreamBatches as 'cuts'") from error

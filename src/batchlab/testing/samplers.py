@@ -74,7 +74,7 @@ def following(sampler: BatchSampler, count: int | None = None) -> list[list[int]
 
 def endless(sampler: BatchSampler) -> bool:
     """Whether its first epoch never ends."""
-    return sampler.epoch_length(0) is None
+    return sampler.epoch_length(sampler.epoch) is None
 
 
 def on_ranks(subject: Subject, world_size: int, **given: Any) -> list[BatchSampler]:

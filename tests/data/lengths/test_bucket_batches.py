@@ -117,6 +117,12 @@ def test_world_size_changes_in_mid_epoch_twice_and_every_example_still_comes_onc
     assert ranks[0].epoch == 1 and sorted(chain(*ranks[0])) == list(range(3000))
     with pytest.raises(InputError, match="batches must be at least 35, where the world size changed, got 3"):
         ranks[0].state_dict(batches=3)
+    late = BucketBatchSampler(lengths, buckets, [9, 8, 7, 6, 5, 4], world_size=3)
+    late.load_state_dict(ranks[0].state_dict())
+    with pytest.raises(InputError, match="epoch must be at least 2, where the world size changed, got 1"):
+        late.set_epoch(1)
+    late.set_epoch(3)
+    assert late.epoch == 3
 
 
 def test_a_state_of_the_same_world_size_is_exact_after_a_change():

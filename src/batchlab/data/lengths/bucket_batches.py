@@ -41,9 +41,9 @@ class BucketBatchSampler(BatchSampler):
     token. The learning rate is not changed by a table; it was tuned for the mean batch. Losses that depend on the batch
     size, as contrastive ones, cannot be compared between ranges.
 
-    The state is the number of batches; 16-bit or 32-bit numbers for each example are all that is held. Loaded into
-    another world size, the rest of the epoch is planned anew, so that each example still comes once in it. Not for
-    packed sequences, which have no padding, nor where the batch size must not vary.
+    The state is a few integers a bucket. In memory there are 4 bytes an example (8 from 2^31 examples on) and 8 more of
+    shuffles at most. Loaded into another world size, the rest of the epoch is planned anew, so that each example still
+    comes once in it. Not for packed sequences, which have no padding, nor where the batch size must not vary.
 
     >>> sampler = BucketBatchSampler([3, 1, 9, 2, 8, 2], LengthBuckets([3, 9]), sizes=[2, 1])
     >>> sorted(sorted(batch) for batch in sampler)
@@ -93,7 +93,9 @@ class BucketBatchSampler(BatchSampler):
     def start_of(self, epoch: int) -> int:
         """Batches of the run before the epoch, or before the world size changed in it."""
         since = self._since
-        if epoch <= since.epoch:
+        if epoch < since.epoch:
+            raise InputError(f"epoch must be at least {since.epoch}, where the world size changed, got {epoch}")
+        if epoch == since.epoch:
             return since.batch
         return since.batch + self.epoch_length(since.epoch) + (epoch - since.epoch - 1) * self.epoch_length(epoch)
 
