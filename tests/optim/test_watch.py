@@ -42,6 +42,13 @@ def test_every_optimizer_of_ours_names_its_tensors_as_the_model_does():
         assert set(found) == {n for n, _ in model.named_parameters()}
 
 
+def test_complex_numbers_count_with_both_parts():
+    w = nn.Parameter(torch.tensor([3 + 4j]))
+    w.grad = torch.tensor([5j])
+    sgd = torch.optim.SGD([w], lr=0.1)
+    assert watched_step(sgd.step, sgd, {"w": w}) == {"w": {"update_ratio": pytest.approx(0.1)}}
+
+
 def test_only_the_largest_are_watched_and_zeros_are_told_apart():
     a, b, c = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2)), nn.Parameter(torch.ones(1))
     for p in (a, b, c):

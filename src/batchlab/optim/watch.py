@@ -47,6 +47,7 @@ def watched_step(
 
 def _ratio(parameter: Tensor, before: Tensor) -> float:
     part, mesh, holders = share(parameter.detach())
-    squares = [float(torch.linalg.vector_norm(each.float()) ** 2) for each in (part - before, before)]
+    dtype = torch.promote_types(part.dtype, torch.float32)
+    squares = [float(torch.linalg.vector_norm(each, dtype=dtype)) ** 2 for each in (part - before, before)]
     moved, size = over_meshes({mesh: [each / holders for each in squares]})
     return math.sqrt(moved / size) if size else (math.inf if moved else 0.0)
