@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import pickle  # noqa: TID251 - as users' trainers do to spawn ranks
 
 import pytest
 import torch
@@ -127,7 +128,17 @@ def test_bad_input_is_named(kind, message):
         WeightAverage(scalar(), **kind)
 
 
-@pytest.mark.parametrize("examples", [0, -8])
+def test_it_goes_through_pickle_after_an_update():
+    model = network()
+    average = WeightAverage(model, half_life=10.0)
+    train(model, average, 2)
+    again = pickle.loads(pickle.dumps(average))
+    for each in (average, again):
+        each.update(model, 5)
+    assert all(map(torch.equal, again.module.parameters(), average.module.parameters()))
+
+
+@pytest.mark.parametrize("examples", [0, -8, math.nan, math.inf, None])
 def test_an_update_has_examples(examples):
     model = nn.Linear(1, 1)
     with pytest.raises(InputError, match=f"examples must be at least 1, got {examples}"):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from batchlab.core.checks import holds
 from batchlab.core.errors import InputError
 
 
@@ -60,7 +61,7 @@ class WeightAverage:
 
     def update(self, model: nn.Module, examples: int) -> None:
         """Takes in the weights after an update with `examples` examples."""
-        if examples < 1:
+        if not holds(lambda n: 1 <= n < math.inf, examples):
             raise InputError(f"examples must be at least 1, got {examples!r}")
         if self._known is None or self._known() is not model:
             self._check(model)
@@ -101,6 +102,9 @@ class WeightAverage:
     def _lerp(self, averages: Any, weights: Any, _: Tensor | int) -> None:
         """ζ ← ζ + (θ - ζ)·(1 - kept)/W, W the sum of all contributions' weights so far."""
         torch._foreach_lerp_(list(averages), list(weights), self._share)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_known": None}  # a weak reference cannot be pickled
 
     def state_dict(self) -> dict[str, Any]:
         """The average, its weight and its position."""
