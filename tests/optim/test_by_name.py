@@ -161,6 +161,33 @@ def test_the_fused_step_is_taken_where_there_is_one_and_the_caller_says_nothing(
     assert not create("adam", net).defaults["fused"]
 
 
+def test_sparse_gradients_are_not_sent_to_the_fused_step():
+    net = nn.Embedding(4, 2, sparse=True)
+    before, optimizer = net.weight.detach().clone(), create("sgd", net, lr=0.1)
+    net(torch.tensor([1])).sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(before[1] - net.weight[1], torch.full((2,), 0.1))
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
+def test_a_convolution_in_another_memory_order_resumes_from_a_state_in_this_one(name):
+    """A checkpoint may hold the state in rows; torch's fused CPU step would read it as if it lay as the weights do."""
+    ends = []
+    for resumed in (False, True):
+        net = nn.Conv2d(2, 3, 2, bias=False).to(memory_format=torch.channels_last)
+        nn.init.constant_(net.weight, 1.0)
+        optimizer = create(name, net, lr=0.1)
+        for step in range(3):
+            g = torch.randn(net.weight.shape, generator=torch.Generator().manual_seed(step))
+            net.weight.grad = g.to(memory_format=torch.channels_last)
+            if resumed and step == 2:
+                held = optimizer.state[net.weight]
+                held |= {key: each.contiguous() for key, each in held.items() if isinstance(each, torch.Tensor)}
+            optimizer.step()
+        ends.append(net.weight.detach())
+    torch.testing.assert_close(*ends, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("name", "net", "hyperparameters", "message"),
     [

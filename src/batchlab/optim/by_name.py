@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from batchlab.core.errors import InputError
 from batchlab.parallel.shards import is_spread
@@ -124,7 +124,7 @@ def create(name: str, model: nn.Module, **hyperparameters: Any) -> torch.optim.O
     if not parameter_groups:
         raise InputError("the model has no parameter that requires a gradient")
     if is_torchs(name) and not {"fused", "foreach", "capturable", "differentiable"} & settings.keys():
-        settings["fused"] = "fused" in accepted and _fused_is_faster(name, parameter_groups)
+        settings["fused"] = "fused" in accepted and not _has_sparse(model) and _fused_is_faster(name, parameter_groups)
         if not settings["fused"]:
             del settings["fused"]
     try:
@@ -181,9 +181,19 @@ def _split(name: str, model: nn.Module, decay: float) -> list[dict[str, Any]]:
 def _fused_is_faster(name: str, parameter_groups: list[dict[str, Any]]) -> bool:
     """On CPU and CUDA torch's fused step is the fastest of its three where it exists: for floating-point parameters.
 
-    For parameters that are spread over ranks torch (2.13) has Adam's alone.
+    For parameters that are spread over ranks torch (2.13) has Adam's alone. On CPUs it goes through memory as it lies:
+    a state that was loaded in another order than a parameter's (channels_last) would be taken for another tensor's.
     """
     parameters = [p for group in parameter_groups for _, p in group["params"]]
     if name not in _FUSED_WHERE_SPREAD and any(map(is_spread, parameters)):
         return False
-    return all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
+    return all(p.is_floating_point() and p.device.type in ("cpu", "cuda") and _in_order(p) for p in parameters)
+
+
+def _in_order(parameter: Tensor) -> bool:
+    return is_spread(parameter) or parameter.is_contiguous()
+
+
+def _has_sparse(model: nn.Module) -> bool:
+    """Whether some module's gradient is sparse, which no fused step takes."""
+    return any(getattr(module, "sparse", False) is True for module in model.modules())
