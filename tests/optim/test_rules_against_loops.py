@@ -97,8 +97,6 @@ def test_the_first_steps_of_mars_and_signum():
     optimizer.step()
     expected = 0.05 * 0.01 * (1 + 0.025 * 0.95 / 0.05)
     torch.testing.assert_close(optimizer.state[w]["exp_avg"], torch.full_like(w, expected), rtol=1e-12, atol=0)
-    Signum([w], lr=1.0).step()
-    assert w.grad.mul(1.475).sub(0.01475).abs().max() < 1e-15
     start = torch.nn.Parameter(torch.tensor([5.0, -5.0]))
     start.grad = torch.tensor([-1.0, 2.0])
     Signum([start], lr=1.0).step()
