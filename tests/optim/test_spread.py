@@ -42,6 +42,12 @@ def test_the_forms_for_lists_sum_over_ranks_too(tmp_path):
     assert in_ranks(4, tmp_path, _lists_equal, list(LISTED), "fsdp", timeout=300) == [0] * 4
 
 
+def test_ranks_with_unlike_parts_take_the_same_way(tmp_path, monkeypatch):
+    """Of six rows a rank has two or none, on either side of what is small: all go by the whole tensor's size."""
+    monkeypatch.setattr("batchlab.optim.shell.SMALL", 8)
+    assert in_ranks(4, tmp_path, _all_equal, ["lamb", "lars", "mars"], "fsdp", (torch.float64,), 3) == [0] * 4
+
+
 def test_a_sum_left_on_each_rank_would_be_seen(tmp_path, monkeypatch):
     """The check can fail: with norms over parts alone LAMB ends elsewhere."""
     monkeypatch.setattr("batchlab.optim.shell.sums_over", lambda requests, layouts: [each.part for each in requests])

@@ -220,14 +220,15 @@ class RuleOptimizer(torch.optim.Optimizer):
     def listed(self, leaf: Leaf, group: dict[str, Any]) -> bool:
         """Whether a tensor goes by the form for lists: as asked, else on GPUs, and on CPUs where it is small.
 
-        There a call's own time counts and not the memory that lists take.
+        There a call's own time counts and not the memory that lists take. The whole tensor's size decides, not that of
+        this rank's part: ranks that part ways would sum one tensor's squares with another's.
         """
         if self.forms(group)[1] is None:
             return False
         on_gpu = leaf.w.device.type == "cuda"
         if group["foreach"] is not None and not (group["fused"] and not on_gpu):
             return bool(group["foreach"])
-        return on_gpu or (self.FLAT and leaf.w.numel() <= SMALL)
+        return on_gpu or (self.FLAT and leaf.shape.numel() <= SMALL)
 
     def _run(self, group: dict[str, Any], leaves: list[Leaf]) -> list[tuple[Rule, list[Leaf]]]:
         """Runs the rules of plain tensors; returns those that must run side by side, for they sum over ranks."""
