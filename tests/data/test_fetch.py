@@ -36,6 +36,11 @@ def test_many_are_asked_for_at_once_and_collated_by_the_job():
     assert data.asked == [[2, 5]]
 
 
+def test_a_default_device_elsewhere_changes_nothing():
+    with torch.device("meta"):
+        assert fetch(TensorDataset(torch.arange(6, device="cpu")), [4, 1])[0].tolist() == [4, 1]
+
+
 def test_containers_keep_their_type_on_the_way_to_a_device():
     pair = namedtuple("pair", "a b")
     batch = {"t": torch.ones(2), "n": [pair(torch.ones(1), 3), (torch.zeros(1), "text")]}

@@ -18,7 +18,7 @@ def fetch(data: MapDataset, indices: list[int], collate: Callable[[list[Any]], A
     [tensor([2, 0])]
     """
     if type(data) is TensorDataset and collate is None:
-        where = torch.as_tensor(indices)
+        where = torch.as_tensor(indices, device="cpu")
         return [tensor[where] for tensor in data.tensors]
     many = getattr(data, "__getitems__", None)
     examples = many(indices) if many is not None else [data[index] for index in indices]

@@ -132,6 +132,14 @@ def test_some_sequences_are_what_they_are_among_all(documents):
     assert torch.equal(PackedDocuments(documents, packing)[2]["labels"], some.labels[0])
 
 
+def test_a_default_device_elsewhere_changes_nothing(documents):
+    packing = pack(documents.lengths, 24)
+    expected = packed_batch(documents, packing, [0, 1])
+    with torch.device("meta"):
+        found = packed_batch(documents, packing, [0, 1])
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 @pytest.mark.slow  # importing it takes seconds
 def test_flex_attention_sees_what_the_mask_sees(documents):
     from torch.nn.attention.flex_attention import flex_attention

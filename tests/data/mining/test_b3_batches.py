@@ -158,6 +158,17 @@ def test_the_bound_holds():
             assert whole.gap == pytest.approx(0, abs=1e-9) and whole.bound == pytest.approx(0, abs=1e-9)
 
 
+def test_a_default_device_elsewhere_changes_nothing():
+    points, batches = torch.randn(40, 4), [list(range(at, at + 8)) for at in range(0, 40, 8)]
+    for labels in (None, [at % 4 for at in range(40)]):
+        found = []
+        for device in ("cpu", "meta"):
+            with torch.device(device):
+                index = b3_batches(points, points, cluster_size=8, p=2, m=10, labels=labels)
+                found.append((index.fingerprint(), index.windows.tolist(), loss_gap(points @ points.T, batches, 2)))
+        assert found[0] == found[1]
+
+
 def test_the_gap_is_of_cross_entropies():
     scores = torch.randn(8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     batches = [[0, 3, 5, 6], [1, 2, 4, 7]]

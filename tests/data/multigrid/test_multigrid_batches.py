@@ -156,6 +156,16 @@ def test_pixels_are_scaled_between_the_bounds_and_cropped_anywhere():
     assert torch.equal(*same)
 
 
+def test_a_default_device_elsewhere_changes_nothing():
+    x, given = torch.randn(3, 20, 24, 24), {"scales": (18, 22), "stride": 2}
+    torch.manual_seed(0)
+    expected = resample(x, (4, 8, 8), (8, 16, 16), **given)
+    for generator in (None, torch.Generator().manual_seed(0)):
+        torch.manual_seed(0)
+        with torch.device("meta"):
+            assert torch.equal(resample(x, (4, 8, 8), (8, 16, 16), generator=generator, **given), expected)
+
+
 def test_examples_without_a_shape_have_the_default_sizes():
     data = Resampled([(torch.randn(3, 8, 20, 20), "a")], (8, 16, 16))
     assert len(data) == 1 and data[0][0].shape == (3, 8, 16, 16) and data[0][1] == "a"

@@ -19,7 +19,7 @@ NO_DOCUMENT = -1
 
 
 class PackedBatch(NamedTuple):
-    """Packed sequences side by side, int64 each, shape (sequences, capacity).
+    """Packed sequences side by side, int64 each, shape (sequences, capacity), on the CPU.
 
     input_ids: the tokens, then padding. labels: what each place predicts, -100 for nothing. position_ids: from 0 in
     each part of a document, and in the padding. document_ids: the document of each token, -1 for padding.
@@ -65,11 +65,12 @@ def packed_batch(
     column = np.arange(length.sum()) - np.repeat(np.cumsum(used) - used, used)
     at = torch.from_numpy(np.repeat(row, length)), torch.from_numpy(column)
     begin = documents.offsets[packing.document[parts]] + packing.start[parts]
-    tokens = documents.at(np.repeat(begin, length) + position)
+    tokens = documents.at(np.repeat(begin, length) + position).cpu()
     starts, last = torch.from_numpy(position == 0), torch.from_numpy(position == np.repeat(length, length) - 1)
     shape = (len(rows), packing.capacity)
-    padding = (torch.arange(packing.capacity) - torch.from_numpy(used)[:, None]).clamp(min=0)
-    batch = PackedBatch(torch.full(shape, pad), torch.full(shape, IGNORED), padding, torch.full(shape, NO_DOCUMENT))
+    padding = torch.from_numpy((np.arange(packing.capacity) - used[:, None]).clip(min=0))
+    ids, labels, owners = (torch.full(shape, each, device="cpu") for each in (pad, IGNORED, NO_DOCUMENT))
+    batch = PackedBatch(ids, labels, padding, owners)
     batch.input_ids[at] = tokens
     batch.labels[at] = torch.where(last, IGNORED, tokens.roll(-1)) if shifted else torch.where(starts, IGNORED, tokens)
     batch.position_ids[at] = torch.from_numpy(position)

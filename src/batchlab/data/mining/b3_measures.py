@@ -81,7 +81,7 @@ def loss_gap(scores: Tensor, batches: Sequence[Sequence[int]], k: int, temperatu
     hardest = logits.topk(k, dim=1).values.logsumexp(1)
     gap = bound = 0.0
     for batch in batches:
-        rows = torch.as_tensor(list(batch))
+        rows = torch.as_tensor(list(batch), device=scores.device)
         inside = logits[rows[:, None], rows]
         gap += float((everywhere[rows] - inside.logsumexp(1)).sum())
         within = inside.topk(k, dim=1).values.logsumexp(1)

@@ -72,10 +72,10 @@ def rank_windows(
     check_count(0, p=p)
     if p + m > n - 1:
         raise InputError(f"p + m must be at most N - 1 = {n - 1}, got p={p}, m={m}")
-    of = torch.arange(n) if labels is None else torch.as_tensor(labels)
+    of = torch.arange(n, device="cpu") if labels is None else torch.as_tensor(labels, device="cpu")
     if of.shape != (n,):
         raise InputError(f"labels must have shape ({n},), got {tuple(of.shape)}")
-    most = int(np.unique(of.cpu().numpy(), return_counts=True)[1].max())
+    most = int(np.unique(of.numpy(), return_counts=True)[1].max())
     if p + m > n - most:
         raise InputError(f"p + m must be at most the {n - most} targets of other labels, got p={p}, m={m}")
     of, targets = of.to(query.device), target.double()

@@ -34,7 +34,7 @@ def resample(
     long enough for, and a start, both uniform. Pixels: the short side scaled (bilinear, with antialiasing) to a number
     drawn from `scale_range`, then a crop at a uniform place; H and W are then reckoned by the first of them. scales
     None: the whole picture is scaled to the crop's size, which keeps the extent exactly.
-    generator: torch's global one by default, which a `DataLoader` seeds for each worker and epoch.
+    generator: torch's global one of the CPU by default, which a `DataLoader` seeds for each worker and epoch.
 
     >>> clip = torch.randn(3, 32, 40, 50)
     >>> resample(clip, (4, 16, 16), (16, 32, 32), scales=(36, 40), stride=2).shape
@@ -81,7 +81,8 @@ def _scaled(x: Tensor, height: int, width: int) -> Tensor:
 
 
 def _draw(low: int, high: int, generator: torch.Generator | None) -> int:
-    return int(torch.randint(low, high + 1, (), generator=generator))
+    device = "cpu" if generator is None else generator.device
+    return int(torch.randint(low, high + 1, (), generator=generator, device=device))
 
 
 class Resampled(Dataset[tuple[Any, ...]]):
