@@ -10,6 +10,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from batchlab.parallel.agree import device_of
+
 
 @contextlib.contextmanager
 def process_group(timeout_seconds: float = 600.0) -> Iterator[bool]:
@@ -36,7 +38,7 @@ def agree_max(value: int) -> int:
     """The largest of the ranks' values; `value` itself outside a process group."""
     if not dist.is_initialized():
         return value
-    tensor = torch.tensor(value, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    tensor = torch.tensor(value, device=device_of())
     dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return int(tensor)
 
