@@ -157,6 +157,7 @@ def test_a_signal_saves_after_the_step_and_resumes_the_same(tmp_path, uninterrup
     with pytest.raises(Interrupted) as caught:
         train(hard_job(), HARD_PLAN, out=tmp_path / "r", callbacks=[ask], device="cpu")
     assert caught.value.signum == number and signal.getsignal(number) is before
+    assert f"or batchlab train JOB --out {tmp_path / 'r'} --resume" in str(caught.value)
     run = Run.open(tmp_path / "r")
     assert run.summary["status"] == "interrupted" and run.summary["steps"] == 7
     assert state(run.path)["learner"]["step"] == 7

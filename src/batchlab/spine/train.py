@@ -120,10 +120,15 @@ def _run(
             raise _hopeless(update)
         if stop and status == "running":
             folder.finish("interrupted")
-            raise Interrupted(
-                f"stopped by {signal.Signals(stop).name} after step {update.step}; go on with --resume", stop
-            )
+            said = f"stopped by {signal.Signals(stop).name} after step {update.step}"
+            raise Interrupted(f"{said}; go on with {_going_on(folder, learner)}", stop)
     return status if status != "running" else "not reached" if plan.target else "finished"
+
+
+def _going_on(folder: RunFolder, learner: Learner) -> str:
+    """How a run that was stopped is gone on with, in Python and on the command line."""
+    seed = f" --seed {learner.seed}" if learner.seed else ""
+    return f"train(..., resume=True), or batchlab train JOB --out {folder.path} --resume{seed}"
 
 
 def _end_if_asked(signals: StopSignals) -> None:
