@@ -1,6 +1,9 @@
 """One step on a model of its own: whose gradient, at which rate, and where it fails."""
 
 import dataclasses
+import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -69,6 +72,18 @@ def test_a_seed_is_a_model_and_copies_of_it_are_held():
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
     assert sum(held.numel() for held in first._held) == 2 * weights[0].numel()
     assert first.model.training
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_copies_take_memory_on_a_cpu_too():
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    job = dataclasses.replace(toy_job(optimizer="sgd"), model=lambda: nn.Linear(6, 2**20))
+    step = TrainingStep(job, device=CPU)
+    before = resident()
+    step.hold_copies(2)
+    assert resident() - before > 0.9 * 2 * 7 * 2**22
 
 
 def test_gradients_are_held_while_a_whole_step_runs():

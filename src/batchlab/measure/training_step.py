@@ -49,8 +49,8 @@ class TrainingStep:
         self._allocate_state()
 
     def hold_copies(self, copies: int) -> None:
-        """Holds so many more copies of the trained weights."""
-        self._held += [torch.empty_like(p, requires_grad=False) for p in self.trained for _ in range(copies)]
+        """Holds so many more copies of the trained weights, written to, without which a CPU gives them no memory."""
+        self._held += [torch.zeros_like(p, requires_grad=False) for p in self.trained for _ in range(copies)]
 
     def hold_gradients(self) -> None:
         """Zeros where a trained weight has no gradient."""
