@@ -111,6 +111,15 @@ def test_other_errors_pass_unchanged(error):
     assert traceback.extract_tb(error.__traceback__)[-1].name == "step"
 
 
+def test_an_error_that_the_caller_handles_keeps_its_frames():
+    """A search where training ran out of memory: the errors of its own steps have that one as their context."""
+    try:
+        raise RuntimeError("CUDA out of memory.")
+    except RuntimeError as error:
+        assert find_micro_batch(Limited(20), max_size=64, rel_gap=0).size == 20
+        assert traceback.extract_tb(error.__traceback__)
+
+
 def test_interrupts_pass():
     with pytest.raises(KeyboardInterrupt):
         find_micro_batch(Limited(40, KeyboardInterrupt()), max_size=64)

@@ -6,6 +6,7 @@ memory that earlier sizes took where that is known, so that running out is mostl
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -199,13 +200,13 @@ def _together(group: dist.ProcessGroup | None) -> bool:
 
 def _made(make: Callable[[], JobSubject], terms: Terms) -> JobSubject:
     """The job's step on a fresh model, made on all ranks; `InputError` on all where it does not fit on one."""
-    subject, went, other = None, FITS, None
+    subject, went, other, handled = None, FITS, None, sys.exception()
     try:
         subject = make()
     except Exception as error:
         if isinstance(error, PeerFailed) or terms.is_oom(error):
             went = OUT
-            let_go(error)
+            let_go(error, handled)
         else:
             went, other = FAILED, error
     worst = agree_min([went], terms.group)[0]

@@ -38,12 +38,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in TEXTS)
 
 
-def let_go(error: BaseException) -> None:
+def let_go(error: BaseException, handled: BaseException | None = None) -> None:
     """Drops the frames that an error holds, and with them the tensors of the step that failed.
 
-    The error's causes and contexts are treated alike; its type and text stay.
+    The error's causes and contexts are treated alike, but for `handled`: what the caller was handling when the step
+    began is not of the step. Type and text stay.
     """
-    seen: set[int] = set()
+    seen: set[int] = {id(handled)}
     todo: list[BaseException | None] = [error]
     while todo:
         each = todo.pop()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -197,7 +198,7 @@ class SizeFinder:
 
     def _run(self, size: int) -> _Went:
         """How the training step and then the evaluation went."""
-        went = _Went()
+        went, handled = _Went(), sys.exception()
         try:
             if self.subject.stale:
                 self.subject.renew()
@@ -212,7 +213,7 @@ class SizeFinder:
                     return went
                 went.phase = self.subject.phase
                 went.text = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
-            let_go(error)
+            let_go(error, handled)
         went.peaks = [None if self.terms.counter is None else self.terms.counter.peak()]
         self.subject.clear()
         free()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import statistics
+import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -254,13 +255,14 @@ def _measure(step: TrainingStep, sizes: Sequence[int], deadline: float) -> _Time
 
 def _fits(step: TrainingStep, size: int, warm: _Times) -> bool:
     """Warms a size up; False where it ran out of memory though a smaller one did not."""
+    handled = sys.exception()
     try:
         warm.add(size, *_timed(step, size))
         return True
     except Exception as error:
         if not warm.passes or not is_out_of_memory(error):
             raise
-        let_go(error)
+        let_go(error, handled)
     step.clear()
     free(step.device)
     return False
