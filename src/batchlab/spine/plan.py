@@ -9,24 +9,18 @@ from typing import Any
 
 from batchlab.core.checks import check_count
 from batchlab.core.errors import InputError
-from batchlab.core.facts import Estimate, Facts
+from batchlab.core.facts import Facts
 from batchlab.core.job import Job
-from batchlab.core.plan import GIVEN, OURS, USER, FrontierRow, Plan, Reason
-from batchlab.optim.by_name import defaults, is_torchs
+from batchlab.core.plan import GIVEN, OURS, USER, FrontierRow, Plan
 from batchlab.planner import batch as goals
 from batchlab.planner import cadence
 from batchlab.planner.frontier_rows import device_grid, frontier, size_grid, size_range
 from batchlab.planner.prediction import Prediction
-from batchlab.rules import learning_rate as lr_rules
-from batchlab.rules import weight_decay as decay_rules
-from batchlab.rules.optimizer_family import decay_kind
 from batchlab.spine.foreseen import foreseen
+from batchlab.spine.planned_optimizer import planned_optimizer
+from batchlab.spine.reasons import Reasons
 
-AVERAGE = "Shamir and Zhang 2013, arXiv 1212.1824"
-MCCANDLISH, POWER_LINES = "McCandlish et al. 2018, arXiv 1812.06162", "Bergsma et al. 2025, arXiv 2505.13738"
-ADEMAMIX = "Pagliardini et al. 2024, arXiv 2409.03137"
-MEASURED, TORCH = "measured", "torch default"
-KEPT = {"betas": "kept as in the reference run: beta^k holds only far below the noise scale (rules.adam)"}
+MCCANDLISH, MEASURED = "McCandlish et al. 2018, arXiv 1812.06162", "measured"
 SPLIT_COST = 1.05
 
 
@@ -66,12 +60,12 @@ def plan(
         chosen = goals.pick(choices, goal, b_crit=prediction.b_crit)
     else:
         chosen = next(row for row in rows if (row.batch_size, row.devices) == (batch_size, devices))
-    why = _Reasons()
+    why = Reasons()
     size = _size(why, facts, prediction, rows, chosen, goal=None if batch_size else goal)
     layout = _layout(why, facts, chosen, whole=facts.batch_norm)
     length = _length(why, facts, prediction, chosen, layout)
     _courses(why, chosen, length)
-    optimizer = _optimizer(why, facts, prediction, chosen, length["steps"])
+    optimizer = planned_optimizer(why, facts, prediction, chosen, length["steps"])
     why.keep("frontier", len(rows), "S(B)·t(B, n), and n times it, for each batch size and number of devices", OURS)
     made = Plan(
         job=job.name,
@@ -83,18 +77,6 @@ def plan(
         **(size | layout | length | optimizer),
     )
     return dataclasses.replace(made, notes=(*made.notes, *foreseen(made)))
-
-
-class _Reasons:
-    """Keeps each number with its reason, and hands the number on."""
-
-    def __init__(self) -> None:
-        self.reasons: dict[str, Reason] = {}
-
-    def keep(self, name: str, value: Any, rule: str, source: str, **inputs: Any) -> Any:
-        plain = list(value) if isinstance(value, tuple) else value.value if isinstance(value, Estimate) else value
-        self.reasons[name] = Reason(rule, source, inputs, plain)
-        return value
 
 
 def _rows(
@@ -111,7 +93,7 @@ def _rows(
 
 
 def _size(
-    why: _Reasons,
+    why: Reasons,
     facts: Facts,
     prediction: Prediction,
     rows: Sequence[FrontierRow],
@@ -143,7 +125,7 @@ def _size(
     }
 
 
-def _layout(why: _Reasons, facts: Facts, chosen: FrontierRow, *, whole: bool) -> dict[str, Any]:
+def _layout(why: Reasons, facts: Facts, chosen: FrontierRow, *, whole: bool) -> dict[str, Any]:
     """Micro-batches: the fastest measured; halved where that hardly costs time and lets the noise be measured.
 
     whole: as much of a device's share as fits, for the model normalises over it.
@@ -184,7 +166,7 @@ def _layout(why: _Reasons, facts: Facts, chosen: FrontierRow, *, whole: bool) ->
 
 
 def _length(
-    why: _Reasons, facts: Facts, prediction: Prediction, chosen: FrontierRow, layout: Mapping[str, Any]
+    why: Reasons, facts: Facts, prediction: Prediction, chosen: FrontierRow, layout: Mapping[str, Any]
 ) -> dict[str, Any]:
     """How many updates, and how often a run stops to evaluate, to save and to measure the noise scale."""
     steps, evaluation, step_seconds = chosen.steps, facts.evaluation_seconds, layout["predicted_step_seconds"]
@@ -210,7 +192,7 @@ def _length(
     return values | {"predicted_steps": predicted}
 
 
-def _courses(why: _Reasons, chosen: FrontierRow, length: Mapping[str, Any]) -> None:
+def _courses(why: Reasons, chosen: FrontierRow, length: Mapping[str, Any]) -> None:
     """Why neither the batch nor the rate moves along the run, but for the warm-up."""
     still = "all that is predicted is of a batch that stays"
     why.keep("batch_schedule", "fixed", still, OURS, batch_size=chosen.batch_size)
@@ -222,7 +204,7 @@ def _courses(why: _Reasons, chosen: FrontierRow, length: Mapping[str, Any]) -> N
     why.keep("schedule", "constant", level, OURS, steps=length["steps"], **predicted)
 
 
-def _noise_every(why: _Reasons, facts: Facts, steps: float, layout: Mapping[str, Any]) -> int:
+def _noise_every(why: Reasons, facts: Facts, steps: float, layout: Mapping[str, Any]) -> int:
     """At which share of the updates the noise scale is measured."""
     if facts.noise_seconds is None:
         return int(why.keep("noise_every", 1, "as good as any: what measuring costs was not timed", OURS))
@@ -232,56 +214,6 @@ def _noise_every(why: _Reasons, facts: Facts, steps: float, layout: Mapping[str,
     rule = "so seldom that measuring takes 1 % of the time, but 30 times in the predicted steps"
     rule += "" if layout["measure_noise"] else "; only if the batch is made to follow it"
     return int(why.keep("noise_every", every, rule, OURS, noise_seconds=extra, step_seconds=step_seconds))
-
-
-def _optimizer(why: _Reasons, facts: Facts, prediction: Prediction, chosen: FrontierRow, steps: int) -> dict[str, Any]:
-    base, size, rate = facts.base_batch_size, chosen.batch_size, facts.base_learning_rate
-    noise = {"noise_scale": prediction.b_crit} if prediction.noise_known else {}
-    choice = lr_rules.for_optimizer(facts.optimizer, rate, base, size, **noise)
-    inputs = {"base_learning_rate": rate, "base_batch_size": base, "batch_size": size, **noise}
-    why.keep("learning_rate", choice.learning_rate, f"{choice.rule}: {choice.formula}", choice.source, **inputs)
-    why.keep("learning_rate_rule", choice.rule, "the optimizer's, as for the rate itself", choice.source)
-    warmup, power = facts.reference.warmup_examples, facts.reference.average_power
-    why.keep("warmup_examples", warmup, "as many examples as in the reference run", OURS)
-    if power is not None:
-        why.keep("average_power", power, "as in the reference run: it means the same at any batch size", AVERAGE)
-    settings, of_torch = defaults(facts.optimizer), is_torchs(facts.optimizer)
-    for name, value in settings.items():
-        why.keep(name, value, KEPT.get(name, "kept as in the reference run"), TORCH if of_torch else OURS)
-    for name in ("alpha_warmup", "beta3_warmup"):
-        if name in settings:
-            settings[name] = why.keep(name, steps, "the whole run, as in the papers", ADEMAMIX, steps=steps)
-    if decay_kind(facts.optimizer) == "decoupled" and settings.get("weight_decay"):
-        settings["weight_decay"] = _weight_decay(
-            why, facts, prediction, chosen, choice.learning_rate, settings["weight_decay"]
-        )
-    return {
-        "optimizer": facts.optimizer,
-        "learning_rate": choice.learning_rate,
-        "learning_rate_rule": choice.rule,
-        "warmup_examples": warmup,
-        "average_power": power,
-        "hyperparameters": settings,
-    }
-
-
-def _weight_decay(
-    why: _Reasons, facts: Facts, prediction: Prediction, chosen: FrontierRow, learning_rate: float, base_decay: float
-) -> float:
-    """Decoupled decay that lets the weights remember the same fraction of the run as in the reference."""
-    base, size = facts.base_batch_size, chosen.batch_size
-    tau = decay_rules.timescale(
-        batch_size=base,
-        learning_rate=facts.base_learning_rate,
-        weight_decay=base_decay,
-        total_examples=prediction.steps(base) * base,
-    )
-    run = chosen.steps * size
-    decay = decay_rules.from_timescale(tau, batch_size=size, learning_rate=learning_rate, total_examples=run)
-    rule = "λ = B/(η·D·τ) with the reference's τ = B₀/(η₀·λ₀·D₀)"
-    inputs = {"tau": tau, "base_weight_decay": base_decay, "total_examples": run}
-    why.keep("weight_decay", decay, rule, POWER_LINES, **inputs, batch_size=size, learning_rate=learning_rate)
-    return decay
 
 
 def _notes(facts: Facts, prediction: Prediction, chosen: FrontierRow, devices: int) -> list[str]:
