@@ -65,6 +65,7 @@ def test_the_limits_of_the_ratio():
     assert moved() == pytest.approx(0.4)
     assert moved(max_ratio=1.0) == pytest.approx(0.1)
     assert moved(clamp=(0.0, 6.0)) == pytest.approx(0.3)  # |w| = 8 counts as 6
+    assert moved(clamp=[0.0, 6.0]) == moved(clamp=(0.0, 6.0))  # as a plan in JSON has it
 
 
 def test_the_global_clip_is_over_all_tensors():
@@ -102,6 +103,8 @@ def test_the_recipe_is_the_papers():
         ({"betas": (0.9, 1.0)}, r"betas must be 2 numbers in \[0, 1\), got \(0.9, 1.0\)"),
         ({"eps": -1e-6}, "eps must be >= 0, got -1e-06"),
         ({"clamp": (2.0, 1.0)}, r"clamp must be \(low, high\) with 0 <= low < high"),
+        ({"clamp": 1.0}, r"clamp must be \(low, high\) with 0 <= low < high, got 1.0"),
+        ({"betas": ("0.9", "0.99")}, r"betas must be 2 numbers in \[0, 1\), got \('0.9', '0.99'\)"),
         ({"max_ratio": 0.0}, "max_ratio must be finite and > 0, got 0.0"),
         ({"max_grad_norm": 0.0}, "max_grad_norm must be finite and > 0, got 0.0"),
         ({"state_dtype": torch.float16}, 'state_dtype must be None, torch.float32, torch.bfloat16 or "8bit"'),

@@ -90,7 +90,7 @@ class AdaGradNorm(RuleOptimizer):
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Refuses what is out of range."""
-        check_not_negative(**{name: float(group[name]) for name in ("lr", "weight_decay")})
+        check_not_negative(**{name: group[name] for name in ("lr", "weight_decay")})
         if group["b0"] != self.defaults["b0"]:
             raise InputError(
                 f"b0 must be one for all groups, {self.defaults['b0']!r}, got {group['b0']!r}: b is the norm of all "

@@ -116,6 +116,7 @@ class AdEMAMix(RuleOptimizer):
 
     STATE = ("exp_avg", "exp_avg_slow", "exp_avg_sq")
     SQUARES = ("exp_avg_sq",)
+    BY_ELEMENT = True
 
     def __init__(
         self,
@@ -141,7 +142,7 @@ class AdEMAMix(RuleOptimizer):
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Refuses what is out of range."""
-        check_not_negative(**{name: float(group[name]) for name in ("lr", "weight_decay", "eps", "alpha")})
+        check_not_negative(**{name: group[name] for name in ("lr", "weight_decay", "eps", "alpha")})
         check_betas(group["betas"], 3)
         check_count(0, alpha_warmup=group["alpha_warmup"], beta3_warmup=group["beta3_warmup"])
 

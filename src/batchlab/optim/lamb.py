@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
-from batchlab.core.checks import check_not_negative, check_positive, check_share
+from batchlab.core.checks import check_not_negative, check_positive, check_share, holds
 from batchlab.core.errors import InputError
 from batchlab.optim.lars import adapted
 from batchlab.optim.moments import adam_numbers, check_betas
@@ -172,11 +172,11 @@ class LAMB(RuleOptimizer):
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Refuses what is out of range."""
-        check_not_negative(**{name: float(group[name]) for name in ("lr", "weight_decay", "eps")})
+        check_not_negative(**{name: group[name] for name in ("lr", "weight_decay", "eps")})
         check_betas(group["betas"])
         if group["max_ratio"] is not None:
             check_positive(max_ratio=group["max_ratio"])
-        if group["clamp"] is not None and not 0 <= group["clamp"][0] < group["clamp"][1]:
+        if group["clamp"] is not None and not holds(lambda two: len(two) == 2 and 0 <= two[0] < two[1], group["clamp"]):
             raise InputError(f"clamp must be (low, high) with 0 <= low < high, got {group['clamp']!r}")
 
     def before(self, leaves: Sequence[tuple[dict[str, Any], list[Leaf]]]) -> None:
@@ -200,7 +200,8 @@ class LAMB(RuleOptimizer):
         adapt, given = adapted(leaf, group), {name: group[name] for name in ("lr", "betas", "eps", "bias_correction")}
         decay = group["weight_decay"] if adapt else 0.0
         numbers = adam_numbers(leaf.w, **given, weight_decay=decay, t=leaf.t)
-        numbers |= {"clamp": group["clamp"], "max_ratio": group["max_ratio"], "adapt": adapt}
+        clamp = None if group["clamp"] is None else tuple(group["clamp"])  # a plan in JSON has a list
+        numbers |= {"clamp": clamp, "max_ratio": group["max_ratio"], "adapt": adapt}
         return (leaf.w, leaf.g, leaf.state["exp_avg"], leaf.state["exp_avg_sq"]), numbers
 
 

@@ -78,7 +78,7 @@ def lars_by_sgd_(w: Tensor, g: Tensor, v: Tensor, **numbers: Any) -> Rule:
         return (yield from lars_(w, g, v, **numbers) or ())
     settings = {"weight_decay": decay, "momentum": numbers["momentum"].item(), "lr": lr, "dampening": 1 - share}
     sgd([w], [g], [v], fused=True, nesterov=False, maximize=False, **settings)
-    return {"trust_ratio": torch.tensor(ratio)}
+    return {"trust_ratio": torch.tensor(ratio, device="cpu")}
 
 
 def lars_foreach_(
@@ -164,7 +164,7 @@ class LARS(RuleOptimizer):
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Refuses what is out of range."""
-        check_not_negative(**{name: float(group[name]) for name in ("lr", "weight_decay", "eps")})
+        check_not_negative(**{name: group[name] for name in ("lr", "weight_decay", "eps")})
         check_positive(trust=group["trust"])
         if group["momentum"] != 0:
             check_inside(momentum=group["momentum"])

@@ -63,6 +63,7 @@ class Lion(RuleOptimizer):
     """
 
     STATE = ("exp_avg",)
+    BY_ELEMENT = True
 
     def __init__(
         self,
@@ -83,7 +84,7 @@ class Lion(RuleOptimizer):
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Refuses what is out of range."""
-        check_not_negative(lr=float(group["lr"]), weight_decay=group["weight_decay"])
+        check_not_negative(lr=group["lr"], weight_decay=group["weight_decay"])
         check_betas(group["betas"])
 
     def forms(self, group: dict[str, Any]) -> tuple[Form, Form | None]:

@@ -142,9 +142,9 @@ class MARS(RuleOptimizer):
     def check_group(self, group: dict[str, Any]) -> None:
         """Refuses what is out of range."""
         numbers = ("lr", "weight_decay", "eps", "gamma", "vector_lr")
-        check_not_negative(**{name: float(group[name]) for name in numbers})
+        check_not_negative(**{name: group[name] for name in numbers})
         check_betas(group["betas"])
-        check_betas(group["vector_betas"])
+        check_betas(group["vector_betas"], name="vector_betas")
 
     def new_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         """No last gradient is kept of a vector."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from batchlab.core.checks import holds
 from batchlab.core.errors import InputError
 
 
@@ -68,7 +69,8 @@ def scalar(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.tensor(value, dtype=dtype, device=device)
 
 
-def check_betas(betas: Sequence[float], count: int = 2) -> None:
+def check_betas(betas: Sequence[float], count: int = 2, name: str = "betas") -> None:
     """Refuses all but `count` numbers in [0, 1)."""
-    if not isinstance(betas, Sequence) or len(betas) != count or not all(0 <= beta < 1 for beta in betas):
-        raise InputError(f"betas must be {count} numbers in [0, 1), got {betas!r}")
+    good = isinstance(betas, Sequence) and len(betas) == count
+    if not good or not all(holds(lambda beta: 0 <= beta < 1, beta) for beta in betas):
+        raise InputError(f"{name} must be {count} numbers in [0, 1), got {betas!r}")

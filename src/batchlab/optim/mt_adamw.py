@@ -164,7 +164,7 @@ class MTAdamW(RuleOptimizer):
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Refuses what is out of range."""
-        check_not_negative(**{name: float(group[name]) for name in ("lr", "weight_decay", "eps")})
+        check_not_negative(**{name: group[name] for name in ("lr", "weight_decay", "eps")})
         check_betas(group["betas"])
 
     def step(self, closure: Callable[[], Any] | None = None, *, task: str | None = None) -> Any:

@@ -67,6 +67,7 @@ class Signum(RuleOptimizer):
     """
 
     STATE = ("momentum_buffer",)
+    BY_ELEMENT = True
 
     def __init__(
         self,
@@ -88,7 +89,7 @@ class Signum(RuleOptimizer):
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Refuses what is out of range."""
-        check_not_negative(lr=float(group["lr"]), weight_decay=group["weight_decay"])
+        check_not_negative(lr=group["lr"], weight_decay=group["weight_decay"])
         if group["momentum"] != 0:
             check_inside(momentum=group["momentum"])
         elif group["nesterov"]:
