@@ -109,6 +109,17 @@ def test_the_state_of_a_matrix_is_one_number_a_weight_and_four_a_side():
     assert set(optimizer.state[b]) == {"step", "exp_avg", "exp_avg_sq"}
 
 
+def test_the_confidence_may_be_changed_in_the_run():
+    w = nn.Parameter(torch.ones(4, 3, dtype=torch.float64))
+    optimizer = CAME([w], lr=0.01, confidence=False)
+    for step, on in enumerate((False, True, False)):
+        optimizer.param_groups[0]["confidence"] = on
+        before, w.grad = w.detach().clone(), torch.randn(4, 3, dtype=torch.float64)
+        optimizer.step()
+        by_momentum = torch.equal(w, before - 0.01 * optimizer.state[w]["exp_avg"])
+        assert by_momentum != on, step
+
+
 def test_no_gradient_moves_nothing():
     for shape in ((3, 4), (5,), (2, 0)):
         w = nn.Parameter(torch.ones(shape))

@@ -162,7 +162,7 @@ class CAME(RuleOptimizer):
     def check_group(self, group: dict[str, Any]) -> None:
         """Refuses what is out of range; warns where the instability is averaged over fewer steps than the squares."""
         check_positive(clip=group["clip"])
-        check_not_negative(lr=float(group["lr"]), weight_decay=group["weight_decay"])
+        check_not_negative(lr=group["lr"], weight_decay=group["weight_decay"])
         check_betas(group["betas"], 3)
         if not isinstance(group["eps"], Sequence) or len(group["eps"]) != 2:
             raise InputError(f"eps must be two numbers > 0, for squares and for residues, got {group['eps']!r}")
@@ -180,6 +180,13 @@ class CAME(RuleOptimizer):
             state |= {row: margin_like(parameter, -1), col: margin_like(parameter, -2)}
         return state
 
+    def state_of(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        """As for all; the residues too where `confidence` was set later."""
+        state = super().state_of(parameter, group)
+        if group["confidence"] and parameter.ndim > 1 and _RESIDUES[0] not in state:
+            state |= {name: margin_like(parameter, -1 - at) for at, name in enumerate(_RESIDUES)}
+        return state
+
     def forms(self, group: dict[str, Any]) -> tuple[Form, Form | None]:
         """The rules; there is none for lists."""
         return _either, None
@@ -188,7 +195,9 @@ class CAME(RuleOptimizer):
         """Tensors and numbers of `came_` or `came_vector_`."""
         numbers = {name: group[name] for name in ("lr", "clip", "weight_decay")}
         numbers |= {"betas": tuple(group["betas"]), "eps": tuple(group["eps"]), "shape": tuple(leaf.shape)}
-        return (leaf.w, leaf.g, *(leaf.state[name] for name in self.STATE if name in leaf.state)), numbers
+        left_out = () if group["confidence"] else _RESIDUES
+        names = [name for name in self.STATE if name in leaf.state and name not in left_out]
+        return (leaf.w, leaf.g, *(leaf.state[name] for name in names)), numbers
 
 
 def _either(w: Tensor, g: Tensor, *state: Tensor, **numbers: Any) -> Rule:
