@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from batchlab.core.checks import check_inside
-from batchlab.optim.shell import RuleOptimizer, asks_for_state
+from batchlab.optim.shell import RuleOptimizer, asks_for_state, names_of
 from batchlab.optim.vrgd.multiplier import check_multiplier
 from batchlab.optim.vrgd.vrgd import Settings, VRGradient
 
@@ -83,6 +83,13 @@ class InGroups(torch.optim.Optimizer):
 
 class _Owned(VRGradient):
     """The `VRGradient` of an optimizer: settings in its groups, the momentum of r in its state."""
+
+    def _parameters(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
+        first = 0
+        for group in cast(InGroups, self._source).param_groups:
+            for name, parameter in zip(names_of(group, first), group["params"], strict=True):
+                yield name, parameter, group
+            first += len(group["params"])
 
     def _settings(self, group: Mapping[str, Any]) -> Settings:
         optimizer = cast(InGroups, self._source)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, cast
@@ -114,6 +114,7 @@ class RuleOptimizer(torch.optim.Optimizer):
     LOW_BITS: ClassVar[bool] = True  # whether the rule allows a state in fewer than 32 bits
     OWN: ClassVar[tuple[str, ...]] = ()  # attributes of a subclass that a copy of the optimizer has too
     FLAT: ClassVar[bool] = True  # whether the rule is blind to a tensor's shape
+    BY_ELEMENT: ClassVar[bool] = False  # whether the rule moves each element by its own past alone
 
     def __init__(
         self,
@@ -130,7 +131,6 @@ class RuleOptimizer(torch.optim.Optimizer):
             raise InputError(f"{type(self).__name__} cannot be differentiated through: differentiable must be False")
         if foreach and fused:
             raise InputError("foreach and fused cannot both be True: fused compiles whichever form is the faster")
-        state_dtype = checked_state_dtype(state_dtype, type(self).__name__, allowed=self.LOW_BITS)
         self._watched = False
         self._noted: list[tuple[list[str], dict[str, Tensor]]] = []
         self._compiled: dict[Form, Callable[..., Any]] = {}
@@ -142,8 +142,11 @@ class RuleOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
+            own = type(self).__name__
+            group["state_dtype"] = checked_state_dtype(group["state_dtype"], own, allowed=self.LOW_BITS)
             self.check_group(group)
-            for name, parameter in zip(names_of(group), group["params"], strict=True):
+            first = sum(len(each["params"]) for each in self.param_groups[:-1])
+            for name, parameter in zip(names_of(group, first), group["params"], strict=True):
                 self.check_parameter(name, parameter, group)
         except InputError:
             self.param_groups.pop()
@@ -158,6 +161,11 @@ class RuleOptimizer(torch.optim.Optimizer):
             raise InputError(
                 f"{type(self).__name__} takes real parameters, got {name} of {parameter.dtype}: "
                 "give complex ones to torch.optim.AdamW, or train torch.view_as_real of them"
+            )
+        if not self.BY_ELEMENT and _is_flattened(parameter):
+            raise InputError(
+                f"{type(self).__name__} looks at whole tensors, and {name} is a piece of a flat buffer of "
+                "FullyShardedDataParallel: shard with torch.distributed.fsdp.fully_shard (FSDP2)"
             )
 
     def forms(self, group: dict[str, Any]) -> tuple[Form, Form | None]:
@@ -180,7 +188,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         """The state of a parameter, made where it has none."""
         state: dict[str, Any] = self.state[parameter]
         if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
+            self.check_parameter(f"a parameter of shape {tuple(parameter.shape)}", parameter, group)
+            state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")  # read at each step
             state.update(self.new_state(parameter, group))
         return state
 
@@ -192,20 +201,34 @@ class RuleOptimizer(torch.optim.Optimizer):
         """What is done to all leaves before any rule runs. False: no step is taken, nothing moves or counts."""
         return None
 
+    def uncount(self, leaves: Sequence[tuple[dict[str, Any], list[Leaf]]]) -> None:
+        """Takes back the count of a step that is not taken: for `before`, where it raises."""
+        for leaf in [leaf for _, each in leaves for leaf in each]:
+            self.state[leaf.parameter]["step"] -= 1
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update from the gradients; returns the closure's loss."""
-        loss = None
+        """One update from the gradients; returns the closure's loss.
+
+        Where torch.distributed.checkpoint asks for the state of an optimizer that has none, it is made and no step
+        taken: the run goes on as if nobody had asked.
+        """
+        asked, loss = closure is None and asks_for_state(self), None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        leaves = [(group, self._leaves(group)) for group in self.param_groups]
-        if self.before(leaves) is False:
-            for leaf in [leaf for _, each in leaves for leaf in each]:
-                self.state[leaf.parameter]["step"] -= 1
-            return loss
-        kept = {id(leaf): leaf.w.clone() for _, each in leaves for leaf in each} if self._watched else {}
         self._noted = []
+        leaves = [(group, self._leaves(group, first)) for group, first in self._numbered()]
+        with _no_autocast({leaf.w.device.type for _, each in leaves for leaf in each}):
+            if self.before(leaves) is False or asked:
+                self.uncount(leaves)
+            else:
+                self._update(leaves)
+        return loss
+
+    def _update(self, leaves: Sequence[tuple[dict[str, Any], list[Leaf]]]) -> None:
+        """Runs the rules of all leaves, rounds what is kept in other dtypes, and notes what is to be told."""
+        kept = {id(leaf): leaf.w.clone() for _, each in leaves for leaf in each} if self._watched else {}
         loose: list[tuple[Rule, list[Leaf]]] = []
         for group, each in leaves:
             loose += self._run(group, each)
@@ -215,7 +238,13 @@ class RuleOptimizer(torch.optim.Optimizer):
             coarse.copy_(value)
         if self._watched:
             self._note_sizes([leaf for _, each in leaves for leaf in each], kept)
-        return loss
+
+    def _numbered(self) -> Iterator[tuple[dict[str, Any], int]]:
+        """Each group, and the place of its first parameter among those of all groups."""
+        first = 0
+        for group in self.param_groups:
+            yield group, first
+            first += len(group["params"])
 
     def listed(self, leaf: Leaf, group: dict[str, Any]) -> bool:
         """Whether a tensor goes by the form for lists: as asked, else on GPUs, and on CPUs where it is small.
@@ -255,9 +284,9 @@ class RuleOptimizer(torch.optim.Optimizer):
             self._compiled[form] = torch.compile(partial(alone, form), dynamic=True, fullgraph=True, **_OWN_LIMIT)
         return self._compiled[form]
 
-    def _leaves(self, group: dict[str, Any]) -> list[Leaf]:
+    def _leaves(self, group: dict[str, Any], first: int) -> list[Leaf]:
         found = []
-        for name, parameter in zip(names_of(group), group["params"], strict=True):
+        for name, parameter in zip(names_of(group, first), group["params"], strict=True):
             gradient = self.gradient_of(parameter)
             if gradient is None:
                 continue
@@ -276,14 +305,15 @@ class RuleOptimizer(torch.optim.Optimizer):
             self._noted.append(([leaf.name for leaf in leaves], found))
 
     def _note_sizes(self, leaves: list[Leaf], kept: Mapping[int, Tensor]) -> None:
-        requests = [squares(kept[id(leaf)], leaf.w - kept[id(leaf)]) for leaf in leaves]
+        now = [in_dtype(share(leaf.parameter.detach()).part, leaf.w.dtype) for leaf in leaves]  # rounded
+        requests = [squares(kept[id(leaf)], w - kept[id(leaf)]) for leaf, w in zip(leaves, now, strict=True)]
         for leaf, (w_sq, moved_sq) in zip(leaves, sums_over(requests, [leaf.layout for leaf in leaves]), strict=True):
             self._note([leaf], {"weight_norm": w_sq.sqrt(), "update_ratio": (moved_sq / w_sq).sqrt()})
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Within it every step also notes |w| and |Δw|/|w| of each tensor, at the price of a copy of the weights."""
-        before, self._watched = self._watched, True
+        before, self._watched, self._noted = self._watched, True, []
         try:
             yield
         finally:
@@ -299,7 +329,10 @@ class RuleOptimizer(torch.optim.Optimizer):
         return told
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but that the state keeps the dtype it was saved in: torch would round it to the parameter's."""
+        """As torch's, but that the state keeps the dtype it was saved in: torch would round it to the parameter's.
+
+        Options that the saved groups lack, as those of torch.optim.AdamW do, are this optimizer's defaults.
+        """
         super().load_state_dict(state_dict)
         saved = [key for group in state_dict["param_groups"] for key in group["params"]]
         mine = [parameter for group in self.param_groups for parameter in group["params"]]
@@ -308,12 +341,17 @@ class RuleOptimizer(torch.optim.Optimizer):
                 held = self.state[parameter].get(name)
                 if isinstance(value, Tensor) and isinstance(held, Tensor) and held.dtype != value.dtype:
                     self.state[parameter][name] = value.detach().clone().to(parameter.device)
+            if parameter in self.state and isinstance(step := self.state[parameter].get("step"), Tensor):
+                self.state[parameter]["step"] = step.cpu()  # torch puts that of a fused group on the device
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {name: self.__dict__[name] for name in self.OWN}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        for group in self.param_groups:
+            for name in self.defaults.keys() - {"differentiable"}:
+                group.setdefault(name, self.defaults[name])
         self._watched, self._noted, self._compiled = False, [], {}
 
 
@@ -391,22 +429,42 @@ def _flat(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     return [each.view(-1) for each in tensors] if all(each.is_contiguous() for each in tensors) else tensors
 
 
+def _is_flattened(parameter: Tensor) -> bool:
+    """Whether FSDP1 has it, as one buffer of many or as this rank's piece of one; alone in its world it is whole."""
+    if getattr(parameter, "_is_flat_param", False):
+        return True
+    return getattr(parameter, "_fsdp_flattened", False) and torch.distributed.get_world_size() > 1
+
+
 def asks_for_state(optimizer: torch.optim.Optimizer) -> bool:
     """Whether a step can only mean that the state is wanted, as torch.distributed.checkpoint does before it loads:
-    there is none yet, all rates are 0, and the gradients are there and all 0.
+    there is none yet, all rates are 0, and the gradients are there and all 0, over all ranks.
     """
     groups = optimizer.param_groups
     if any(optimizer.state.values()) or any(float(group["lr"]) != 0 for group in groups):
         return False
     gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
-    return bool(gradients) and not any(share(each).part.any() for each in gradients)
+    if not gradients or any(each.is_sparse for each in gradients):
+        return False
+    counts = [Sum(share(each).part.count_nonzero()) for each in gradients]
+    return not any(sums_over(counts, [layout_of(each) for each in gradients]))
 
 
-def names_of(group: Mapping[str, Any]) -> list[str]:
-    """The group's own names, else the parameters' places and shapes."""
+def names_of(group: Mapping[str, Any], first: int = 0) -> list[str]:
+    """The group's own names, else the parameters' places, from `first` on, and shapes."""
     if "param_names" in group:
         return list(group["param_names"])
-    return [f"parameter {index} of shape {tuple(p.shape)}" for index, p in enumerate(group["params"])]
+    return [f"parameter {index} of shape {tuple(p.shape)}" for index, p in enumerate(group["params"], first)]
+
+
+@contextmanager
+def _no_autocast(devices: set[str]) -> Iterator[None]:
+    """Within it no product is taken in half precision, though the step be called where autocast is on."""
+    with ExitStack() as stack:
+        for device in devices:
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 def _buckets(optimizer: RuleOptimizer, group: dict[str, Any], leaves: list[Leaf]) -> list[_Bucket]:

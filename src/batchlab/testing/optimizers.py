@@ -214,6 +214,37 @@ def refusals(make: Make) -> None:
     refused(lambda: make(small_model().parameters(), differentiable=True), "differentiable")
 
 
+def micro_batches_change_nothing(make: Make) -> None:
+    """Gradients accumulated over eight parts of a batch take the step of the whole, to 1e-10 in float64."""
+    ends = []
+    for parts in (1, 8):
+        model = small_model()
+        optimizer = make(model.parameters())
+        for step in range(3):
+            generator = torch.Generator().manual_seed(step)
+            x = torch.randn(32, 2, 8, generator=generator).double()
+            model.zero_grad()
+            for each in x.chunk(parts):
+                (model(each).square().mean() / parts).backward()
+            optimizer.step()
+        ends.append([parameter.detach() for parameter in model.parameters()])
+    same(ends[1], ends[0], 1e-10)
+
+
+def any_default_device(make: Make) -> None:
+    """Nothing is put on the default device: where that is another than the parameters', the steps are the same."""
+    ends = []
+    for device in ("cpu", "meta"):
+        model = small_model()
+        optimizer = make([*model.parameters(), nn.Parameter(torch.ones(150, 150))])
+        for step in range(2):
+            gradients_for(model, step)
+            with torch.device(device):
+                optimizer.step()
+        ends.append([parameter.detach() for parameter in model.parameters()])
+    same(ends[1], ends[0])
+
+
 def lists_equal_the_loop(make: Make) -> None:
     """`foreach=True` takes the loop's steps, to 1e-12 in float64."""
     loop, lists = small_model(), small_model()
@@ -260,5 +291,7 @@ CHECKS: tuple[Callable[[Make], None], ...] = (
     odd_shapes,
     bad_gradients,
     refusals,
+    micro_batches_change_nothing,
+    any_default_device,
 )
 FORMS: tuple[Callable[[Make], None], ...] = (lists_equal_the_loop, compiled_equals_the_loop)

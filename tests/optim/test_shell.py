@@ -1,0 +1,178 @@
+"""What all rules share: names, options, what is told of a step, loaded states, autocast, FSDP1's flat buffers."""
+
+import copy
+import pickle  # noqa: TID251 - as users' trainers do to spawn ranks
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from batchlab.core.errors import InputError
+from batchlab.optim import CAME, LAMB, LARS, MARS, AdaGradNorm, AdEMAMix, Lion, MTAdamW, Muon, Signum
+from batchlab.testing.optimizers import gradients_for, same, small_model, trained
+from tests.spine.forked import in_ranks
+
+RATED = [AdaGradNorm, AdEMAMix, CAME, LAMB, LARS, Lion, MARS, Muon, Signum]
+
+
+def matrix(**options):
+    return nn.Parameter(torch.randn(4, 4, generator=torch.Generator().manual_seed(0), **options))
+
+
+def stepped(optimizer, *parameters):
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize("kind", RATED)
+@pytest.mark.parametrize("lr", ["1e-3", None], ids=["text", "none"])
+def test_a_rate_that_is_no_number_is_refused(kind, lr):
+    """YAML reads 1e-3 as a text."""
+    with pytest.raises(InputError, match=f"lr must be >= 0, got {lr!r}"):
+        kind([matrix()], lr=lr)
+
+
+def test_a_groups_own_state_dtype_is_checked():
+    with pytest.raises(InputError, match="state_dtype must be None, .*, got 'int8'"):
+        Lion([{"params": [matrix()], "state_dtype": "int8"}])
+    a, b = matrix(), matrix()
+    optimizer = stepped(Lion([{"params": [a], "state_dtype": "bfloat16"}, {"params": [b]}]), a, b)
+    assert [optimizer.state[p]["exp_avg"].dtype for p in (a, b)] == [torch.bfloat16, torch.float32]
+
+
+def test_parameters_without_names_are_told_apart_over_groups():
+    a, b = matrix(), nn.Parameter(torch.ones(4, 4))
+    found = stepped(LAMB([{"params": [a]}, {"params": [b]}], lr=0.1), a, b).report()
+    assert list(found) == ["parameter 0 of shape (4, 4)", "parameter 1 of shape (4, 4)"]
+    with pytest.raises(InputError, match="parameter 1 of shape"):
+        LAMB([{"params": [a]}, {"params": [nn.Parameter(torch.ones(2, dtype=torch.complex64))]}], lr=0.1)
+
+
+def test_the_ratio_is_of_what_moved_after_rounding():
+    w = nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16))
+    optimizer = Lion([w], lr=1e-4)  # an eightieth of a unit in the last place
+    with optimizer.watching():
+        stepped(optimizer, w)
+    assert (w == 1).all() and optimizer.report()["parameter 0 of shape (4, 4)"]["update_ratio"] == 0
+
+
+def test_a_step_that_is_not_taken_tells_nothing_of_the_one_before():
+    w = matrix()
+    optimizer = stepped(LAMB([w], lr=0.1), w)
+    assert optimizer.report()
+    with optimizer.watching():
+        assert not optimizer.report()  # a gradient scaler skips a step by not calling it
+
+
+@pytest.mark.parametrize("kind", ["lamb", "mt_adamw"])
+def test_a_state_of_adamw_is_taken_up(kind):
+    """Of vectors LAMB is AdamW, and MT-AdamW is with the norm for a weight: they go on as it does."""
+    ours, theirs = ([nn.Parameter(torch.ones(4, dtype=torch.float64))] for _ in range(2))
+    numbers = {"lr": 0.01, "weight_decay": 0.0}
+    adamw = torch.optim.AdamW(theirs, **numbers)
+    optimizer = LAMB(ours, eps=1e-8, **numbers) if kind == "lamb" else MTAdamW(ours, ratios={"a": 1.0}, **numbers)
+    options = {} if kind == "lamb" else {"task": "a"}
+    for step in range(6):
+        theirs[0].grad = torch.randn(4, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        ours[0].grad = theirs[0].grad.clone()
+        if step == 3:
+            optimizer.load_state_dict(copy.deepcopy(adamw.state_dict()))
+            ours[0].data.copy_(theirs[0].data)
+        if step >= 3:
+            if kind == "mt_adamw":
+                optimizer.weights["a"] = float(ours[0].grad.norm())
+            optimizer.step(**options)
+        adamw.step()
+    same([p.detach() for p in ours], [p.detach() for p in theirs], 1e-12)
+
+
+def test_a_loaded_state_has_nothing_of_tensors_that_had_none():
+    """torch.distributed.checkpoint takes an optimizer with any entry for one that has its state."""
+    a, b = matrix(), matrix()
+    saved = LAMB([a, b], lr=0.1).state_dict()
+    fresh = LAMB([a, b], lr=0.1)
+    fresh.load_state_dict(saved)
+    assert not fresh.state and fresh.state_dict()["param_groups"] == saved["param_groups"]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: LAMB(p, lr=0.01),
+        lambda p: LARS(p, lr=0.5, lr_in_momentum=False),
+        lambda p: Muon(p, use_muon="matrices"),
+    ],
+    ids=["lamb", "lars", "muon"],
+)
+def test_a_save_before_the_first_step_changes_nothing(make):
+    """torch.distributed.checkpoint makes the state by a step of zero gradients at a rate of 0."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    saved, plain = small_model(), small_model()
+    ours, theirs = make(saved.named_parameters()), make(plain.named_parameters())
+    assert get_optimizer_state_dict(saved, ours)["state"].keys() == dict(saved.named_parameters()).keys()
+    same(trained(ours, saved, range(3)), trained(theirs, plain, range(3)))
+
+
+def _first_steps_at_a_rate_of_zero():
+    """A warm-up's first rate; the last rank holds nothing of any tensor, and must join the sums all the same."""
+    from batchlab.testing.optimizers_spread import model_to_spread, spread, take_steps
+
+    model, world, rank = spread("fsdp", model_to_spread(torch.float64))
+    optimizer = LAMB(model.parameters(), lr=0.0)
+    take_steps(model, optimizer.step, range(1), world, rank)
+    assert {float(state["step"]) for state in optimizer.state.values()} == {1.0}
+
+
+def test_all_ranks_count_a_first_step_at_a_rate_of_zero(tmp_path):
+    assert in_ranks(4, tmp_path, _first_steps_at_a_rate_of_zero) == [0] * 4
+
+
+def test_an_optimizer_goes_through_pickle():
+    model = small_model()
+    optimizer = LAMB(model.parameters(), lr=0.01, max_grad_norm=0.1)
+    trained(optimizer, model, range(2))
+    again, twin = pickle.loads(pickle.dumps((optimizer, model)))
+    same(trained(again, twin, range(2, 4)), trained(optimizer, model, range(2, 4)))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda p: CAME(p, lr=0.01), lambda p: Muon(p, lr=0.01, use_muon="matrices", ns_dtype=torch.float32)],
+    ids=["came", "muon"],
+)
+def test_autocast_takes_no_product_in_half_precision(make):
+    inside, outside = small_model(torch.float32), small_model(torch.float32)
+    ours, theirs = make(inside.parameters()), make(outside.parameters())
+    for step in range(2):
+        for model in (inside, outside):
+            gradients_for(model, step)
+        with torch.autocast("cpu", torch.bfloat16):
+            ours.step(lambda: torch.is_autocast_enabled("cpu") or pytest.fail("the closure lost its autocast"))
+        theirs.step()
+    same([p.detach() for p in inside.parameters()], [p.detach() for p in outside.parameters()])
+
+
+def _flat_buffers():
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    for pieces in (True, False):
+        model = nn.Linear(6, 4)
+        early = LAMB(model.parameters(), lr=0.01)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            flat = FullyShardedDataParallel(model, use_orig_params=pieces, device_id=torch.device("cpu"))
+            with pytest.raises(InputError, match="LAMB looks at whole tensors, and .*FSDP2"):
+                LAMB(flat.parameters(), lr=0.01)
+            flat(torch.ones(2, 6)).square().sum().backward()
+        if pieces:  # made before: seen at the first step
+            with pytest.raises(InputError, match="LAMB looks at whole tensors"):
+                early.step()
+        Lion(flat.parameters()).step()
+
+
+def test_pieces_of_a_flat_buffer_are_refused_where_norms_are_taken(tmp_path):
+    assert in_ranks(2, tmp_path, _flat_buffers) == [0, 0]
