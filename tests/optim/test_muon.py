@@ -188,8 +188,21 @@ def test_a_gradient_that_is_not_finite_moves_nothing():
             optimizer.step()
         assert (good == 1).all() and (bad == 1).all()
         assert not optimizer.state[good]["momentum_buffer"].any()
+        assert [float(optimizer.state[each]["step"]) for each in (good, bad)] == [0, 0]
     Muon([good, bad], lr=0.1, check_finite=False).step()
     assert good.isfinite().all() and not bad.isfinite().any()
+
+
+def test_a_vector_is_checked_too_and_a_refused_step_does_not_count():
+    """AdamW's first step after it is as long as a first one is."""
+    w, b = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.zeros(2))
+    optimizer = Muon([("w", w), ("b", b)], lr=0.1, weight_decay=0.0, use_muon="matrices")
+    w.grad, b.grad = torch.ones(2, 2), torch.tensor([1.0, float("nan")])
+    with pytest.raises(InputError, match="the gradient of b is not finite: Muon took no step"):
+        optimizer.step()
+    b.grad = torch.ones(2)
+    optimizer.step()
+    np.testing.assert_allclose(b.detach(), -0.1, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -204,7 +217,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing():
         ({"momentum_form": "mean"}, r"momentum_form must be one of \('ema', 'sum'\), got 'mean'"),
         ({"use_muon": "yes"}, r"use_muon must be one of \(True, False, 'matrices'\), got 'yes'"),
         ({"weight_decay": -0.1}, "weight_decay must be >= 0, got -0.1"),
-        ({"adamw_betas": (0.9, 1.0)}, r"betas must be 2 numbers in \[0, 1\), got \(0.9, 1.0\)"),
+        ({"adamw_betas": (0.9, 1.0)}, r"adamw_betas must be 2 numbers in \[0, 1\), got \(0.9, 1.0\)"),
         ({"rows_below": 0}, "rows_below must be an integer of at least 1, got 0"),
         ({"eps": 0.0}, "eps must be finite and > 0, got 0.0"),
     ],

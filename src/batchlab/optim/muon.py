@@ -130,8 +130,8 @@ class Muon(RuleOptimizer):
     it. On CPUs without bfloat16 products (AMX, AVX512-BF16) float32 may be faster. use_muon: of a group. True: all its
     tensors must be matrices. "matrices": those that are none take AdamW. False: all do, with adamw_betas (the paper's)
     and adamw_eps. rows_below: matrices of that many rows or more take AdamW too. check_finite: refuse gradients that
-    are not, before anything moves: one wait for the device a step; without it a matrix with one NaN turns to NaN.
-    foreach: batches the products of matrices of one shape. Others: `RuleOptimizer`.
+    are not, of all tensors, before anything moves: one wait for the device a step; without it a matrix with one NaN is
+    NaN after it. foreach: batches the products of matrices of one shape. Others: `RuleOptimizer`.
 
     The defaults are those of torch.optim.Muon but for `scale`, which is "jordan" there. Not for embeddings and output
     heads, nor for small batches or fine-tuning of a model that AdamW trained. A fused QKV weight is one matrix here:
@@ -188,10 +188,10 @@ class Muon(RuleOptimizer):
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Refuses what is out of range or unknown."""
-        check_not_negative(**{name: float(group[name]) for name in ("lr", "weight_decay", "adamw_eps")})
+        check_not_negative(**{name: group[name] for name in ("lr", "weight_decay", "adamw_eps")})
         check_positive(eps=group["eps"])
         check_count(ns_steps=group["ns_steps"])
-        check_betas(group["adamw_betas"])
+        check_betas(group["adamw_betas"], name="adamw_betas")
         if group["momentum"] != 0:
             check_inside(momentum=group["momentum"])
         if group["rows_below"] is not None:
@@ -224,16 +224,12 @@ class Muon(RuleOptimizer):
         return {name: state_like(parameter, group["state_dtype"], squares=name in self.SQUARES) for name in names}
 
     def before(self, leaves: Sequence[tuple[dict[str, Any], list[Leaf]]]) -> bool | None:
-        """Refuses gradients that Newton-Schulz would spread: on all ranks, where one of them has such a one."""
-        checked = [
-            leaf
-            for group, each in leaves
-            for leaf in each
-            if group["check_finite"] and self.is_orthogonalised(leaf.shape, group)
-        ]
+        """Refuses gradients that are not finite: on all ranks, where one of them has such a one."""
+        checked = [leaf for group, each in leaves for leaf in each if group["check_finite"]]
         sums = sums_over([Sum(leaf.g.sum()) for leaf in checked], [leaf.layout for leaf in checked])
         if sums and not torch.stack([each.to(sums[0]) for each in sums]).isfinite().all():
             bad = next(leaf.name for leaf, each in zip(checked, sums, strict=True) if not each.isfinite())
+            self.uncount(leaves)
             raise InputError(
                 f"the gradient of {bad} is not finite: {type(self).__name__} took no step. Skip this batch, or scale "
                 "the loss down under float16"
