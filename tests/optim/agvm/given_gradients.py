@@ -10,9 +10,9 @@ from batchlab.optim.agvm.agvm import AGVM
 F64 = torch.float64
 
 
-def pair(dtype=F64, size=3, **options):
+def pair(dtype=F64, **options):
     """Two modules of one vector each; their halves' gradients are given by hand."""
-    a, b = (nn.Parameter(torch.zeros(size, dtype=dtype)) for _ in range(2))
+    a, b = (nn.Parameter(torch.zeros(3, dtype=dtype)) for _ in range(2))
     return (a, b), AGVM(torch.optim.SGD([{"params": [a]}, {"params": [b]}], lr=1.0), **{"start": 0} | options)
 
 

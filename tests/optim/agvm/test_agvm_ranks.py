@@ -61,10 +61,10 @@ def _in_space(folder, name, how):
     torch.save((weights(model), torch.tensor([agvm.factors, agvm.phis])), folder / f"{rank}.pt")
 
 
-def agree(folder, world, expected, rtol=1e-6, atol=1e-6):
+def agree(folder, world, expected):
     for rank in range(world):
         for found, wanted in zip(torch.load(folder / f"{rank}.pt"), expected, strict=True):
-            torch.testing.assert_close(found, wanted, rtol=rtol, atol=atol)
+            torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
     assert (expected[1][0] - 1).abs().max() > 0.01
 
 

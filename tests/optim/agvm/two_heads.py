@@ -10,30 +10,30 @@ from batchlab.optim.agvm.module_groups import groups_by_module
 class TwoHeads(nn.Module):
     """Two outputs from one trunk."""
 
-    def __init__(self, inputs=6, width=5, hidden=4, outputs=3):
+    def __init__(self):
         super().__init__()
-        self.trunk = nn.Sequential(nn.Linear(inputs, width), nn.Tanh(), nn.Linear(width, hidden), nn.Tanh())
-        self.left = nn.Sequential(nn.Linear(hidden, hidden), nn.Tanh(), nn.Linear(hidden, outputs))
-        self.right = nn.Sequential(nn.Linear(hidden, hidden), nn.Tanh(), nn.Linear(hidden, outputs))
+        self.trunk = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4), nn.Tanh())
+        self.left = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
+        self.right = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
 
     def forward(self, x):
         found = self.trunk(x)
         return self.left(found), self.right(found)
 
 
-def two_heads(seed=0, dtype=torch.float32, **sizes):
+def two_heads(seed=0, dtype=torch.float32):
     torch.manual_seed(seed)
-    return TwoHeads(**sizes).to(dtype)
+    return TwoHeads().to(dtype)
 
 
 def parts(model):
     return groups_by_module(model, ["trunk", "left", "right"])
 
 
-def batch(step, examples=16, dtype=torch.float32):
+def batch(step, dtype=torch.float32):
     generator = torch.Generator().manual_seed(step)
-    x = torch.randn(examples, 6, generator=generator, dtype=dtype)
-    labels = torch.randint(3, (2, examples), generator=generator)
+    x = torch.randn(16, 6, generator=generator, dtype=dtype)
+    labels = torch.randint(3, (2, 16), generator=generator)
     return x, *labels
 
 

@@ -14,13 +14,13 @@ def randn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def naive_multiplier(gradients, sizes, gamma=GAMMA, cap=math.inf):
+def naive_multiplier(gradients, sizes):
     """From the definition, coordinate by coordinate."""
     n = sum(sizes)
     gbar = sum(size * g for size, g in zip(sizes, gradients, strict=True)) / n
     var = sum(size * (g - gbar) ** 2 for size, g in zip(sizes, gradients, strict=True)) / n
-    r = np.minimum(gbar**2 / var, cap)
-    return np.clip(r / r.mean(), gamma, 1), gbar
+    r = gbar**2 / var
+    return np.clip(r / r.mean(), GAMMA, 1), gbar
 
 
 def weights():
@@ -28,9 +28,9 @@ def weights():
     return [generator.normal(size=shape) for shape in SHAPES]
 
 
-def group_gradients(ws, t, sizes=SIZES):
+def group_gradients(ws, t):
     """The mean gradient of each group at a step: a quadratic's, with noise that falls with the group's size."""
     noise = np.random.default_rng(100 + t)
     return [
-        [(i + 1) * (w - 0.3) + noise.normal(size=w.shape) / math.sqrt(size) for i, w in enumerate(ws)] for size in sizes
+        [(i + 1) * (w - 0.3) + noise.normal(size=w.shape) / math.sqrt(size) for i, w in enumerate(ws)] for size in SIZES
     ]

@@ -16,23 +16,25 @@ from batchlab.testing.optimizers import compiled_equals_the_loop, same, small_mo
 from tests.optim.grouped import in_groups
 from tests.optim.vrgd.groups import SIZES, group_gradients, naive_multiplier, randn, weights
 
+STEPS = 100
 
-def feed(parameters, optimizer, groups, sizes=SIZES):
+
+def feed(parameters, optimizer, groups):
     """Each group's share of the batch's gradient, one after the other."""
-    for gradients, size in zip(groups, sizes, strict=True):
+    for gradients, size in zip(groups, SIZES, strict=True):
         for p, g in zip(parameters, gradients, strict=True):
-            p.grad = torch.tensor(g * size / sum(sizes)).to(p.dtype)
+            p.grad = torch.tensor(g * size / sum(SIZES))
         optimizer.add_group(examples=size)
 
 
-def run(make, steps=100, scale=1.0, rates=None):
+def run(make, rates=None):
+    """The weights after 100 steps."""
     parameters = [nn.Parameter(torch.tensor(w)) for w in weights()]
     optimizer = make(parameters)
-    for t in range(steps):
+    for t in range(STEPS):
         if rates is not None:
             optimizer.param_groups[0]["lr"] = rates(t)
-        groups = group_gradients([p.detach().numpy() for p in parameters], t)
-        feed(parameters, optimizer, [[g * scale for g in each] for each in groups])
+        feed(parameters, optimizer, group_gradients([p.detach().numpy() for p in parameters], t))
         optimizer.step()
     return [p.detach() for p in parameters]
 
@@ -85,14 +87,14 @@ def test_gamma_of_one_is_the_base_optimizer(name):
 
 
 def rate(t):
-    return 0.05 * (1 - 0.9 * t / 100)
+    return 0.05 * (1 - 0.9 * t / STEPS)
 
 
-def naive(kind, steps=100, raw=False, decay=0.1):
+def naive(kind, raw=False):
     """The optimizers from their formulas, over NumPy arrays."""
-    ws = weights()
+    ws, decay = weights(), 0.1
     ms, vs, ps = ([0 * w for w in ws] for _ in range(3))
-    for t in range(1, steps + 1):
+    for t in range(1, STEPS + 1):
         groups, eta = group_gradients(ws, t - 1), rate(t - 1)
         for i, w in enumerate(ws):
             r, gbar = naive_multiplier([each[i] for each in groups], SIZES)

@@ -7,6 +7,8 @@ from torch import nn
 
 from batchlab.optim.vrgd.optimizers import VRSGD
 
+K = 8  # groups
+
 
 def noisy_digits(seed):
     """Train and test images with a fifth of all labels drawn anew, and the test labels as they were."""
@@ -20,9 +22,10 @@ def noisy_digits(seed):
     return (x[:1437], noisy[:1437]), (x[1437:], noisy[1437:]), torch.tensor(y[1437:])
 
 
-def classified(kind, rate, seed, *, batch=718, k=8, epochs=60):
+def classified(kind, rate, seed):
     """Softmax regression: test accuracy, the gap (noisy test loss - train loss), the train loss."""
     (x, y), (x_test, noisy), clean = noisy_digits(seed)
+    batch, epochs = 718, 60
     model = nn.Linear(64, 10)
     nn.init.zeros_(model.weight), nn.init.zeros_(model.bias)
     optimizer = kind(model.parameters(), lr=rate)
@@ -31,7 +34,7 @@ def classified(kind, rate, seed, *, batch=718, k=8, epochs=60):
     for _ in range(epochs):
         order = torch.randperm(len(x), generator=generator)
         for rows in order.split(batch)[: len(x) // batch]:
-            for group in rows.tensor_split(k) if kind is VRSGD else (rows,):
+            for group in rows.tensor_split(K) if kind is VRSGD else (rows,):
                 (loss(model(x[group]), y[group]) * (len(group) / len(rows))).backward()
                 if kind is VRSGD:
                     optimizer.add_group(examples=len(group))
@@ -63,8 +66,9 @@ def test_miniature_of_large_batches_of_noisy_digits():
     assert found[VRSGD, 3.0][:, 0].mean() > found[torch.optim.SGD, 3.0][:, 0].mean() + 0.01
 
 
-def fitted(kind, rate, seed, loss, *, batch=2048, k=8, steps=100):
+def fitted(kind, rate, seed, loss):
     """Regression with the weights 1 to 10 on uniform inputs, from 0: the loss after each step, of the next batch."""
+    batch, steps = 2048, 100
     generator, truth = torch.Generator().manual_seed(seed), torch.arange(1.0, 11.0)
     w = nn.Parameter(torch.zeros(10))
     optimizer = kind([w], lr=rate)
@@ -73,7 +77,7 @@ def fitted(kind, rate, seed, loss, *, batch=2048, k=8, steps=100):
         x = torch.rand(batch, 10, generator=generator)
         with torch.no_grad():
             course.append(loss(x @ (w - truth)).item())
-        for group in x.chunk(k) if kind is VRSGD else (x,):
+        for group in x.chunk(K) if kind is VRSGD else (x,):
             (loss(group @ (w - truth)) * (len(group) / batch)).backward()
             if kind is VRSGD:
                 optimizer.add_group(examples=len(group))

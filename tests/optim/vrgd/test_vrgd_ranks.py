@@ -23,14 +23,14 @@ def backward(model, x, y, share):
     ((model(x) - y).square().mean() * share).backward()
 
 
-def line(dtype=torch.float32):
+def line():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
 
 
-def pieces(step, dtype=torch.float32):
+def pieces(step):
     """Eight micro-batches of a step, of unequal sizes, and the examples in all."""
-    x, y = randn(40, 6, seed=50 + step).to(dtype), randn(40, 3, seed=90 + step).to(dtype)
+    x, y = randn(40, 6, seed=50 + step).float(), randn(40, 3, seed=90 + step).float()
     sizes = (6, 4, 3, 7, 5, 5, 8, 2)
     return list(zip(x.split(sizes), y.split(sizes), strict=True)), 40
 
@@ -51,7 +51,7 @@ def in_one_process(make):
     return [p.detach() for p in model.parameters()]
 
 
-def _own_gradients():
+def _own_gradients(one_process):
     """Four ranks of unequally many groups: plain models, and DDP with `keep_local` or `no_sync`."""
     import torch.distributed as dist
 
@@ -59,7 +59,6 @@ def _own_gradients():
     mine = [(0, 1, 2), (3,), (), (4, 5, 6, 7)][rank]
     even = [(0, 1), (2, 3), (4, 5), (6, 7)][rank]
     for name, make in RANKED.items():
-        expected = in_one_process(make)
         for how in ("plain", "keep_local", "no_sync"):
             model = line()
             optimizer = make(model.parameters(), groups=8, process_group=dist.group.WORLD)
@@ -79,7 +78,7 @@ def _own_gradients():
                     optimizer.add_group(examples=len(x))
                 optimizer.step()
                 optimizer.zero_grad()
-            same([p.detach() for p in model.parameters()], expected, 1e-6)
+            same([p.detach() for p in model.parameters()], one_process[name], 1e-6)
             assert optimizer.report().keys() == {
                 f"parameter {i} of shape {tuple(p.shape)}" for i, p in enumerate(model.parameters())
             }, name
@@ -124,7 +123,8 @@ def _one_rank_without_a_parameter():
 
 
 def test_groups_of_four_ranks_are_those_of_one_process(tmp_path):
-    assert in_ranks(4, tmp_path, _own_gradients) == [0] * 4
+    one_process = {name: in_one_process(make) for name, make in RANKED.items()}
+    assert in_ranks(4, tmp_path, _own_gradients, one_process) == [0] * 4
 
 
 def _reduced_gradients():
