@@ -36,22 +36,24 @@ def data(count):
     return [*batches[:-1], (batches[-1][0][:4], batches[-1][1][:4])]  # the last is ragged
 
 
-def train(executor, tau, norm="linf", steps=9):
-    model, made = network(), []
+def new(executor, tau, norm):
+    return ConcurrentAdversarial(network(), loss_fn, rho=0.1, tau=tau, norm=norm, clip=(-5.0, 5.0), executor=executor)
+
+
+def train(adversarial):
+    model, made = adversarial.model, []
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    with ConcurrentAdversarial(
-        model, loss_fn, rho=0.1, tau=tau, norm=norm, clip=(-5.0, 5.0), executor=executor
-    ) as adversarial:
-        for batch in adversarial.batches(data(steps)):
-            optimizer.zero_grad()
-            adversarial.backward(batch)
-            made.append(adversarial.adversarial)
-            optimizer.step()
+    for batch in adversarial.batches(data(9)):
+        optimizer.zero_grad()
+        adversarial.backward(batch)
+        made.append(adversarial.adversarial)
+        optimizer.step()
     return made, list(model.state_dict().values())
 
 
-def assert_equal_to_inline(executor, tau, norm):
-    (made, weights), (expected, reference) = train(executor, tau, norm), train("inline", tau, norm)
+def assert_equal_to_inline(adversarial):
+    tau = adversarial.tau
+    (made, weights), (expected, reference) = train(adversarial), train(new("inline", tau, adversarial.norm))
     assert [x is None for x in made] == [t < tau for t in range(9)]
     assert all(map(torch.equal, made[tau:], expected[tau:]))
     assert all(map(torch.equal, weights, reference))
@@ -61,18 +63,16 @@ def assert_equal_to_inline(executor, tau, norm):
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("tau", [0, 1, 3])
 def test_a_thread_makes_the_same_inputs(tau, norm):
-    assert_equal_to_inline("thread", tau, norm)
-
-
-def test_a_process_makes_the_same_inputs():
-    assert_equal_to_inline("process", 2, "l2")
+    with new("thread", tau, norm) as adversarial:
+        assert_equal_to_inline(adversarial)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("tau", [0, 1, 3])
 def test_a_process_makes_the_same_inputs_at_any_staleness(tau, norm):
-    assert_equal_to_inline("process", tau, norm)
+    with new("process", tau, norm) as adversarial:
+        assert_equal_to_inline(adversarial)
 
 
 @pytest.mark.gpu
@@ -111,10 +111,11 @@ def worker():
     return child.pid
 
 
-def test_errors_in_the_process_are_told_here_and_its_end_too():
+def test_a_process_makes_the_same_inputs_and_tells_of_errors_there_and_of_its_end():
+    adversarial = new("process", 2, "l2")
+    assert_equal_to_inline(adversarial)
     batches = data(12)
     batches[3][1].fill_(99)
-    adversarial = ConcurrentAdversarial(network(), loss_fn, rho=0.1, executor="process")
     pid, given = worker(), adversarial.batches(batches)
     assert [next(given) is batch for batch in batches[:3]] == [True] * 3
     with pytest.raises(
