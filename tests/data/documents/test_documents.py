@@ -47,3 +47,9 @@ def test_tokens_that_do_not_fit_are_refused():
         Documents(torch.zeros(2), [2])
     with pytest.raises(InputError, match="tokens must be integers, got float64"):
         Documents(np.zeros(2), [2])
+    with pytest.raises(InputError, match="tokens must be integers, got torch.bool"):
+        Documents(torch.zeros(2, dtype=torch.bool), [2])
+    with pytest.raises(InputError, match="tokens must be a tensor or an array, got list: see Documents.of"):
+        Documents([1, 2], [2])
+    with pytest.raises(InputError, match="documents must be of integers, got float64 at 1"):
+        Documents.of([[1, 2], [0.5]])

@@ -127,6 +127,8 @@ def test_two_ranks_share_the_batches_of_one(tmp_path):
     ("given", "message"),
     [
         ({"sizes": {}}, "sizes must give the examples of each source"),
+        ({"sizes": [10, 5]}, 'as {"web": 1000, "books": 200}, got [10, 5]'),
+        ({"weights": [1, 2]}, "weights must name the sources ['a', 'b'], got [1, 2]"),
         ({"sizes": {"a": 0, "b": 1}}, "sizes['a'] must be an integer of at least 1, got 0"),
         ({"weights": {"a": 1}}, "weights must name the sources ['a', 'b'], got ['a']"),
         ({"weights": {"a": 1, "b": 0}}, "weights['b'] must be finite and > 0, got 0"),

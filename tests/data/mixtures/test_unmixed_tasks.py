@@ -1,6 +1,7 @@
 import json
 from itertools import chain, islice
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
@@ -98,6 +99,9 @@ def test_a_state_goes_on_where_it_was():
         assert whole[len(whole) // 2 :] == share
     with pytest.raises(InputError, match="state_dict must have ratios"):
         UnmixedTasks(SIZES, BATCHES).load_state_dict(tasks.state_dict())
+    for number in (np.float32, torch.tensor):  # of other libraries, in JSON too
+        given = {"ratios": {"a": number(0.5), "b": number(0.5)}}
+        assert json.loads(json.dumps(UnmixedTasks({"a": 9, "b": 9}, 2, **given).state_dict()))["ratios"]["a"] == 0.5
 
 
 def test_micro_batches_are_of_the_task_and_add_up():
@@ -158,6 +162,8 @@ def test_task_data():
         ({"batch_sizes": 21, "drop_last": True}, "batch_sizes['pairs'] must be at most its 20 examples with drop_last"),
         ({"micro_batch_sizes": 0}, "micro_batch_sizes must be an integer of at least 1, got 0"),
         ({"sizes": {}}, "sizes must give the examples of each task"),
+        ({"sizes": [50, 31]}, 'as {"caption": 9000, "retrieval": 3000}, got [50, 31]'),
+        ({"ratios": [0.5, 0.5]}, "ratios must name the tasks ['class', 'parity', 'pairs'], got [0.5, 0.5]"),
     ],
 )
 def test_bad_input(given, message):

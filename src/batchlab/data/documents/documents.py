@@ -28,12 +28,14 @@ class Documents:
     def __init__(self, tokens: Tensor | NDArray[Any], lengths: ArrayLike) -> None:
         self.lengths = as_lengths(lengths)
         self.offsets: NDArray[np.int64] = np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int64)
+        if not isinstance(tokens, (Tensor, np.ndarray)):
+            raise InputError(f"tokens must be a tensor or an array, got {type(tokens).__name__}: see Documents.of")
         if tokens.ndim != 1 or len(tokens) != self.offsets[-1]:
             raise InputError(
                 f"tokens must be of one dimension and {self.offsets[-1]} long, the sum of lengths, "
                 f"got shape {tuple(tokens.shape)}"
             )
-        if tokens.is_floating_point() if isinstance(tokens, Tensor) else tokens.dtype.kind not in "iu":
+        if not _are_integers(tokens):
             raise InputError(f"tokens must be integers, got {tokens.dtype}")
         self.tokens = tokens
 
@@ -41,9 +43,11 @@ class Documents:
     def of(cls, documents: Sequence[ArrayLike], *, end: int | None = None) -> Documents:
         """The documents copied into one array of int64. end: the token appended to each."""
         tail = [] if end is None else [end]
-        parts = [
-            np.concatenate([np.asarray(document, dtype=np.int64), tail]).astype(np.int64) for document in documents
-        ]
+        arrays = [np.asarray(document) for document in documents]
+        for at, array in enumerate(arrays):
+            if array.size and not _are_integers(array):
+                raise InputError(f"documents must be of integers, got {array.dtype} at {at}")
+        parts = [np.concatenate([array, tail]).astype(np.int64) for array in arrays]
         joined = np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
         return cls(torch.from_numpy(joined), [len(part) for part in parts])
 
@@ -59,6 +63,12 @@ class Documents:
         if isinstance(self.tokens, Tensor):
             return self.tokens[torch.from_numpy(places)].long()
         return torch.from_numpy(np.asarray(self.tokens[places]).astype(np.int64))
+
+
+def _are_integers(tokens: Tensor | NDArray[Any]) -> bool:
+    if isinstance(tokens, Tensor):
+        return not (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype is torch.bool)
+    return tokens.dtype.kind in "iu"
 
 
 def as_lengths(lengths: ArrayLike) -> NDArray[np.int64]:

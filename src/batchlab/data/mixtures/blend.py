@@ -93,8 +93,9 @@ class Blend(StreamBatches):
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
-        if not sizes:
-            raise InputError('sizes must give the examples of each source, as {"web": 1000, "books": 200}')
+        if not isinstance(sizes, Mapping) or not sizes:
+            right = 'the examples of each source, as {"web": 1000, "books": 200}'
+            raise InputError(f"sizes must give {right}, got {sizes!r}")
         check_count(**{f"sizes[{name!r}]": size for name, size in sizes.items()})
         super().__init__(sum(sizes.values()), batch_size, seed, endless=True, rank=rank, world_size=world_size)
         self.sizes = {name: int(size) for name, size in sizes.items()}
@@ -182,10 +183,11 @@ def _weights(
         raise InputError("temperature must be None where weights are given")
     _same_names("weights", weights, sizes)
     check_positive(**{f"weights[{name!r}]": weight for name, weight in weights.items()})
-    total = sum(weights.values())
-    return {name: weights[name] / total for name in sizes}
+    given = {name: float(weights[name]) for name in sizes}
+    total = sum(given.values())
+    return {name: weight / total for name, weight in given.items()}
 
 
 def _same_names(what: str, given: Mapping[str, float], sizes: Mapping[str, float]) -> None:
-    if given.keys() != sizes.keys():
+    if not isinstance(given, Mapping) or given.keys() != sizes.keys():
         raise InputError(f"{what} must name the sources {list(sizes)}, got {list(given)}")

@@ -70,8 +70,9 @@ class UnmixedTasks(BatchSampler):
         world_size: int | None = None,
     ) -> None:
         super().__init__(seed, rank=rank, world_size=world_size)
-        if not sizes:
-            raise InputError('sizes must give the examples of each task, as {"caption": 9000, "retrieval": 3000}')
+        if not isinstance(sizes, Mapping) or not sizes:
+            right = 'the examples of each task, as {"caption": 9000, "retrieval": 3000}'
+            raise InputError(f"sizes must give {right}, got {sizes!r}")
         if mode not in ("draw", "turn"):
             raise InputError(f'mode must be "draw" or "turn", got {mode!r}')
         self.sizes = _each("sizes", sizes, sizes, 1)
@@ -221,9 +222,10 @@ def _each(name: str, given: Mapping[str, int] | int, tasks: Mapping[str, int], l
 def _ratios(ratios: Mapping[str, float] | None, tasks: Mapping[str, int], mode: str) -> dict[str, float]:
     if ratios is None:
         return dict.fromkeys(tasks, 1 / len(tasks))
-    if ratios.keys() != tasks.keys():
+    if not isinstance(ratios, Mapping) or ratios.keys() != tasks.keys():
         raise InputError(f"ratios must name the tasks {list(tasks)}, got {list(ratios)}")
     check_positive(**{f"ratios[{task!r}]": ratio for task, ratio in ratios.items()})
+    ratios = {task: float(ratio) for task, ratio in ratios.items()}
     if mode == "turn" and len(set(ratios.values())) > 1:
         raise InputError(f'ratios must be equal with mode "turn", got {dict(ratios)}')
     total = sum(ratios.values())
