@@ -190,7 +190,9 @@ def test_no_documents():
         ({"texts": {"x": ["a"], "y": "one text"}}, "texts['y'] must be an iterable of documents, got one str"),
         ({"texts": ["a", b"b"]}, "texts must be str, got bytes at 1"),
         ({"sources": ["x", 2]}, "sources must be str, got int at 1"),
-        ({"sources": ["x"]}, "sources must have one entry for each text"),
+        ({"sources": ["x"]}, "sources must have one entry for each text: sources end after 1"),
+        ({"sources": ["x", "y", "x"]}, "sources must have one entry for each text: texts end after 2"),
+        ({"seed": 2**64}, f"seed must be below 2^64, got {2**64}"),
         ({"texts": {"x": ["a"]}, "sources": ["x"]}, "sources must be None where texts is a mapping"),
         ({"scope": "both"}, 'scope must be "global" or "local", got \'both\''),
         ({"threshold": 1.0}, "threshold must lie in (0, 1), got 1.0"),
@@ -206,6 +208,11 @@ def test_bad_input(given, message):
     with pytest.raises(InputError) as caught:
         deduplicate(**({"texts": ["a", "b"]} | given))
     assert message in str(caught.value)
+
+
+def test_an_error_of_the_texts_own_comes_through():
+    with pytest.raises(UnicodeDecodeError):
+        deduplicate((text.decode() for text in (b"a", b"\xff")), sources=["x", "y"])
 
 
 def test_without_rensa_the_error_names_the_extra(monkeypatch):

@@ -39,8 +39,11 @@ def test_after_deduplication_kept_documents_count():
 
 
 def test_bad_input():
-    with pytest.raises(InputError, match="sources and tokens must have one entry for each document"):
-        mixture_report(["a"], [1, 2])
+    for sources, tokens, shorter in ((["a"], [1, 2], "sources end after 1"), ("ab", [1], "tokens end after 1")):
+        with pytest.raises(InputError, match=f"must have one entry for each document: {shorter}"):
+            mixture_report(sources, tokens)
+    with pytest.raises(UnicodeDecodeError):
+        mixture_report(["a", "b"], (len(text.decode()) for text in (b"a", b"\xff")))
     with pytest.raises(InputError, match="tokens must be integers of at least 0, got -1 at 1"):
         mixture_report("ab", [1, -1])
     with pytest.raises(InputError, match="tokens must not all be 0"):

@@ -15,7 +15,8 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
-from typing import Literal
+from itertools import zip_longest
+from typing import Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,6 +84,8 @@ def deduplicate(
     check_inside(threshold=threshold)
     check_count(permutations=permutations)
     check_count(0, min_characters=min_characters, seed=seed, workers=workers)
+    if seed >= 2**64:
+        raise InputError(f"seed must be below 2^64, got {seed}")
     shingle_hashes([], shingle, ngram)  # refuses what it cannot do before anything is read
     algorithm = f"rensa {version('rensa')} RMinHash {rensa().RMinHash.ALGORITHM_VERSION}, shingle hash {SHINGLE_HASH}"
     bands, rows = _bands(bands, threshold, permutations)
@@ -178,10 +181,12 @@ def _pairs(texts: Texts, sources: Iterable[str] | None) -> Iterator[tuple[str, s
         for text in texts:
             yield text, ""
         return
-    try:
-        yield from zip(texts, sources, strict=True)
-    except ValueError as error:
-        raise InputError(f"sources must have one entry for each text: {error}") from None
+    missing = object()
+    for at, (text, name) in enumerate(zip_longest(texts, sources, fillvalue=missing)):
+        if text is missing or name is missing:
+            shorter = "texts" if text is missing else "sources"
+            raise InputError(f"sources must have one entry for each text: {shorter} end after {at}")
+        yield cast(str, text), cast(str, name)
 
 
 def _joined(parts: list[Signed], permutations: int) -> Signed:

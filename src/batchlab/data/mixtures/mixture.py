@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
+from typing import cast
 
 from batchlab.core.checks import check_inside, check_not_negative, check_positive, check_share, is_count
 from batchlab.core.errors import InputError
@@ -56,18 +58,16 @@ def mixture_report(
     documents: dict[str, int] = {}
     lengths: dict[str, int] = {}
     kept = None if deduplication is None else (deduplication.verdict == KEPT).tolist()
-    at = -1
-    try:
-        for at, (source, length) in enumerate(zip(sources, tokens, strict=True)):
-            if not is_count(length, 0):
-                raise InputError(f"tokens must be integers of at least 0, got {length!r} at {at}")
-            counted = kept is None or (at < len(kept) and kept[at])
-            documents[source] = documents.get(source, 0) + counted
-            lengths[source] = lengths.get(source, 0) + (int(length) if counted else 0)
-    except ValueError as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"sources and tokens must have one entry for each document: {error}") from None
+    at, missing = -1, object()
+    for at, (source, length) in enumerate(zip_longest(sources, tokens, fillvalue=missing)):
+        if source is missing or length is missing:
+            shorter = "sources" if source is missing else "tokens"
+            raise InputError(f"sources and tokens must have one entry for each document: {shorter} end after {at}")
+        if not is_count(length, 0):
+            raise InputError(f"tokens must be integers of at least 0, got {length!r} at {at}")
+        name, counted = cast(str, source), kept is None or (at < len(kept) and kept[at])
+        documents[name] = documents.get(name, 0) + counted
+        lengths[name] = lengths.get(name, 0) + (int(cast(int, length)) if counted else 0)
     if deduplication is not None and at + 1 != len(deduplication):
         raise InputError(f"deduplication must be of the {at + 1} documents given, got one of {len(deduplication)}")
     return _report(documents, lengths, weights, budget, {} if deduplication is None else deduplication.counts())
