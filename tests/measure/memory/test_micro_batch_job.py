@@ -89,6 +89,7 @@ def failed_steps(failing, least, limit=130):
 def leaves_nothing_behind():
     """A process of its own: a worker's heap moves by itself. What was imported is frozen: it is collected for ever."""
     torch.set_num_threads(1)
+    gc.freeze()
     own = Bulky("", 0, [])
     optimizer = torch.optim.AdamW(own.parameters())
     own(torch.ones(3)).sum().backward()
