@@ -7,6 +7,7 @@ import pytest
 
 from batchlab.core.facts import Estimate
 from batchlab.core.job import Target
+from batchlab.core.plan import Reason
 from batchlab.core.run import Run
 from batchlab.spine.batch_control import make_controller
 from batchlab.spine.foreseen import MOVES, foreseen
@@ -117,3 +118,11 @@ def test_a_run_says_it_of_the_length_that_it_has(tmp_path):
         ]
     whole = train(toy_job(), dataclasses.replace(first, steps=8), out=tmp_path / "r", device="cpu", resume=True)
     assert whole.plan.notes[0] == "planned" and Run.open(tmp_path / "r").plan == whole.plan
+
+
+def test_what_was_foreseen_of_the_planned_length_is_not_said_of_another(tmp_path):
+    planned = toy_plan(steps=4, warmup_examples=300, reasons={"steps": Reason("4 x the predicted", "rule", {}, 4)})
+    planned = dataclasses.replace(planned, notes=("kept", *foreseen(planned)))
+    assert len(planned.notes) == 2
+    run = train(toy_job(), dataclasses.replace(planned, steps=6), out=tmp_path / "r", device="cpu")
+    assert run.plan.notes == ("kept",) and run.plan.reasons["steps"].value == 6

@@ -19,7 +19,7 @@ def foreseen(plan: Plan, controller: BatchController | None = None) -> list[str]
     What a plan for a target predicts is the end that counts: a run that meets the target ends there.
     """
     said = [MOVES] if plan.batch_schedule != "fixed" and plan.predicted_steps is not None else []
-    return [*said, *_warm_up(plan), *_falling(plan), *_points(plan, controller), *_patience(plan)]
+    return [*said, *warm_up(plan), *_falling(plan), *_points(plan, controller), *_patience(plan)]
 
 
 def expected_examples(plan: Plan) -> int | None:
@@ -31,7 +31,8 @@ def expected_examples(plan: Plan) -> int | None:
     return examples if examples < plan.examples else None
 
 
-def _warm_up(plan: Plan) -> list[str]:
+def warm_up(plan: Plan) -> list[str]:
+    """That it is longer than the run, or than the way to the target."""
     warmup, expected = plan.warmup_examples, expected_examples(plan)
     said = f"the warm-up takes {warmup:,} examples"
     if warmup > plan.examples:

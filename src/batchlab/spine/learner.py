@@ -232,7 +232,7 @@ class Learner:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over what `state_dict` gave, on any number of ranks and with any micro-batch."""
         if state["seed"] != self.seed:
-            raise InputError(f"the state was made with seed {state['seed']}, this run has seed {self.seed}")
+            raise InputError(f"seed must be {state['seed']}, with which the state was made, got {self.seed}")
         self.step, self.position = state["step"], state["position"]
         self.skipped_in_a_row = state["skipped_in_a_row"]
         self.batch_size = self.plan.batch_size if self.controller is None else state["batch_size"]

@@ -25,7 +25,7 @@ from batchlab.core.store import check_folder
 from batchlab.parallel.torchrun import agree_max
 from batchlab.spine.batch_control import make_controller
 from batchlab.spine.folder import WRITE_FAILED, RunFolder, describe, describe_again
-from batchlab.spine.foreseen import foreseen
+from batchlab.spine.foreseen import foreseen, warm_up
 from batchlab.spine.learner import Learner, Update
 from batchlab.spine.signals import StopSignals
 
@@ -192,11 +192,18 @@ def _world() -> int:
 def _told(job: Job, plan: Plan, begun: Path | None) -> Plan:
     """The plan with what can be foreseen of it. begun: a run's folder, which had it with another length, maybe."""
     controller = make_controller(plan, len(job.train), _world())
-    now, before = foreseen(plan, controller), list[str]()
+    now, before = foreseen(plan, controller), warm_up(_as_planned(plan))
     if begun is not None and (begun / RUN_FILE).is_file():
-        before = foreseen(dataclasses.replace(plan, steps=Run.open(begun).plan.steps), controller)
+        before += foreseen(dataclasses.replace(plan, steps=Run.open(begun).plan.steps), controller)
     kept = [note for note in plan.notes if note not in before and note not in now]
     return dataclasses.replace(plan, notes=(*kept, *now))
+
+
+def _as_planned(plan: Plan) -> Plan:
+    """With the length and the warm-up that others stand in place of."""
+    reasons = {name: plan.reasons[name] for name in ("steps", "warmup_examples") if name in plan.reasons}
+    planned = {name: why.inputs["in_place_of"] for name, why in reasons.items() if "in_place_of" in why.inputs}
+    return dataclasses.replace(plan, reasons={}, **planned)
 
 
 def _as_run(plan: Plan) -> Plan:
