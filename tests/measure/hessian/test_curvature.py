@@ -193,7 +193,7 @@ def _close(one, other):
 @pytest.mark.parametrize("cuts", [[13, 40, 7], [4] * 15])
 def test_how_the_data_is_cut_into_batches_changes_nothing(cuts):
     model, (x, y) = small()
-    settings = {"steps": 40, "probes": 1, "repeats": 2, "batch_sizes": (5, 15)}
+    settings = {"steps": 20, "probes": 1, "repeats": 2, "batch_sizes": (5, 15)}
     whole = curvature(model, cross_entropy, [(x, y)], **settings)
     cut = curvature(model, cross_entropy, list(zip(x.split(cuts), y.split(cuts), strict=True)), **settings)
     _close(cut, whole)
@@ -278,8 +278,9 @@ def test_a_maximum_has_no_ceiling():
 
 def test_float32_agrees_with_float64():
     model, (x, y) = small()
-    precise = curvature(model, cross_entropy, [(x, y)], steps=60, batch_sizes=(15,))
-    rough = curvature(copy.deepcopy(model).float(), cross_entropy, [(x.float(), y)], steps=60, batch_sizes=(15,))
+    settings = {"steps": 40, "probes": 1, "repeats": 3, "batch_sizes": (15,)}
+    precise = curvature(model, cross_entropy, [(x, y)], **settings)
+    rough = curvature(copy.deepcopy(model).float(), cross_entropy, [(x.float(), y)], **settings)
     assert rough.largest[0].value == pytest.approx(precise.largest[0].value, rel=1e-5)
     assert rough.batches[0].samples == pytest.approx(precise.batches[0].samples, rel=1e-5)
 
