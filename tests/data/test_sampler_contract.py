@@ -1,6 +1,9 @@
 """Every batch sampler of the room against the contract: a new one joins by one line."""
 
+from itertools import islice
+
 import pytest
+from torch.utils.data import DataLoader
 
 from batchlab.data.lengths.bucket_batches import BucketBatchSampler
 from batchlab.data.lengths.length_buckets import LengthBuckets
@@ -30,6 +33,17 @@ SUBJECTS = {
 @pytest.mark.parametrize("name", SUBJECTS)
 def test_contract(name, check):
     check(SUBJECTS[name])
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_what_workers_fetched_ahead_is_given_back():
+    whole = samplers.following(StreamBatches(240, 16))
+    sampler = StreamBatches(240, 16)
+    loader = DataLoader(samplers.Numbers(240), batch_sampler=sampler, collate_fn=list, num_workers=2)
+    trained = list(islice(loader, 3))
+    assert trained == whole[:3] and sampler.taken > 3
+    sampler.load_state_dict(sampler.state_dict(batches=3))
+    assert trained + list(loader) == whole
 
 
 class AllToAll(StreamBatches):

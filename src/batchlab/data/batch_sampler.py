@@ -24,6 +24,9 @@ class BatchSampler(Sampler[list[int]], ABC):
     ranks yield equally many batches, of the same kind at each step. A subclass gives `epoch_length`, `plan` and
     `identity`; where a batch depends on more than (seed, batches taken), it extends both state methods.
 
+    A loop over a `DataLoader` with workers that breaks off leaves behind what they had fetched ahead: give it back with
+    `sampler.load_state_dict(sampler.state_dict(batches=trained))`, trained: batches of the whole run.
+
     It shares batches out to ranks by itself: trainers that would share them again must be told not to, as Lightning's
     `use_distributed_sampler=False`; with Accelerate, leave the loader out of `prepare`.
 
