@@ -15,11 +15,14 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
 from batchlab.measure.noise.gradient_noise import GradientNoise
+from batchlab.measure.noise.noise_pair import unbiased_pair
+from batchlab.measure.ratio import RatioOfMeans
 from batchlab.workloads import digits
 from tests.measure.noise.small import Quadratic
 from tests.spine.forked import in_ranks
 
 BATCH, STEPS, SEEDS = 64, 50, 400
+D, PIECE = 100, 4
 
 
 def _digits():
@@ -105,27 +108,44 @@ def test_the_interval_of_ranks_over_400_seeds(tmp_path):
 def _covered_known(pieces, steps, seeds, *, narrow):
     """How many intervals hold the truth, as they are and made `narrow` times narrower.
 
-    Σ = diag(1/i) in 100 dimensions and |G|² = 0.1, so that the noise scale is about 52.
+    Σ = diag(1/i) in 100 dimensions and |G|² = 0.1, so that the noise scale is about 52. The first intervals are of
+    the attached loop, and the statistics of the draws give the same ones.
     """
-    d, b = 100, 4
-    spread = torch.arange(1, d + 1, dtype=torch.float64).rsqrt()
-    mean = torch.full((d,), math.sqrt(0.1 / d), dtype=torch.float64)
+    spread = torch.arange(1, D + 1, dtype=torch.float64).rsqrt()
+    mean = torch.full((D,), math.sqrt(0.1 / D), dtype=torch.float64)
     truth, covered = spread.square().sum().item() / 0.1, np.zeros(2, int)
     for seed in range(seeds):
         generator = torch.Generator().manual_seed(seed)
-        draws = mean + spread * torch.randn(steps, pieces, b, d, generator=generator, dtype=torch.float64)
-        model = Quadratic(d)
-        noise = GradientNoise(model, ema=None)
-        for step in draws:
-            model.theta.grad = None
-            for x in step:
-                with noise.micro_batch(b):
-                    (model(x) / pieces).backward()
-            got = noise.step()
+        draws = mean + spread * torch.randn(steps, pieces, PIECE, D, generator=generator, dtype=torch.float64)
+        got = _of_draws(draws)
+        if seed < 3:
+            loop = _of_loop(draws)
+            assert (loop.value, loop.low, loop.high) == pytest.approx((got.value, got.low, got.high), rel=1e-9)
         for index, factor in enumerate((1.0, narrow)):
             low, high = got.value - (got.value - got.low) / factor, got.value + (got.high - got.value) / factor
             covered[index] += low <= truth <= high
     return covered.tolist()
+
+
+def _of_loop(draws):
+    model, pieces = Quadratic(D), draws.shape[1]
+    noise = GradientNoise(model, ema=None)
+    for step in draws:
+        model.theta.grad = None
+        for x in step:
+            with noise.micro_batch(PIECE):
+                (model(x) / pieces).backward()
+        got = noise.step()
+    return got
+
+
+def _of_draws(draws):
+    gradients, ratio, batch = draws.mean(2), RatioOfMeans(), PIECE * draws.shape[1]
+    small, big = gradients.square().sum(2).mean(1), gradients.mean(1).square().sum(1)
+    for pieces, whole in zip(small.tolist(), big.tolist(), strict=True):
+        pair = unbiased_pair(pieces, whole, PIECE, batch)
+        ratio.update(pair.trace, pair.grad_sq)
+    return ratio.ratio(lowest=0.0)
 
 
 @pytest.mark.parametrize(("pieces", "steps"), [(2, 60), (8, 20)])
