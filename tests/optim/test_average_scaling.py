@@ -165,3 +165,9 @@ def test_a_model_of_other_shapes_is_refused():
         average.update(nn.Linear(3, 1, bias=False), 8)
     average.update(nn.Linear(3, 1), 8)
     assert not average.empty
+    model = nn.Sequential(nn.Linear(3, 1))
+    average = WeightAverage(model, half_life=10.0)
+    average.update(model, 8)
+    model.append(nn.Linear(1, 1))  # a layer that comes late would be left out
+    with pytest.raises(InputError, match="model must have the 2 parameters that are averaged, got 4"):
+        average.update(model, 8)

@@ -47,6 +47,7 @@ class WeightAverage:
         self._weight, self._position, self._share = 0.0, 0, 1.0
         self._fine = {name: p.detach().float() for name, p in self.module.named_parameters() if _half(p)}
         self._known: weakref.ref[nn.Module] | None = None
+        self._count = len(list(model.parameters()))
 
     @property
     def module(self) -> nn.Module:
@@ -63,7 +64,8 @@ class WeightAverage:
         """Takes in the weights after an update with `examples` examples."""
         if not holds(lambda n: 1 <= n < math.inf, examples):
             raise InputError(f"examples must be at least 1, got {examples!r}")
-        if self._known is None or self._known() is not model:
+        grown = len(list(model.parameters())) != self._count
+        if grown or self._known is None or self._known() is not model:
             self._check(model)
         self._position += examples
         log_kept = self._log_kept(examples)
