@@ -319,6 +319,11 @@ def test_a_budget_that_one_example_exceeds_is_refused(tokens, quadratic, says):
         sizes_for_budget(LengthBuckets([10, 40]), tokens, quadratic)
 
 
+def test_a_budget_takes_buckets():
+    with pytest.raises(InputError, match=r"buckets must be LengthBuckets, as .*, got \[10, 40\]"):
+        sizes_for_budget([10, 40], 100)
+
+
 def test_a_damaged_state_is_refused_and_changes_nothing():
     sampler = BucketBatchSampler(lengths_of(300), LengthBuckets([20, 400]), [5, 4])
     following(sampler, 3)

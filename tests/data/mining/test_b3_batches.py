@@ -203,6 +203,7 @@ def test_bad_input():
         ({"batch_size": 16, "extra": 16}, r"(1 + extra)·batch_size must be at most the 256 examples"),
         ({"batch_size": 16, "world_size": 3, "rank": 0}, "batch_size must be a multiple of the 3 ranks, got 16"),
         ({"indexes": [], "batch_size": 16}, "indexes must hold one index at least, got none"),
+        ({"indexes": [3], "batch_size": 16}, "indexes must be of B3Index, got int"),
         (
             {"indexes": _index(windows=False), "batch_size": 16, "extra": 1},
             "extra must be 0 for an index without windows",

@@ -65,8 +65,7 @@ class BucketBatchSampler(BatchSampler):
         world_size: int | None = None,
     ) -> None:
         super().__init__(seed, rank=rank, world_size=world_size)
-        if not isinstance(buckets, LengthBuckets):
-            raise InputError(f"buckets must be LengthBuckets, as LengthBuckets(table.buckets), got {buckets!r}")
+        _check_buckets(buckets)
         bucket = buckets.choose(lengths)
         group, kinds = _with_datasets(bucket, datasets, len(buckets))
         self.n, self.buckets, self.drop_last = len(bucket), buckets, bool(drop_last)
@@ -222,6 +221,11 @@ class _Since:
         self.batch, self.epoch, self.used = batch, epoch, used
 
 
+def _check_buckets(buckets: LengthBuckets) -> None:
+    if not isinstance(buckets, LengthBuckets):
+        raise InputError(f"buckets must be LengthBuckets, as LengthBuckets(table.buckets), got {buckets!r}")
+
+
 def _with_datasets(
     bucket: NDArray[np.int64], datasets: ArrayLike | None, buckets: int
 ) -> tuple[NDArray[np.int64], int]:
@@ -269,6 +273,7 @@ def sizes_for_budget(buckets: LengthBuckets, tokens: float, quadratic: float | N
     >>> sizes_for_budget(LengthBuckets([100, 500, 1000]), tokens=4000)
     [40, 8, 4]
     """
+    _check_buckets(buckets)
     check_positive(tokens=tokens)
     if quadratic is not None:
         check_positive(quadratic=quadratic)

@@ -217,6 +217,8 @@ class B3Batches(BatchSampler):
         if batch_size % self.world_size:
             raise InputError(f"batch_size must be a multiple of the {self.world_size} ranks, got {batch_size}")
         for index in self.indexes:
+            if not isinstance(index, B3Index):
+                raise InputError(f"indexes must be of B3Index, got {type(index).__name__}")
             self._check(index)
         self._starts_of = np.cumsum([0, *(index.header.n for index in self.indexes)])
         batches = [len(index.clusters) // (self.batch_size // index.header.cluster_size) for index in self.indexes]
