@@ -108,6 +108,17 @@ def test_a_missing_use_is_noticed_at_any_size():
     assert record.uncovered == {"w": "its gradient is not the sum of its uses that were seen"}
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("rows", [8, 16])
+def test_rows_of_a_basis_are_no_examples(rows, frozen):
+    """Of a weight that is made from a trained one and a constant: its rows may be as many as the examples."""
+    model = Called(lambda m, x: F.linear(F.linear(x, m.w).tanh(), m.basis @ m.e[:4]))
+    basis = torch.randn(rows, 4, dtype=torch.float64)
+    model.register_parameter("basis", nn.Parameter(basis, False)) if frozen else model.register_buffer("basis", basis)
+    with pytest.raises(InputError, match="e: no call that has a rule used it"):
+        watched_norms(model, lambda m, b: m(b[0]).square().sum(1).mean(), [torch.randn(8, 4).double()])
+
+
 @pytest.mark.parametrize("length", [4, 6])
 def test_rows_that_are_not_the_examples_are_noticed(length):
     """Tokens are picked over the whole batch: as many as examples, by chance, in the first case."""

@@ -117,7 +117,7 @@ class ExampleNorms:
         check_count(0, projections=projections)
         _refuse(model)
         self.parameters = _chosen(model, parameters)
-        self.names = list(self.parameters)
+        self.names, self._model, self.constants = list(self.parameters), model, set[int]()
         norms = nn.modules.batchnorm._BatchNorm
         self._batch_norms = {name: module for name, module in model.named_modules() if isinstance(module, norms)}
         self.strict, self._projections = strict, Projections(projections) if projections else None
@@ -141,6 +141,7 @@ class ExampleNorms:
             raise InputError("another watch of per-example norms is around the same parameters: use one at a time")
         _refuse_batch_norm(self._batch_norms)
         record, self._busy = ExampleRecord(examples), True
+        self.constants = _constants(self._model)
         self.passes += 1
         if self._projections is not None:
             self._projections.begin(self.passes)
@@ -194,6 +195,10 @@ def _chosen(model: nn.Module, names: Iterable[str] | None) -> dict[str, nn.Param
         if hasattr(parameter, "placements"):
             raise InputError(f"per-example norms need whole parameters, but {name} is sharded (DTensor)")
     return wanted
+
+
+def _constants(model: nn.Module) -> set[int]:
+    return {id(b) for b in model.buffers()} | {id(p) for p in model.parameters() if not p.requires_grad}
 
 
 def _refuse(model: nn.Module) -> None:

@@ -32,12 +32,14 @@ TURNS = 8
 class Watcher(Protocol):
     """What a pass needs of the `ExampleNorms` that it belongs to.
 
-    verified: the sequences of uses whose rows were found to be the examples. complete: those in which every gradient
-    was the sum of its uses. passes: the number of this pass, in which each eighth parameter is checked, in turn.
+    constants: the model's buffers and frozen parameters, by id. verified: the sequences of uses whose rows were found
+    to be the examples. complete: those in which every gradient was the sum of its uses. passes: the number of this
+    pass, in which each eighth parameter is checked, in turn.
     """
 
     names: list[str]
     parameters: dict[str, nn.Parameter]
+    constants: set[int]
     means: Means
     verified: set[tuple[Any, ...]]
     complete: set[tuple[Any, ...]]
@@ -108,6 +110,9 @@ class Pass:
 
     def view(self, tensor: Any) -> View | None:
         return self._views.get(id(tensor))
+
+    def constant(self, tensor: Tensor) -> bool:
+        return id(tensor) in self.norms.constants
 
     def derive(self, tensor: Tensor, view: View) -> None:
         self._views[id(tensor)], self._kept[id(tensor)] = view, tensor

@@ -28,7 +28,13 @@ def _product(
     w, b = uses.view(weight), uses.view(bias)
     parts = [view.part for view in (w, b) if view]
     layout = layout_of(out.shape[:-1], uses.examples, second=uses.second)
-    if not parts or layout is None or (w and len(w.shape) != 2) or (b and b.shape != out.shape[-1:]):
+    if (
+        not parts
+        or layout is None
+        or uses.constant(input)
+        or (w and len(w.shape) != 2)
+        or (b and b.shape != out.shape[-1:])
+    ):
         return
     outputs_first = w is not None and w.transposed != transposed
     a = input.detach() if w else None

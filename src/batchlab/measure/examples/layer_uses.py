@@ -77,6 +77,9 @@ class Uses(Protocol):
     def view(self, tensor: Any) -> View | None:
         """What part of which watched parameter it is."""
 
+    def constant(self, tensor: Tensor) -> bool:
+        """Whether it is a buffer or a frozen parameter of the model: its rows are no examples."""
+
     def derive(self, tensor: Tensor, view: View) -> None:
         """`tensor` is that part of a parameter."""
 
