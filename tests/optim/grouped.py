@@ -2,7 +2,7 @@
 
 import torch
 
-from batchlab.optim.shell import asks_for_state
+from batchlab.optim.leaf import asks_for_state
 from batchlab.parallel.shards import share
 
 GROUPS = 4

@@ -50,7 +50,7 @@ def test_ranks_with_unlike_parts_take_the_same_way(tmp_path, monkeypatch):
 
 def test_a_sum_left_on_each_rank_would_be_seen(tmp_path, monkeypatch):
     """The check can fail: with norms over parts alone LAMB ends elsewhere."""
-    monkeypatch.setattr("batchlab.optim.shell.sums_over", lambda requests, layouts: [each.part for each in requests])
+    monkeypatch.setattr("batchlab.optim.rule.sums_over", lambda requests, layouts: [each.part for each in requests])
     assert in_ranks(4, tmp_path, _all_equal, ["lamb"], "fsdp", (torch.float64,)) == [1] * 4
 
 

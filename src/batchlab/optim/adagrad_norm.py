@@ -17,7 +17,9 @@ from torch import Tensor
 
 from batchlab.core.checks import check_not_negative, check_positive
 from batchlab.core.errors import InputError
-from batchlab.optim.shell import Form, Leaf, Numbers, RuleOptimizer, Sum
+from batchlab.optim.leaf import Leaf
+from batchlab.optim.rule import Form, Numbers, Sum
+from batchlab.optim.shell import RuleOptimizer
 from batchlab.parallel.sums import sums_over
 
 

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from batchlab.core.checks import check_count, check_not_negative
+from batchlab.optim.leaf import Leaf
 from batchlab.optim.moments import adam_numbers, bias_corrections, check_betas, scalar
-from batchlab.optim.shell import Form, Leaf, Numbers, RuleOptimizer
+from batchlab.optim.rule import Form, Numbers
+from batchlab.optim.shell import RuleOptimizer
 from batchlab.optim.state_dtype import StateDtype
 
 

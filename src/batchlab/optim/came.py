@@ -24,8 +24,10 @@ from torch import Tensor
 
 from batchlab.core.checks import check_inside, check_not_negative, check_positive
 from batchlab.core.errors import InputError
+from batchlab.optim.leaf import Leaf
 from batchlab.optim.moments import check_betas
-from batchlab.optim.shell import Form, Leaf, Numbers, Rule, RuleOptimizer, Sum
+from batchlab.optim.rule import Form, Numbers, Rule, Sum
+from batchlab.optim.shell import RuleOptimizer
 from batchlab.optim.state_dtype import StateDtype, state_like
 from batchlab.parallel.margins import margin_like
 

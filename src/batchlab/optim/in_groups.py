@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from batchlab.core.checks import check_inside
-from batchlab.optim.shell import RuleOptimizer, asks_for_state, names_of
+from batchlab.optim.leaf import asks_for_state, names_of
+from batchlab.optim.shell import RuleOptimizer
 from batchlab.optim.vrgd.multiplier import check_multiplier
 from batchlab.optim.vrgd.vrgd import Settings, VRGradient
 

@@ -20,8 +20,10 @@ from torch.optim.adam import adam
 from batchlab.core.checks import check_not_negative, check_positive, check_share, holds
 from batchlab.core.errors import InputError
 from batchlab.optim.lars import adapted
+from batchlab.optim.leaf import Leaf, plain, total_norm
 from batchlab.optim.moments import adam_numbers, check_betas
-from batchlab.optim.shell import Form, Leaf, Numbers, Rule, RuleOptimizer, plain, squares, squares_of_lists, total_norm
+from batchlab.optim.rule import Form, Numbers, Rule, squares, squares_of_lists
+from batchlab.optim.shell import RuleOptimizer
 from batchlab.optim.state_dtype import StateDtype
 
 _LONG_AGO = torch.tensor(math.inf, device="cpu")  # the first step, for an Adam that has nothing to correct any more

@@ -18,8 +18,10 @@ from torch import Tensor
 from torch.optim.sgd import sgd
 
 from batchlab.core.checks import check_inside, check_not_negative, check_positive
+from batchlab.optim.leaf import Leaf, plain
 from batchlab.optim.moments import rate_of, scalar
-from batchlab.optim.shell import Form, Leaf, Numbers, Rule, RuleOptimizer, plain, squares, squares_of_lists
+from batchlab.optim.rule import Form, Numbers, Rule, squares, squares_of_lists
+from batchlab.optim.shell import RuleOptimizer
 from batchlab.optim.state_dtype import StateDtype
 
 LEAST = 2.0**-29  # the share of a gradient from which on 1 - (1 - share) in float64 is as exact as float32

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from batchlab.core.checks import check_not_negative
+from batchlab.optim.leaf import Leaf
 from batchlab.optim.moments import check_betas, rate_of
-from batchlab.optim.shell import Form, Leaf, Numbers, RuleOptimizer
+from batchlab.optim.rule import Form, Numbers
+from batchlab.optim.shell import RuleOptimizer
 from batchlab.optim.signs import sign, signs
 from batchlab.optim.state_dtype import StateDtype
 

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from batchlab.core.checks import check_not_negative
+from batchlab.optim.leaf import Leaf
 from batchlab.optim.moments import adam_numbers, check_betas
-from batchlab.optim.shell import Form, Leaf, Numbers, Rule, RuleOptimizer, squares, squares_of_lists
+from batchlab.optim.rule import Form, Numbers, Rule, squares, squares_of_lists
+from batchlab.optim.shell import RuleOptimizer
 from batchlab.optim.state_dtype import StateDtype
 
 

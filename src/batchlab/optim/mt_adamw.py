@@ -22,8 +22,10 @@ from torch import Tensor
 
 from batchlab.core.checks import check_not_negative, check_positive
 from batchlab.core.errors import InputError
+from batchlab.optim.leaf import Leaf, asks_for_state, total_norm
 from batchlab.optim.moments import bias_corrections, check_betas
-from batchlab.optim.shell import Form, Leaf, Numbers, RuleOptimizer, asks_for_state, total_norm
+from batchlab.optim.rule import Form, Numbers
+from batchlab.optim.shell import RuleOptimizer
 from batchlab.optim.state_dtype import StateDtype
 
 Inactive = Literal["decay", "hold"]

@@ -22,9 +22,11 @@ from torch import Tensor, nn
 from batchlab.core.checks import check_count, check_inside, check_not_negative, check_positive, holds
 from batchlab.core.errors import InputError
 from batchlab.optim.lamb import lamb_, lamb_foreach_
+from batchlab.optim.leaf import Leaf
 from batchlab.optim.moments import adam_numbers, check_betas
 from batchlab.optim.newton_schulz import JORDAN, NewtonSchulz, orthogonalised, orthogonality_error
-from batchlab.optim.shell import Form, Leaf, Numbers, Rule, RuleOptimizer, Sum
+from batchlab.optim.rule import Form, Numbers, Rule, Sum
+from batchlab.optim.shell import RuleOptimizer
 from batchlab.optim.state_dtype import StateDtype, state_like
 from batchlab.parallel.owners import Whole
 from batchlab.parallel.sums import sums_over

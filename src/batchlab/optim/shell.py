@@ -1,17 +1,13 @@
 """From torch's `step()` to one rule on one tensor, whole or spread over ranks: what batchlab's optimizers share.
 
-A rule is a generator over one tensor, written as in its source from top to bottom. Where it needs a sum over the whole
-tensor it yields the sum over the part at hand and is sent the sum over all parts, so that the same lines serve a plain
-tensor and a DTensor; what sums cannot give it asks of whole tensors (`Whole`). `foreach` forms take lists of tensors
-and must equal the rule; `fused=True` compiles it.
+`foreach` forms take lists of tensors and must equal the rule; `fused=True` compiles it.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, cast
 
@@ -19,80 +15,13 @@ import torch
 from torch import Tensor
 
 from batchlab.core.errors import InputError
+from batchlab.optim.leaf import Leaf, asks_for_state, is_flattened, leaf_of, names_of
+from batchlab.optim.rule import Form, Numbers, Rule, alone, side_by_side, squares
 from batchlab.optim.state_dtype import StateDtype, checked_state_dtype, in_dtype, state_like
-from batchlab.parallel.owners import Whole, at_owners
 from batchlab.parallel.shards import share
-from batchlab.parallel.sums import Layout, layout_of, sums_over
+from batchlab.parallel.sums import Layout, sums_over
 
-Rule = Generator[Any, Any, "dict[str, Tensor] | None"]
-Form = Callable[..., "Rule | None"]  # a rule that needs no sum is a plain function
-Numbers = dict[str, Any]
 SMALL = 16384  # elements up to which a CPU takes a list of tensors faster than one by one
-
-
-@dataclass(frozen=True)
-class Sum:
-    """A request of a rule: Σ over the whole tensor of what `part` sums over this rank's part of it.
-
-    over: the tensor's dimensions that were summed, for a sum that leaves the others; None for all of them.
-    """
-
-    part: Tensor
-    over: tuple[int, ...] | None = None
-
-    def here(self) -> Tensor:
-        """The answer where the part is the whole tensor."""
-        return self.part
-
-
-@dataclass
-class Leaf:
-    """One parameter at one step: what this rank holds of it, in the dtype of the arithmetic.
-
-    w, g: weights and gradient (its negative under `maximize`). state: by the names of `RuleOptimizer.STATE`. t: the
-    steps this parameter has taken, this one included. shape: of the whole tensor. layout: how it is spread. rounded:
-    what is kept in another dtype, beside its value here, which is rounded to it after the step.
-    """
-
-    name: str
-    parameter: Tensor
-    w: Tensor
-    g: Tensor
-    state: dict[str, Tensor]
-    t: int
-    shape: torch.Size
-    layout: Layout
-    rounded: list[tuple[Tensor, Tensor]]
-
-
-def plain(leaf: Leaf) -> bool:
-    """Whether torch's fused kernels take it: one dtype and one memory order, on a CPU.
-
-    They want numbers, for which a GPU would have to be waited for.
-    """
-    tensors = (leaf.w, leaf.g, *leaf.state.values())
-    return all(each.is_cpu and each.dtype == leaf.w.dtype and each.is_contiguous() for each in tensors)
-
-
-def squares(*tensors: Tensor) -> Sum:
-    """The request for Σx² of each tensor.
-
-    On CPUs as a dot product, which takes less time than a norm and is off by 3e-5 of 10⁷ numbers, a norm by 7e-4.
-    """
-    return Sum(torch.stack([_square(each) for each in tensors]))
-
-
-def _square(x: Tensor) -> Tensor:
-    if x.is_cpu and x.is_contiguous() and x.dtype in (torch.float32, torch.float64):
-        x = x.view(-1)
-        return torch.dot(x, x)
-    norm: Tensor = torch.linalg.vector_norm(x)
-    return norm.square()
-
-
-def squares_of_lists(*lists: Sequence[Tensor]) -> Sum:
-    """The request of a `foreach` form: a row of Σx² for each list."""
-    return Sum(torch.stack([torch.stack(torch._foreach_norm(list(each))).square() for each in lists]))
 
 
 class RuleOptimizer(torch.optim.Optimizer):
@@ -162,7 +91,7 @@ class RuleOptimizer(torch.optim.Optimizer):
                 f"{type(self).__name__} takes real parameters, got {name} of {parameter.dtype}: "
                 "give complex ones to torch.optim.AdamW, or train torch.view_as_real of them"
             )
-        if not self.BY_ELEMENT and _is_flattened(parameter):
+        if not self.BY_ELEMENT and is_flattened(parameter):
             raise InputError(
                 f"{type(self).__name__} looks at whole tensors, and {name} is a piece of a flat buffer of "
                 "FullyShardedDataParallel: shard with torch.distributed.fsdp.fully_shard (FSDP2)"
@@ -298,7 +227,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             found.append((name, parameter, gradient, self.state_of(parameter, group)))
         if found:
             torch._foreach_add_([state["step"] for *_, state in found], 1)
-        return [_leaf(*each, maximize=group["maximize"]) for each in found]
+        return [leaf_of(*each, maximize=group["maximize"]) for each in found]
 
     def _note(self, leaves: list[Leaf], found: dict[str, Tensor] | None) -> None:
         if found:
@@ -363,98 +292,13 @@ _OWN_LIMIT: dict[str, Any] = {
 }
 
 
-def alone(form: Form, *tensors: Any, **numbers: Any) -> dict[str, Tensor] | None:
-    """Runs a rule on plain tensors, where the part at hand is the whole."""
-    rule = form(*tensors, **numbers)
-    if rule is None:
-        return None
-    try:
-        request = next(rule)
-        while True:
-            request = rule.send(request.here())
-    except StopIteration as end:
-        return cast("dict[str, Tensor] | None", end.value)
-
-
-def side_by_side(rules: Sequence[Rule], layouts: Sequence[Layout]) -> list[dict[str, Tensor] | None]:
-    """Runs rules in step with one another, so that the sums of a round are one collective for each mesh."""
-    results: list[dict[str, Tensor] | None] = [None] * len(rules)
-    answers: dict[int, Any] = dict.fromkeys(range(len(rules)))
-    while answers:
-        requests: dict[int, Sum | Whole] = {}
-        for index, answer in answers.items():
-            try:
-                requests[index] = rules[index].send(answer)
-            except StopIteration as end:
-                results[index] = end.value
-        sums = {index: each for index, each in requests.items() if isinstance(each, Sum)}
-        wholes = {index: each for index, each in requests.items() if isinstance(each, Whole)}
-        answers = dict(zip(sums, sums_over(list(sums.values()), [layouts[index] for index in sums]), strict=True))
-        computed = at_owners(list(wholes.values()), [layouts[index] for index in wholes])
-        answers.update(zip(wholes, computed, strict=True))
-    return results
-
-
-def total_norm(leaves: Sequence[Leaf]) -> Tensor:
-    """|g| over all tensors together, whole ones: on the first one's device, on all ranks the same."""
-    requests = [Sum(leaf.g.square().sum()) for leaf in leaves]
-    sums = sums_over(requests, [leaf.layout for leaf in leaves])
-    return torch.stack([each.to(sums[0].device) for each in sums]).sum().sqrt() if sums else torch.zeros(())
-
-
 def _layouts(loose: Sequence[tuple[Rule, list[Leaf]]]) -> list[Layout]:
     return [bucket[0].layout for _, bucket in loose]
-
-
-def _leaf(name: str, parameter: Tensor, gradient: Tensor, state: Mapping[str, Any], *, maximize: bool) -> Leaf:
-    kept = {key: value for key, value in state.items() if key != "step" and isinstance(value, Tensor)}
-    held, layout = parameter.detach(), layout_of(parameter)
-    if layout.mesh is not None:
-        if cast(Any, gradient).placements != cast(Any, parameter).placements:
-            gradient = cast(Any, gradient).redistribute(placements=cast(Any, parameter).placements)
-        held, gradient = share(held).part, share(gradient).part
-        kept = {key: share(value).part for key, value in kept.items()}
-    dtype = torch.promote_types(held.dtype, torch.float32)
-    w, g = in_dtype(held, dtype), in_dtype(gradient, dtype)
-    fine = {key: in_dtype(value, dtype) for key, value in kept.items()}
-    rounded = [(kept[key], value) for key, value in fine.items() if kept[key] is not value]
-    if held is not w:
-        rounded.append((held, w))
-    step = int(state["step"].item())
-    return Leaf(name, parameter, w, g.neg() if maximize else g, fine, step, parameter.shape, layout, rounded)
 
 
 def _flat(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     """One dimension each, so that one compiled rule serves all shapes; as they are where memory order differs."""
     return [each.view(-1) for each in tensors] if all(each.is_contiguous() for each in tensors) else tensors
-
-
-def _is_flattened(parameter: Tensor) -> bool:
-    """Whether FSDP1 has it, as one buffer of many or as this rank's piece of one; alone in its world it is whole."""
-    if getattr(parameter, "_is_flat_param", False):
-        return True
-    return getattr(parameter, "_fsdp_flattened", False) and torch.distributed.get_world_size() > 1
-
-
-def asks_for_state(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a step can only mean that the state is wanted, as torch.distributed.checkpoint does before it loads:
-    there is none yet, all rates are 0, and the gradients are there and all 0, over all ranks.
-    """
-    groups = optimizer.param_groups
-    if any(optimizer.state.values()) or any(float(group["lr"]) != 0 for group in groups):
-        return False
-    gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
-    if not gradients or any(each.is_sparse for each in gradients):
-        return False
-    counts = [Sum(share(each).part.count_nonzero()) for each in gradients]
-    return not any(sums_over(counts, [layout_of(each) for each in gradients]))
-
-
-def names_of(group: Mapping[str, Any], first: int = 0) -> list[str]:
-    """The group's own names, else the parameters' places, from `first` on, and shapes."""
-    if "param_names" in group:
-        return list(group["param_names"])
-    return [f"parameter {index} of shape {tuple(p.shape)}" for index, p in enumerate(group["params"], first)]
 
 
 @contextmanager

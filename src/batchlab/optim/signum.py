@@ -15,8 +15,10 @@ from torch import Tensor
 
 from batchlab.core.checks import check_inside, check_not_negative
 from batchlab.core.errors import InputError
+from batchlab.optim.leaf import Leaf
 from batchlab.optim.moments import rate_of
-from batchlab.optim.shell import Form, Leaf, Numbers, RuleOptimizer
+from batchlab.optim.rule import Form, Numbers
+from batchlab.optim.shell import RuleOptimizer
 from batchlab.optim.signs import sign, signs
 from batchlab.optim.state_dtype import StateDtype
 

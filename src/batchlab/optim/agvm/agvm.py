@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from batchlab.core.checks import check_count, check_positive, check_share, holds
 from batchlab.core.errors import InputError
 from batchlab.optim.agvm.half_gradients import Dots, Halves, even_size
-from batchlab.optim.shell import asks_for_state
+from batchlab.optim.leaf import asks_for_state
 
 _ENTRIES: dict[str, Any] = {"agvm_step": 0, "agvm_skipped": 0, "agvm_factor": 1.0, "agvm_phi": math.nan}
 _SETTINGS = ("anchor", "interval", "alpha", "start", "clamp", "eps")

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from batchlab.core.checks import check_count, check_not_negative, check_positive
 from batchlab.core.errors import InputError
+from batchlab.optim.leaf import Leaf
 from batchlab.optim.learned.features import (
     FEATURES,
     Piece,
@@ -33,7 +34,8 @@ from batchlab.optim.learned.features import (
     time_features,
 )
 from batchlab.optim.learned.weights import OptimizerWeights, load_weights
-from batchlab.optim.shell import Leaf, Numbers, Rule, RuleOptimizer, Sum
+from batchlab.optim.rule import Numbers, Rule, Sum
+from batchlab.optim.shell import RuleOptimizer
 from batchlab.parallel.shards import is_spread, share
 from batchlab.parallel.sums import sums_over
 

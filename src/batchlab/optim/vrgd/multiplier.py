@@ -12,7 +12,7 @@ from torch import Tensor
 from batchlab.core.checks import check_inside, check_positive
 from batchlab.core.errors import InputError
 from batchlab.optim.diloco.replicas import in_buckets
-from batchlab.optim.shell import Rule, Sum, alone
+from batchlab.optim.rule import Rule, Sum, alone
 
 FEWEST_GROUPS = 2
 

@@ -21,8 +21,10 @@ from batchlab.core.errors import InputError
 from batchlab.optim.in_groups import InGroups
 from batchlab.optim.lamb import LAMB, lamb_, lamb_foreach_
 from batchlab.optim.lars import LARS
+from batchlab.optim.leaf import Leaf, names_of
 from batchlab.optim.moments import adam_numbers, check_betas
-from batchlab.optim.shell import Form, Leaf, Numbers, Rule, RuleOptimizer, names_of
+from batchlab.optim.rule import Form, Numbers, Rule
+from batchlab.optim.shell import RuleOptimizer
 
 SecondMoment = Literal["scaled", "raw"]
 SECOND_MOMENTS = ("scaled", "raw")

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from batchlab.core.checks import check_count, check_inside, check_positive
 from batchlab.core.errors import InputError
-from batchlab.optim.shell import names_of, side_by_side
+from batchlab.optim.leaf import names_of
+from batchlab.optim.rule import side_by_side
 from batchlab.optim.state_dtype import dense, put_back
 from batchlab.optim.vrgd.multiplier import (
     FEWEST_GROUPS,

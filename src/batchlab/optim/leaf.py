@@ -1,0 +1,98 @@
+"""What a step takes of each parameter: this rank's part of it, of its gradient and of its state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from batchlab.optim.rule import Sum
+from batchlab.optim.state_dtype import in_dtype
+from batchlab.parallel.shards import share
+from batchlab.parallel.sums import Layout, layout_of, sums_over
+
+
+@dataclass
+class Leaf:
+    """One parameter at one step: what this rank holds of it, in the dtype of the arithmetic.
+
+    w, g: weights and gradient (its negative under `maximize`). state: by the names of `RuleOptimizer.STATE`. t: the
+    steps this parameter has taken, this one included. shape: of the whole tensor. layout: how it is spread. rounded:
+    what is kept in another dtype, beside its value here, which is rounded to it after the step.
+    """
+
+    name: str
+    parameter: Tensor
+    w: Tensor
+    g: Tensor
+    state: dict[str, Tensor]
+    t: int
+    shape: torch.Size
+    layout: Layout
+    rounded: list[tuple[Tensor, Tensor]]
+
+
+def leaf_of(name: str, parameter: Tensor, gradient: Tensor, state: Mapping[str, Any], *, maximize: bool) -> Leaf:
+    """A parameter and its gradient, which the layout of the parameter is given."""
+    kept = {key: value for key, value in state.items() if key != "step" and isinstance(value, Tensor)}
+    held, layout = parameter.detach(), layout_of(parameter)
+    if layout.mesh is not None:
+        if cast(Any, gradient).placements != cast(Any, parameter).placements:
+            gradient = cast(Any, gradient).redistribute(placements=cast(Any, parameter).placements)
+        held, gradient = share(held).part, share(gradient).part
+        kept = {key: share(value).part for key, value in kept.items()}
+    dtype = torch.promote_types(held.dtype, torch.float32)
+    w, g = in_dtype(held, dtype), in_dtype(gradient, dtype)
+    fine = {key: in_dtype(value, dtype) for key, value in kept.items()}
+    rounded = [(kept[key], value) for key, value in fine.items() if kept[key] is not value]
+    if held is not w:
+        rounded.append((held, w))
+    step = int(state["step"].item())
+    return Leaf(name, parameter, w, g.neg() if maximize else g, fine, step, parameter.shape, layout, rounded)
+
+
+def plain(leaf: Leaf) -> bool:
+    """Whether torch's fused kernels take it: one dtype and one memory order, on a CPU.
+
+    They want numbers, for which a GPU would have to be waited for.
+    """
+    tensors = (leaf.w, leaf.g, *leaf.state.values())
+    return all(each.is_cpu and each.dtype == leaf.w.dtype and each.is_contiguous() for each in tensors)
+
+
+def total_norm(leaves: Sequence[Leaf]) -> Tensor:
+    """|g| over all tensors together, whole ones: on the first one's device, on all ranks the same."""
+    requests = [Sum(leaf.g.square().sum()) for leaf in leaves]
+    sums = sums_over(requests, [leaf.layout for leaf in leaves])
+    return torch.stack([each.to(sums[0].device) for each in sums]).sum().sqrt() if sums else torch.zeros(())
+
+
+def is_flattened(parameter: Tensor) -> bool:
+    """Whether FSDP1 has it, as one buffer of many or as this rank's piece of one; alone in its world it is whole."""
+    if getattr(parameter, "_is_flat_param", False):
+        return True
+    return getattr(parameter, "_fsdp_flattened", False) and torch.distributed.get_world_size() > 1
+
+
+def asks_for_state(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step can only mean that the state is wanted, as torch.distributed.checkpoint does before it loads:
+    there is none yet, all rates are 0, and the gradients are there and all 0, over all ranks.
+    """
+    groups = optimizer.param_groups
+    if any(optimizer.state.values()) or any(float(group["lr"]) != 0 for group in groups):
+        return False
+    gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+    if not gradients or any(each.is_sparse for each in gradients):
+        return False
+    counts = [Sum(share(each).part.count_nonzero()) for each in gradients]
+    return not any(sums_over(counts, [layout_of(each) for each in gradients]))
+
+
+def names_of(group: Mapping[str, Any], first: int = 0) -> list[str]:
+    """The group's own names, else the parameters' places, from `first` on, and shapes."""
+    if "param_names" in group:
+        return list(group["param_names"])
+    return [f"parameter {index} of shape {tuple(p.shape)}" for index, p in enumerate(group["params"], first)]

@@ -1,0 +1,90 @@
+"""Rules: what an optimizer does to one tensor, written as in its source from top to bottom, and how they are run.
+
+Where a rule needs a sum over the whole tensor it yields the sum over the part at hand and is sent the sum over all
+parts, so that the same lines serve a plain tensor and a DTensor; what sums cannot give it asks of whole tensors
+(`Whole`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from batchlab.parallel.owners import Whole, at_owners
+from batchlab.parallel.sums import Layout, sums_over
+
+Rule = Generator[Any, Any, "dict[str, Tensor] | None"]
+Form = Callable[..., "Rule | None"]  # a rule that needs no sum is a plain function
+Numbers = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Sum:
+    """A request of a rule: Σ over the whole tensor of what `part` sums over this rank's part of it.
+
+    over: the tensor's dimensions that were summed, for a sum that leaves the others; None for all of them.
+    """
+
+    part: Tensor
+    over: tuple[int, ...] | None = None
+
+    def here(self) -> Tensor:
+        """The answer where the part is the whole tensor."""
+        return self.part
+
+
+def squares(*tensors: Tensor) -> Sum:
+    """The request for Σx² of each tensor.
+
+    On CPUs as a dot product, which takes less time than a norm and is off by 3e-5 of 10⁷ numbers, a norm by 7e-4.
+    """
+    return Sum(torch.stack([_square(each) for each in tensors]))
+
+
+def _square(x: Tensor) -> Tensor:
+    if x.is_cpu and x.is_contiguous() and x.dtype in (torch.float32, torch.float64):
+        x = x.view(-1)
+        return torch.dot(x, x)
+    norm: Tensor = torch.linalg.vector_norm(x)
+    return norm.square()
+
+
+def squares_of_lists(*lists: Sequence[Tensor]) -> Sum:
+    """The request of a `foreach` form: a row of Σx² for each list."""
+    return Sum(torch.stack([torch.stack(torch._foreach_norm(list(each))).square() for each in lists]))
+
+
+def alone(form: Form, *tensors: Any, **numbers: Any) -> dict[str, Tensor] | None:
+    """Runs a rule on plain tensors, where the part at hand is the whole."""
+    rule = form(*tensors, **numbers)
+    if rule is None:
+        return None
+    try:
+        request = next(rule)
+        while True:
+            request = rule.send(request.here())
+    except StopIteration as end:
+        return cast("dict[str, Tensor] | None", end.value)
+
+
+def side_by_side(rules: Sequence[Rule], layouts: Sequence[Layout]) -> list[dict[str, Tensor] | None]:
+    """Runs rules in step with one another, so that the sums of a round are one collective for each mesh."""
+    results: list[dict[str, Tensor] | None] = [None] * len(rules)
+    answers: dict[int, Any] = dict.fromkeys(range(len(rules)))
+    while answers:
+        requests: dict[int, Sum | Whole] = {}
+        for index, answer in answers.items():
+            try:
+                requests[index] = rules[index].send(answer)
+            except StopIteration as end:
+                results[index] = end.value
+        sums = {index: each for index, each in requests.items() if isinstance(each, Sum)}
+        wholes = {index: each for index, each in requests.items() if isinstance(each, Whole)}
+        answers = dict(zip(sums, sums_over(list(sums.values()), [layouts[index] for index in sums]), strict=True))
+        computed = at_owners(list(wholes.values()), [layouts[index] for index in wholes])
+        answers.update(zip(wholes, computed, strict=True))
+    return results
