@@ -95,14 +95,15 @@ def inner_product_test(
 ) -> BatchTest:
     """Asks for Var(<g_i, ḡ>)/(θ²|ḡ|⁴) examples: then the step is downhill with high probability. Others: `norm_test`.
 
-    theta: in (0, 1), 0.1 in the released code, 0.5 in its authors' runs. Blind to noise orthogonal to ḡ.
+    theta: in (0, 1), 0.1 in the released code, 0.5 in its authors' runs. Blind to noise orthogonal to ḡ. Where ḡ = 0
+    the numerator is the whole variance.
 
     >>> inner_product_test([torch.tensor([[3.0, 1.0], [1.0, -1.0]])], theta=0.5)
     BatchTest(batch=2, proposed=2.0, variance=8.0, grad_sq=4.0)
     """
     check_inside(theta=theta)
     m = batch_moments(*micro_batches, examples=examples, process_group=process_group)
-    return _test(m.examples, m.along, m.grad_sq, theta**2 * m.grad_sq**2)
+    return _test(m.examples, m.along if m.grad_sq else m.trace, m.grad_sq, theta**2 * m.grad_sq**2)
 
 
 def orthogonality_test(
@@ -131,7 +132,7 @@ def augmented_inner_product_test(
     check_inside(theta=theta)
     check_positive(nu=nu)
     m = batch_moments(*micro_batches, examples=examples, process_group=process_group)
-    inner = _test(m.examples, m.along, m.grad_sq, theta**2 * m.grad_sq**2)
+    inner = _test(m.examples, m.along if m.grad_sq else m.trace, m.grad_sq, theta**2 * m.grad_sq**2)
     across = _test(m.examples, m.across, m.grad_sq, nu**2 * m.grad_sq)
     return inner if inner.proposed >= across.proposed or math.isnan(inner.proposed) else across
 
