@@ -1,4 +1,5 @@
 from collections import namedtuple
+from dataclasses import dataclass
 
 import torch
 from torch.utils.data import DataLoader, TensorDataset
@@ -47,3 +48,17 @@ def test_containers_keep_their_type_on_the_way_to_a_device():
     moved = to_device(batch, torch.device("meta"))
     assert moved["t"].device.type == moved["n"][0].a.device.type == "meta"
     assert isinstance(moved["n"][0], pair) and moved["n"][0].b == 3 and moved["n"][1][1] == "text"
+
+
+@dataclass(frozen=True)
+class Labelled:
+    x: torch.Tensor
+    parts: list
+    name: str = "a"
+
+
+def test_dataclasses_are_moved_with_what_they_hold():
+    batch = Labelled(torch.ones(2), [torch.ones(1)])
+    moved = to_device(batch, torch.device("meta"))
+    assert isinstance(moved, Labelled) and moved.name == "a"
+    assert moved.x.device.type == moved.parts[0].device.type == "meta" and batch.x.device.type == "cpu"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -36,4 +38,13 @@ def to_device(batch: Any, device: torch.device) -> Any:
         return type(batch)(*(to_device(value, device) for value in batch))
     if isinstance(batch, (list, tuple)):
         return type(batch)(to_device(value, device) for value in batch)
-    return batch.to(device) if hasattr(batch, "to") else batch
+    if hasattr(batch, "to"):
+        return batch.to(device)
+    return _dataclass_to(batch, device) if dataclasses.is_dataclass(type(batch)) else batch
+
+
+def _dataclass_to(batch: Any, device: torch.device) -> Any:
+    moved = copy.copy(batch)
+    for field in dataclasses.fields(batch):
+        object.__setattr__(moved, field.name, to_device(getattr(batch, field.name), device))  # frozen ones too
+    return moved
