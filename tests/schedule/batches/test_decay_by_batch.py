@@ -71,9 +71,10 @@ def test_it_never_shrinks_and_takes_the_whole_at_the_end():
     assert control.next_batch(20, StepFacts(0, 512, noise_scale=Estimate(20.0, 10.0, 30.0, "given"))) == 512
 
 
-def test_a_share_that_is_no_number_moves_nothing():
-    control = DecayByBatch(16, share=lambda _: math.nan, exponent=1.0, headroom=None, maximum=64, patience=1)
-    assert control.next_batch(1, StepFacts(16, 16)) == 16
+@pytest.mark.parametrize(("share", "size"), [(math.nan, 16), (1e-200, 32), (0.0, 32)])
+def test_a_share_that_is_no_number_moves_nothing_and_one_next_to_0_all(share, size):
+    control = DecayByBatch(16, share=lambda _: share, exponent=2.0, headroom=None, maximum=64, patience=1)
+    assert control.next_batch(1, StepFacts(16, 16)) == size
 
 
 @pytest.mark.parametrize(

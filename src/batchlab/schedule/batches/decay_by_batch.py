@@ -64,7 +64,8 @@ class DecayByBatch(BatchController):
     def wanted(self, step: int, facts: StepFacts) -> float | None:
         """B₀·f^-p or what the noise scale allows, and no less than the present size."""
         share = self.share(facts.seen)
-        size = ANY_SIZE if share <= 0 else self.base * share**-self.exponent
+        decayed = share**self.exponent if share > 0 else share
+        size = ANY_SIZE if decayed <= 0 else self.base / decayed
         if self.headroom is not None:
             noise = facts.noise_scale
             if noise is None or not 0 < noise.value < math.inf:
