@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from batchlab.core.modes import evaluating
 from batchlab.measure.course.learning_rate import lr_range
 from batchlab.measure.hessian.curvature import curvature
-from batchlab.measure.modes import evaluating
 from batchlab.measure.surface.convexity import hessian_map
+from batchlab.spine.evaluate import evaluate
 from tests.spine.jobs import toy_job
 
 
@@ -59,3 +60,10 @@ def test_validation_in_a_range_test_leaves_adapters_to_train():
     job = dataclasses.replace(toy_job(optimizer="sgd", n=32), model=Adapter)
     settings = {"low": 1e-3, "high": 0.01, "steps": 5, "batch_size": 8, "device": "cpu"}
     assert lr_range(job, validation=4, **settings).losses == lr_range(job, **settings).losses
+
+
+def test_evaluation_leaves_adapters_to_train():
+    model = Adapter()
+    before = model.weight.detach().clone()
+    evaluate(dataclasses.replace(toy_job(), model=Adapter), model, batch_size=8, device=torch.device("cpu"))
+    assert torch.equal(model.weight, before) and not model.merged and model.training

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from batchlab.core.errors import InputError
-from batchlab.spine.evaluate import evaluate, evaluating
+from batchlab.spine.evaluate import evaluate
 from tests.spine.forked import in_ranks
 from tests.spine.jobs import squared_error, toy_data, toy_job
 
@@ -122,10 +122,15 @@ def test_the_module_is_left_as_it_was(training):
     assert found[0] == pytest.approx(found[1], rel=1e-12)
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
     assert {part.training for part in module.modules()} == {training}
-    with pytest.raises(KeyError), evaluating(module):
-        assert not module.training and not torch.is_grad_enabled()
-        raise KeyError
+    job = dataclasses.replace(job, loss=fails)
+    with pytest.raises(KeyError):
+        evaluate(job, module, batch_size=8, device=CPU)
     assert module.training == training and torch.is_grad_enabled()
+
+
+def fails(module, batch):
+    assert not module.training and not torch.is_grad_enabled()
+    raise KeyError
 
 
 @pytest.mark.parametrize(
@@ -135,14 +140,6 @@ def test_a_loss_must_be_a_scalar(loss, got):
     job = toy_job(loss=loss)
     with pytest.raises(InputError, match=f"job loss must return a scalar tensor, the mean over the batch, got {got}"):
         evaluate(job, job.model(), batch_size=8, device=CPU)
-
-
-def test_a_part_that_was_frozen_in_evaluation_stays_so():
-    module = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4))
-    module[1].eval()
-    with evaluating(module):
-        assert not any(part.training for part in module.modules())
-    assert [part.training for part in module] == [True, False]
 
 
 def test_examples_without_units_change_nothing():

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from torch.utils.data import TensorDataset
 
 import batchlab as bl
 from batchlab.core.checkpoint import checkpoints, load_checkpoint
@@ -56,9 +57,15 @@ def test_the_noise_scale_is_that_of_the_whole_data(everything):
     assert found.noise_scale.low <= 1.1 * trace / grad_sq and found.noise_scale.high >= 0.9 * trace / grad_sq
 
 
+def few_to_validate(job):
+    """With as few validation examples as are taken whatever the time, so that two measurements take the same."""
+    return dataclasses.replace(job, valid=TensorDataset(*job.valid[:32]))
+
+
 @pytest.mark.parametrize("examples", [5, 9])
 def test_measuring_noise_leaves_batch_normalisations_statistics_and_no_piece_of_one(examples):
     job = toy_job(batch_norm=True, n=examples)
+    job = few_to_validate(job)
     alone = bl.probe(job, only=["landscape"], budget=0.2).landscape.landscape.origin
     both = bl.probe(job, only=["noise", "landscape"], budget=0.4)
     assert both.noise.steps >= 20 and both.landscape.landscape.origin == alone
@@ -79,11 +86,11 @@ def test_only_what_is_asked_for_and_the_generators_are_kept():
 
 
 def test_a_runs_weights_are_its_newest_checkpoints(run):
-    found = bl.probe(toy_job(), only=["landscape"], at=run, budget=0.5)
+    job = few_to_validate(toy_job())
+    found = bl.probe(job, only=["landscape"], at=run, budget=0.5)
     assert found.weights == "toy after 4 updates"
     model = toy_job().model()
     model.load_state_dict(load_checkpoint(checkpoints(run.path / "checkpoints")[0])["learner"]["model"])
-    job = toy_job()
     x, y = job.valid.tensors
     assert found.landscape.landscape.origin == pytest.approx(job.loss(model, (x, y)).item(), rel=1e-9)
 
@@ -122,6 +129,9 @@ def test_bad_input_is_named(settings, message):
 def test_runs_of_other_jobs_or_without_weights_are_refused(run):
     with pytest.raises(InputError, match="is a run of the job 'toy', not of 'other'"):
         bl.probe(dataclasses.replace(toy_job(), name="other"), only=["noise"], at=run)
+    wider = dataclasses.replace(toy_job(), model=lambda: torch.nn.Linear(6, 2).double())
+    with pytest.raises(InputError, match="holds weights of another model than the job's: (?s:.*)weight"):
+        bl.probe(wider, only=["noise"], at=run)
     with pytest.raises(InputError, match="at is for only="):
         bl.probe(toy_job(), at=run)
     for file in (run.path / "checkpoints").glob("*.safetensors"):

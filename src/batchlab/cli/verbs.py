@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -145,6 +146,8 @@ def _single_facts(
     """`probe --only`: shown, written to a file if asked, and kept in the run that they belong to."""
     if only is None:
         raise InputError("--at is for --only: all that a plan needs is measured on fresh weights")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("--only measures in one process: run it without torchrun")
     from batchlab.cli.tables import findings_table
     from batchlab.core.files import write_atomic
     from batchlab.core.run import Run

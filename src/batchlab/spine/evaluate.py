@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from batchlab.core.checks import holds
 from batchlab.core.errors import InputError
 from batchlab.core.job import Job
+from batchlab.core.modes import evaluating
 from batchlab.data.fetch import fetch, to_device
 
 
@@ -31,7 +31,7 @@ def evaluate(
     share = np.array_split(np.arange(len(job.valid)), world)[rank].tolist()
     sums: dict[str, Tensor] = {}
     units = 0
-    with evaluating(module):
+    with evaluating(module), torch.no_grad():
         for start in range(0, len(share), batch_size):
             batch = to_device(fetch(job.valid, share[start : start + batch_size], job.collate), device)
             count = units_of(job, batch, len(share[start : start + batch_size]))
@@ -77,16 +77,3 @@ def scalar(loss: Any) -> Tensor:
         got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise InputError(f"job loss must return a scalar tensor, the mean over the batch, got {got}")
     return loss
-
-
-@contextlib.contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """The module in evaluation mode and without gradients; afterwards each part of it in its own mode."""
-    were_training = [part for part in module.modules() if part.training]
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for part in were_training:
-            part.training = True

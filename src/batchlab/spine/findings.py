@@ -116,7 +116,10 @@ def _model(job: Job, at: Run | None, seed: int, device: torch.device) -> tuple[n
     state, problems = newest_whole(at.path / CHECKPOINTS)
     if state is None:
         raise CheckpointError(f"{at.path} has no whole checkpoint{f': {problems[0]}' if problems else ''}")
-    model.load_state_dict(state["learner"]["model"])
+    try:
+        model.load_state_dict(state["learner"]["model"])
+    except RuntimeError as error:
+        raise InputError(f"{at.path} holds weights of another model than the job's: {error}") from None
     return model, f"{at.name} after {state['learner']['step']:,} updates"
 
 
@@ -145,9 +148,11 @@ class _Work:
                 parts = torch.as_tensor(stream.indices(steps * batch, batch)).tensor_split(pieces)
                 batches = [self._batch(self.job.train, part.tolist()) for part in parts]
                 units = [units_of(self.job, each, len(part)) for each, part in zip(batches, parts, strict=True)]
-                for part, each, count in zip(parts, batches, units, strict=True):
-                    with noise.micro_batch(len(part)):
-                        (scalar(self.job.loss(self.model, each)) * (count / sum(units))).backward()  # type: ignore[no-untyped-call]
+                told = [place for place, count in enumerate(units) if count] or [0]  # a mean over nothing is NaN
+                for place in told:
+                    with noise.micro_batch(len(parts[place])):
+                        share = units[place] / max(sum(units), 1)
+                        (scalar(self.job.loss(self.model, batches[place])) * share).backward()  # type: ignore[no-untyped-call]
                 estimate, steps = noise.step(), steps + 1
         finally:
             noise.close()

@@ -19,6 +19,7 @@ from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate
 from batchlab.core.job import Job
 from batchlab.core.model import make_model
+from batchlab.core.modes import evaluating
 from batchlab.core.plan import Plan
 from batchlab.core.random import derive_seed, reseed
 from batchlab.data.fetch import fetch, to_device
@@ -33,7 +34,7 @@ from batchlab.schedule.batches.controller import StepFacts
 from batchlab.schedule.rates.by_examples import lr_factor, momentum_at
 from batchlab.spine.batch_control import make_controller
 from batchlab.spine.batch_gradient import BatchGradient
-from batchlab.spine.evaluate import evaluate, evaluating, scalar
+from batchlab.spine.evaluate import evaluate, scalar
 
 
 @dataclass(frozen=True)
@@ -203,7 +204,7 @@ class Learner:
         """The loss on this rank's first micro-batch, in evaluation mode; changes nothing."""
         piece = self.gradient.pieces(self.position, max(self.batch_size, self.world))[0]
         reseed(derive_seed(self.seed, "first loss"))
-        with evaluating(self.model):
+        with evaluating(self.model), torch.no_grad():
             batch = to_device(fetch(self.job.train, piece, self.job.collate), self.device)
             return float(scalar(self.job.loss(self.model, batch)))
 

@@ -17,6 +17,7 @@ from batchlab.core.device import pick_device
 from batchlab.core.errors import InputError
 from batchlab.core.job import Job
 from batchlab.core.model import least_examples
+from batchlab.core.modes import evaluating
 from batchlab.core.random import derive_seed, preserved_generators, reseed
 from batchlab.data.fetch import fetch, to_device
 from batchlab.data.stream import SampleStream
@@ -28,7 +29,6 @@ from batchlab.measure.course.rate_search import RATIO as RATIO
 from batchlab.measure.course.rate_search import Choice as Choice
 from batchlab.measure.course.rate_search import Trial as Trial
 from batchlab.measure.course.rate_search import choose as choose
-from batchlab.measure.modes import evaluating
 from batchlab.measure.training_step import TrainingStep
 from batchlab.optim.by_name import in_groups
 

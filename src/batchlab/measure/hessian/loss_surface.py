@@ -23,9 +23,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from batchlab.core.errors import InputError
+from batchlab.core.modes import evaluating
 from batchlab.core.random import derive_seed, preserved_generators, reseed
 from batchlab.data.fetch import to_device
-from batchlab.measure.modes import evaluating
 
 Loss = Callable[[nn.Module, Any], Tensor]
 Piece = tuple[Any, int]

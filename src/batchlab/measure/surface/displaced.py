@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from batchlab.core.errors import InputError
+from batchlab.core.modes import evaluating
 from batchlab.core.random import derive_seed, preserved_generators, reseed
 from batchlab.data.fetch import to_device
 from batchlab.measure.batch_rows import check_batches, row_count
-from batchlab.measure.modes import evaluating
 from batchlab.measure.norms import to_floats
 from batchlab.measure.surface.directions import Direction, bare, check_whole, wide
 
