@@ -5,8 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from batchlab.core.errors import InputError
 from batchlab.measure.noise.signal_to_noise import gsnr
@@ -119,3 +122,17 @@ def test_cockpits_ratio_is_ours_for_groups_of_one_example_but_for_its_epsilon():
 def test_bad_input_is_named(gradients, options, message):
     with pytest.raises(InputError, match=message):
         gsnr(gradients, **options)
+
+
+def test_spread_gradients_are_refused(alone):
+    mesh = init_device_mesh("cpu", (1,))
+    with pytest.raises(InputError, match="gradients must be a plain tensor, got a DTensor"):
+        gsnr(distribute_tensor(draws(4, 3), mesh, [Shard(1)]))
+
+
+@pytest.fixture
+def alone():
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from batchlab.core.checks import check_count
 from batchlab.core.errors import InputError
@@ -48,6 +49,8 @@ def gsnr(
         raise InputError(f"gradients needs at least two groups along its first dimension, got {_shape(gradients)}")
     if not gradients.is_floating_point():
         raise InputError(f"gradients must be real floating-point numbers, got {gradients.dtype}")
+    if isinstance(gradients, DTensor):
+        raise InputError("gradients must be a plain tensor, got a DTensor: each rank gives its part, .to_local()")
     if unbiased and normalise:
         raise InputError("unbiased ratios can be negative: they cannot be normalised to a mean of 1")
     sizes = [1] * len(gradients) if examples is None else list(examples)
