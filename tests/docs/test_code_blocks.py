@@ -2,8 +2,8 @@
 
 `python` blocks with no `bash` block between them share one namespace; one that begins with `# name.py` is also
 written to that file. `bash` blocks run with `bash -e`. The command `batchlab` on their path is the real one with
-`--budget 5` added to `tune` and `probe` where the block names no budget, so that the pages run in two minutes; `make`
-runs in the repository with that command and no installation. Blocks that no test can run are marked `text`.
+`--budget 3` for `tune` and `probe` whatever the block says, so that the pages run in two minutes; `make` runs in the
+repository with that command and no installation. Blocks that no test can run are marked `text`.
 """
 
 import os
@@ -16,11 +16,11 @@ import pytest
 from tests.cli.command import environment
 from tests.docs.blocks import PYTHON_FOLDERS, ROOT, Block, blocks, groups, pages
 
-BUDGET = 5
+BUDGET = 3
 KNOWN = {"python", "bash", "text", "json", "toml"}
 SHIM = """#!/bin/bash
 case "$1 $*" in
-  *--budget*|*--help*) ;;
+  *--help*) ;;
   "tune "*|"probe "*) set -- "$@" --budget {budget} ;;
 esac
 exec "{python}" -m batchlab "$@"

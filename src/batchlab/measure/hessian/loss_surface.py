@@ -19,13 +19,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from batchlab.core.errors import InputError
 from batchlab.core.modes import evaluating
 from batchlab.core.random import derive_seed, preserved_generators, reseed
 from batchlab.data.fetch import to_device
+from batchlab.parallel.shards import is_spread
 
 Loss = Callable[[nn.Module, Any], Tensor]
 Piece = tuple[Any, int]
@@ -196,7 +196,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 def _check(parameters: list[nn.Parameter]) -> None:
     if sum(p.numel() for p in parameters) == 0:
         raise InputError("the model has no parameter that requires a gradient: its Hessian has no entry")
-    if any(isinstance(p, DTensor) for p in parameters):
+    if any(is_spread(p) for p in parameters):
         raise InputError("curvature needs whole parameters, got sharded ones (DTensor): measure an unsharded copy")
     dtypes = {p.dtype for p in parameters}
     if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.float64}:

@@ -14,11 +14,11 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from batchlab.core.checks import check_count
 from batchlab.core.errors import InputError
 from batchlab.core.jsonio import JsonNoun
+from batchlab.parallel.shards import is_spread
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 FEWEST_GROUPS, FEWEST_UNBIASED = 2, 4
@@ -49,7 +49,7 @@ def gsnr(
         raise InputError(f"gradients needs at least two groups along its first dimension, got {_shape(gradients)}")
     if not gradients.is_floating_point():
         raise InputError(f"gradients must be real floating-point numbers, got {gradients.dtype}")
-    if isinstance(gradients, DTensor):
+    if is_spread(gradients):
         raise InputError("gradients must be a plain tensor, got a DTensor: each rank gives its part, .to_local()")
     if unbiased and normalise:
         raise InputError("unbiased ratios can be negative: they cannot be normalised to a mean of 1")
