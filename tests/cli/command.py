@@ -1,10 +1,11 @@
-"""The command as users run it: a process of its own, its output kept apart."""
+"""The command in a process of its own, its output kept apart."""
 
 import os
 import shlex
 import subprocess
-import sys
 from pathlib import Path
+
+from tests import warm
 
 USER_JOB = """
 import torch
@@ -48,7 +49,7 @@ def environment(**changes):
 def batchlab(line, cwd, **changes):
     """Runs `batchlab LINE` in the folder `cwd` to its end."""
     return subprocess.run(
-        [sys.executable, "-m", "batchlab", *shlex.split(line)],
+        [warm.command(), *shlex.split(line)],
         cwd=cwd,
         env=environment(**changes),
         stdin=subprocess.DEVNULL,

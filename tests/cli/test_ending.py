@@ -14,7 +14,7 @@ import pytest
 
 from batchlab.core.checkpoint import newest_whole
 from batchlab.core.run import Run
-from tests.cli.command import USER_JOB, environment
+from tests.cli.command import USER_JOB, batchlab, environment
 from tests.spine.facts_fixture import hand_facts
 
 # Half a minute, in short sleeps: a signal that comes on the way into a sleep is seen only when that sleep is over.
@@ -167,7 +167,7 @@ def test_a_signal_in_training_saves_and_says_how_to_go_on(number, place):
     never = USER_JOB + "import time\ndef slow(m, b):\n    time.sleep(0.01)\n    return loss(m, b)\n"
     never += "job = bl.Job('line', lambda: nn.Linear(4, 1), slow, data(256, 0), data(64, 1))\n"
     (place / "slow.py").write_text(never)
-    assert start("plan train.py:job --facts facts.json --out plan.json", place).wait(60) == 0
+    assert batchlab("plan train.py:job --facts facts.json --out plan.json", place).returncode == 0
     process = start("train slow.py:job --plan plan.json --out runs/a --max-steps 100000", place)
     wait_for(place / "runs/a/steps.jsonl", process)
     process.send_signal(number)
@@ -225,7 +225,7 @@ job = make(loss=counted)
     ],
 )
 def test_a_signal_in_any_phase_leaves_a_run_that_goes_on(number, where, at, command, place):
-    assert start("plan train.py:job --facts facts.json --batch-size 48 --out plan.json", place).wait(60) == 0
+    assert batchlab("plan train.py:job --facts facts.json --batch-size 48 --out plan.json", place).returncode == 0
     split = json.loads((place / "plan.json").read_text()) | {"micro_batch": 16, "accumulation": 3}
     (place / "plan.json").write_text(json.dumps(split))
     (place / "slow.py").write_text(USER_JOB + f"WHERE, AT = {where!r}, {at}\n" + PHASES)
@@ -241,7 +241,7 @@ def test_a_signal_in_any_phase_leaves_a_run_that_goes_on(number, where, at, comm
         assert run.summary["status"] in ("reached", "not reached")
         return
     assert run.summary["status"] == ("reached" if where == "saving" else "interrupted")
-    assert start("train train.py:job --out runs/a --resume", place).wait(90) == 0
+    assert batchlab("train train.py:job --out runs/a --resume", place).returncode == 0
     assert Run.open(place / "runs/a").summary["status"] == "reached"
 
 
@@ -279,7 +279,7 @@ COLOUR = re.compile(r"\x1b\[[0-9;]*(?:3[0-9]|9[0-9]|38;[0-9;]+)m")
 
 @pytest.fixture
 def planned(place):
-    assert start("plan train.py:job --facts facts.json --out plan.json", place).wait(60) == 0
+    assert batchlab("plan train.py:job --facts facts.json --out plan.json", place).returncode == 0
     return place
 
 

@@ -1,9 +1,9 @@
 """Every code block of the README and the documentation runs, in a folder of its own, page by page from the top.
 
 `python` blocks with no `bash` block between them share one namespace; one that begins with `# name.py` is also
-written to that file. `bash` blocks run with `bash -e`. The command `batchlab` on their path is the real one with
-`--budget 3` for `tune` and `probe` whatever the block says, so that the pages run in two minutes; `make` runs in the
-repository with that command and no installation. Blocks that no test can run are marked `text`.
+written to that file. `bash` blocks run with `bash -e`. The command `batchlab` on their path is that of
+`tests/warm.py`, with `--budget 3` for `tune` and `probe` whatever the block says, so that the pages run in two minutes;
+`make` runs in the repository with that command and no installation. Blocks that no test can run are marked `text`.
 """
 
 import os
@@ -13,6 +13,7 @@ import sys
 
 import pytest
 
+from tests import warm
 from tests.cli.command import environment
 from tests.docs.blocks import PYTHON_FOLDERS, ROOT, Block, blocks, groups, pages
 
@@ -23,7 +24,7 @@ case "$1 $*" in
   *--help*) ;;
   "tune "*|"probe "*) set -- "$@" --budget {budget} ;;
 esac
-exec "{python}" -m batchlab "$@"
+exec "{batchlab}" "$@"
 """
 MAKE = """#!/bin/bash
 exec "{make}" -C "{root}" VENV="{venv}" TUNE="--out $PWD/runs/made" "$@"
@@ -84,7 +85,7 @@ def run(command, place, path, where):
 def tools(folder):
     """A folder with the commands that blocks may call."""
     (folder / "bin").mkdir(parents=True)
-    shim = SHIM.format(budget=BUDGET, python=sys.executable)
+    shim = SHIM.format(budget=BUDGET, batchlab=warm.command())
     make = MAKE.format(make=shutil.which("make"), root=ROOT, venv=folder)
     for name, text in (("batchlab", shim), ("make", make)):
         (folder / "bin" / name).write_text(text)
