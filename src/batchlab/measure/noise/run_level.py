@@ -48,5 +48,5 @@ def run_level(
             if near and (power := sum(near) / len(near)) > 0:
                 ratio.update(pair.trace / power, pair.grad_sq / power)
     estimate = ratio.ratio(lowest=0.0)
-    method = f"run-level noise scale of {len(runs)} runs at batch {batch_size}: ∫𝓑ds/∫ds, {estimate.method}"
+    method = f"run-level noise scale of {len(runs)} runs at batch {batch_size}: ∫ 𝓑 ds / ∫ ds, {estimate.method}"
     return Estimate(estimate.value, estimate.low, estimate.high, method, coverage)
