@@ -1,8 +1,10 @@
-"""Shared by all tests: no deadlines for hypothesis, one thread, global generators as they were."""
+"""Shared by all tests: no deadlines for hypothesis, one thread, global generators as they were; a mesh."""
 
 import hypothesis
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 hypothesis.settings.register_profile("batchlab", deadline=None, max_examples=50, derandomize=True)
 hypothesis.settings.load_profile("batchlab")
@@ -14,3 +16,11 @@ def _quiet_torch():
     with torch.random.fork_rng():
         torch.manual_seed(0)
         yield
+
+
+@pytest.fixture
+def mesh_of_one():
+    """A device mesh of this process alone, in a process group of its own."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()

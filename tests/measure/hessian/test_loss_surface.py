@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.distributed.tensor import distribute_module
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
@@ -340,9 +341,8 @@ def test_other_errors_pass_through():
         dense(mlp(), cross_entropy, [(points(features=5), 7)])
 
 
-def test_sharded_parameters_are_refused(monkeypatch):
-    model = mlp()
-    monkeypatch.setattr("batchlab.measure.hessian.loss_surface.DTensor", nn.Parameter)
+def test_sharded_parameters_are_refused(mesh_of_one):
+    model = distribute_module(mlp(), mesh_of_one)
     with pytest.raises(InputError, match=r"got sharded ones \(DTensor\)"):
         LossSurface(model, cross_entropy)
 

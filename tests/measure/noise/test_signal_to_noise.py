@@ -5,10 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from batchlab.core.errors import InputError
@@ -124,15 +122,6 @@ def test_bad_input_is_named(gradients, options, message):
         gsnr(gradients, **options)
 
 
-def test_spread_gradients_are_refused(alone):
-    mesh = init_device_mesh("cpu", (1,))
+def test_spread_gradients_are_refused(mesh_of_one):
     with pytest.raises(InputError, match="gradients must be a plain tensor, got a DTensor"):
-        gsnr(distribute_tensor(draws(4, 3), mesh, [Shard(1)]))
-
-
-@pytest.fixture
-def alone():
-    """A process group of this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+        gsnr(distribute_tensor(draws(4, 3), mesh_of_one, [Shard(1)]))
