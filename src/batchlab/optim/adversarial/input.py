@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, cast
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from batchlab.core.checks import holds
 from batchlab.core.errors import InputError
+from batchlab.core.modes import evaluating
 from batchlab.optim.adversarial.dual_batchnorm import Branch, use_bn
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -69,7 +69,7 @@ def adversarial_input(
     check_perturbation(rho, norm, clip)
     x = input_of(batch, input_key).detach().requires_grad_()
     outside = torch.autocast(x.device.type, enabled=False)
-    with torch.enable_grad(), outside, _evaluating(model), use_bn(model, branch):
+    with torch.enable_grad(), outside, evaluating(model), use_bn(model, branch):
         loss = checked_loss(loss_fn(model, with_input(batch, input_key, x)))
         (gradient,) = torch.autograd.grad(loss, x, allow_unused=True) if loss.requires_grad else (None,)
     if gradient is None:
@@ -169,15 +169,3 @@ def _place(batch: Any, key: Any) -> str:
 
 def _every(truth: Tensor, any_one: bool = False) -> bool:
     return bool(truth.any() if any_one else truth.all())
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode; each layer's own mode is put back."""
-    modes = [(layer, layer.training) for layer in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for layer, mode in modes:
-            layer.training = mode
