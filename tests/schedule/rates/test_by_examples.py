@@ -1,5 +1,6 @@
 """The learning rate's share over examples: pieces that meet, in any unit, whatever the batches."""
 
+import itertools
 import math
 
 import pytest
@@ -134,3 +135,13 @@ def test_a_plans_schedule_is_the_scheduler_of_that_name(schedule, settings, make
         assert momentum is None or momentum == pytest.approx(optimizer.param_groups[0]["momentum"], rel=1e-12)
         assert (momentum is None) == (schedule != "one_cycle")
         scheduler.step()
+
+
+@pytest.mark.parametrize(("schedule", "given"), [("wsd", {}), ("power", {"knee_share": 0.1})])
+def test_a_warm_up_that_reaches_into_the_cool_down_makes_no_jump(schedule, given):
+    """1-sqrt falls fastest at first: by sqrt(1/200) in one of its 200 steps."""
+    given = given | {"decay_share": 0.2, "shape": "1-sqrt"}
+    at = {"total_examples": 1000, "warmup_examples": 900, "schedule": schedule, "settings": given}
+    rates = [lr_factor(examples, **at) for examples in range(1001)]
+    assert max(abs(b - a) for a, b in itertools.pairwise(rates)) < 200**-0.5
+    assert rates[0] == rates[-1] == 0 and max(rates) == rates[800] > 0.8

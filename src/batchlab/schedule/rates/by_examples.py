@@ -46,7 +46,8 @@ def lr_factor(
 
     Linear from 0 over `warmup_examples`; then "constant", or "linear" or "cosine" down to 0 at `total_examples`.
     "wsd": constant, and down over the last `decay_share` (`wsd_share`). "power": min(1, (n/k)^exponent), where k is
-    `knee_share` of the run, which must be given: from there on the rate of `power_rate` is below its cap.
+    `knee_share` of the run, which must be given: from there on the rate of `power_rate` is below its cap. Where the
+    warm-up reaches into the cool-down of these two, the share is the product of both.
     "one_cycle": `cycle_rate`, half a cycle being `half_share`; it warms up by itself. settings: others than `SETTINGS`.
 
     >>> lr_factor(50, total_examples=1000, warmup_examples=100)
@@ -61,12 +62,11 @@ def lr_factor(
     check_positive(total_examples=total_examples)
     if schedule == "one_cycle":
         return _one_cycle(examples, total_examples, warmup_examples, given)
-    if examples < warmup_examples:
-        return examples / warmup_examples
-    if schedule == "constant":
-        return 1.0
+    warm = min(1.0, examples / warmup_examples) if warmup_examples else 1.0
     if schedule in ("wsd", "power"):
-        return _knee(examples, total_examples, warmup_examples, given) * _cooled(examples, total_examples, given)
+        return warm * _knee(examples, total_examples, warmup_examples, given) * _cooled(examples, total_examples, given)
+    if schedule == "constant" or examples < warmup_examples:
+        return warm
     rest = min(1.0, (examples - warmup_examples) / max(total_examples - warmup_examples, 1.0))
     if schedule == "linear":
         return 1.0 - rest
