@@ -105,20 +105,34 @@ def benchmark_tables(folder: Path) -> str:
     """Every committed benchmark result: its claim, the machine, and a row for each of its rows.
 
     Columns are what is one number, word or yes and no; a part with "ratio", "low" and "high" is shown as an interval.
+    Rows that share less than half of their columns are in tables of their own.
     """
     parts = []
     for path in sorted(folder.glob("*.json")):
         result = json.loads(path.read_text("utf-8"))
-        machine, rows = result["machine"], [_flat(row) for row in result["rows"]]
-        names = list(dict.fromkeys(name for row in rows for name in row))
+        machine, rows = result["machine"], filter(None, map(_flat, result["rows"]))
         where = f"{machine['processor']}, {machine['cores']} cores, torch {result['versions']['torch']}"
         script = next((name for name in scripts(path.stem) if (folder.parent / name).is_file()), f"{path.stem}.py")
         what = "" if script == f"{path.stem}.py" else f" ({path.stem})"
         parts += [f"## `benchmarks/{script}`{what}", "", result["claim"], "", f"Measured on: {where}.", ""]
-        parts += ["| " + " | ".join(name.replace("_", " ") for name in names) + " |", "| --- " * len(names) + "|"]
-        parts += ["| " + " | ".join(_cell(row.get(name)) for name in names) + " |" for row in rows]
-        parts.append("")
+        for names, alike in _tables(rows):
+            parts += ["| " + " | ".join(name.replace("_", " ") for name in names) + " |", "| --- " * len(names) + "|"]
+            parts += ["| " + " | ".join(_cell(row.get(name)) for name in names) + " |" for row in alike]
+            parts.append("")
     return "\n".join(parts)
+
+
+def _tables(rows: Iterable[Mapping[str, Any]]) -> list[tuple[list[str], list[Mapping[str, Any]]]]:
+    """The rows by what columns they have: all the columns of each table, and its rows."""
+    tables: list[tuple[list[str], list[Mapping[str, Any]]]] = []
+    for row in rows:
+        fits = (table for table in tables if 2 * len(row.keys() & set(table[0])) >= len(row.keys() | set(table[0])))
+        table = next(fits, None)
+        if table is None:
+            tables.append(table := ([], []))
+        table[0].extend(name for name in row if name not in table[0])
+        table[1].append(row)
+    return tables
 
 
 def scripts(stem: str) -> Iterable[str]:

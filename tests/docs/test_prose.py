@@ -34,7 +34,8 @@ def test_every_system_is_in_the_table():
 def test_benchmarks_are_tables_of_what_is_one_number(tmp_path):
     row = {"model": "m", "ratio": 1.02, "low": 1.0, "high": 1.04, "holds": True, "pairs": [[1, 2]], "wall": None}
     machine = {"processor": "p", "cores": 2}
-    result = {"claim": "Claim: less.", "rows": [row], "machine": machine, "versions": {"torch": "2.13.0"}}
+    rows = [row, row | {"every": 4}, {"raw": [1]}, {"summary": "fine"}]
+    result = {"claim": "Claim: less.", "rows": rows, "machine": machine, "versions": {"torch": "2.13.0"}}
     (tmp_path / "overhead.json").write_text(json.dumps(result))
     assert benchmark_tables(tmp_path).splitlines() == [
         "## `benchmarks/overhead.py`",
@@ -43,9 +44,14 @@ def test_benchmarks_are_tables_of_what_is_one_number(tmp_path):
         "",
         "Measured on: p, 2 cores, torch 2.13.0.",
         "",
-        "| model | ratio | holds | wall |",
-        "| --- | --- | --- | --- |",
-        "| m | 1.02 (1 to 1.04) | yes |  |",
+        "| model | ratio | holds | wall | every |",
+        "| --- | --- | --- | --- | --- |",
+        "| m | 1.02 (1 to 1.04) | yes |  |  |",
+        "| m | 1.02 (1 to 1.04) | yes |  | 4 |",
+        "",
+        "| summary |",
+        "| --- |",
+        "| fine |",
     ]
 
 
