@@ -1,5 +1,5 @@
-"""Claim: measuring the gradient noise scale takes at most 2 % of a training step's memory from micro-batches, ranks and
-normalisation layers, and 10 % from single examples.
+"""Claim: measuring the gradient noise scale takes at most 2 % of a training step's memory from micro-batches and ranks,
+3 % from normalisation layers, and 10 % from single examples.
 
 The same steps as in `noise_overhead.py`. A side's memory is the peak of a child process that takes ten steps, less that
 of a child that takes none and has only made its imports; the ratio is the measured side's to the plain side's.
@@ -11,7 +11,7 @@ from typing import Any
 from _paired import arguments, peak_bytes, report
 from noise_overhead import METHODS, Side, alone_in_a_group, jobs
 
-LIMITS = {"micro_batch": 1.02, "ranks": 1.02, "norm_layers": 1.02, "per_example": 1.10}
+LIMITS = {"micro_batch": 1.02, "ranks": 1.02, "norm_layers": 1.03, "per_example": 1.10}
 
 
 def main() -> None:
