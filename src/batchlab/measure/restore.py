@@ -33,9 +33,9 @@ def restored(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
             yield
         finally:
             with torch.no_grad():
-                for now, before in buffers:
-                    now.clear()
-                    now.update(before)
+                for table, before in buffers:
+                    table.clear()
+                    table.update(before)
                 for tensor, copy in zip(tensors, copies, strict=True):
                     tensor.copy_(copy)
                 for parameter, gradient, kept_gradient in gradients:
