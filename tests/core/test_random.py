@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import batchlab.core.random
 from batchlab.core.random import derive_seed, preserved_generators, reseed
 
 SEEDS = st.integers(0, 2**64 - 1)
@@ -66,3 +67,24 @@ def test_the_callers_generators_come_back_whatever_happens(error):
     except (KeyError, KeyboardInterrupt):
         assert error is not None
     assert draws() == expected
+
+
+class _Accelerator:
+    """Two devices, whose generators a fork of a process that used them cannot reach."""
+
+    def device_count(self):
+        return 2
+
+
+def test_a_fork_of_a_process_that_used_the_gpu_leaves_its_generators_alone(monkeypatch):
+    monkeypatch.setattr(batchlab.core.random, "_accelerator", _Accelerator)
+    assert batchlab.core.random._seeded_devices() == range(2)
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
+    assert batchlab.core.random._seeded_devices() == range(0)
+    monkeypatch.undo()
+    torch.manual_seed(0)
+    expected = draws()[0]
+    torch.manual_seed(0)
+    with preserved_generators():
+        reseed(7)
+    assert draws()[0] == expected

@@ -54,11 +54,18 @@ def reseed(seed: int) -> None:
     random.seed(seed)
 
 
+def _seeded_devices() -> range:
+    """The accelerators with generators of their own; none in the fork of a process that used CUDA, which cannot."""
+    if _accelerator() is None or torch.cuda._is_in_bad_fork():
+        return range(0)
+    return range(_accelerator().device_count())
+
+
 @contextlib.contextmanager
 def preserved_generators() -> Iterator[None]:
     """Gives the caller's global generators back as they were, whatever happens inside."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(_seeded_devices()):
         try:
             yield
         finally:

@@ -30,7 +30,7 @@ def fetch(data: MapDataset, indices: list[int], collate: Callable[[list[Any]], A
 def to_device(batch: Any, device: torch.device) -> Any:
     """The batch with every tensor in it on `device`; containers keep their type."""
     if isinstance(batch, torch.Tensor):
-        return batch.to(device, non_blocking=True)
+        return batch.to(device, non_blocking=device.type != "cpu")  # to the CPU it would be read before it is there
     if isinstance(batch, Mapping):
         moved = {key: to_device(value, device) for key, value in batch.items()}
         return moved if type(batch) is dict else type(batch)(moved)  # type: ignore[call-arg]

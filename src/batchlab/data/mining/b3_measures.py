@@ -44,7 +44,7 @@ def purity(groups: Groups, labels: Sequence[int] | NDArray[np.int64] | Tensor) -
     >>> purity([[0, 1], [2, 3]], [5, 5, 5, 6])
     0.75
     """
-    of = np.asarray(labels)
+    of = labels.numpy(force=True) if isinstance(labels, Tensor) else np.asarray(labels)
     shares = [np.unique(of[np.asarray(group)], return_counts=True)[1].max() / len(group) for group in groups]
     if not shares:
         raise InputError("groups must hold one group at least, got none")
