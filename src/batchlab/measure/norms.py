@@ -60,7 +60,8 @@ def _norm(tensor: Tensor, dtype: torch.dtype, dim: int | None = None) -> Tensor:
 
 
 def _weighted(flat: Tensor, weights: Tensor) -> Tensor:
-    dtype, parts = _wide(flat), zip(torch.split(flat, CHUNK), torch.split(weights, CHUNK), strict=True)
+    size = CHUNK if flat.is_cpu else _DEVICE_CHUNK
+    dtype, parts = _wide(flat), zip(torch.split(flat, size), torch.split(weights, size), strict=True)
     dots = [torch.dot(part.to(dtype), (part * weight).to(dtype)) for part, weight in parts]
     return torch.stack(dots).sum()
 

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -422,15 +423,56 @@ def test_the_packages_loggers_are_left_as_they_were():
     assert not any(logging.getLogger(name).filters for name in ("zeus", "codecarbon"))
 
 
+def _work(device):
+    x = torch.randn(2048, 2048, device=device, dtype=torch.bfloat16)
+    for _ in range(20):
+        for _ in range(100):
+            x = (x @ x).clamp(-1, 1)
+        torch.cuda.synchronize()
+
+
 @pytest.mark.gpu
-def test_a_real_gpu_is_read_by_its_counter():
-    x = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
-    with Energy(interval=0.05, gpus=[0], idle_seconds=2.0) as energy:
-        for _ in range(40):
-            for _ in range(50):
-                x = (x @ x).clamp(-1, 1)
-            torch.cuda.synchronize()
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="reads a GPU's counter")
+def test_a_real_gpu_is_read_by_its_counter(accelerator):
+    pytest.importorskip("zeus")
+    with Energy(interval=0.05, gpus=[0], idle_seconds=0.5) as energy:
+        _work(accelerator)
     gpu = energy.use.component("gpu")
-    limit = torch.cuda.get_device_properties(0)
-    assert gpu.source == "counter", limit
-    assert 5 < gpu.idle_watts < gpu.joules / energy.use.seconds < 1500
+    assert gpu.source == "counter" and gpu.idle_watts > 5 and 5 < gpu.joules / energy.use.seconds < 1500
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="reads a GPU's counter")
+def test_a_meter_of_ones_own_reads_the_driver_and_its_power_agrees_with_its_counter(accelerator):
+    """The same window by the energy counter and by the trapezoid rule over the sensor: the counter lags by 0.1 s."""
+    driver = pytest.importorskip("pynvml")
+    driver.nvmlInit()
+    chip = driver.nvmlDeviceGetHandleByIndex(0)
+
+    class Driver:
+        def channels(self):
+            return [
+                Channel("gpu", "joules", "counter", lambda: driver.nvmlDeviceGetTotalEnergyConsumption(chip), 1e-3),
+                Channel("sensor", "watts", "sampled", lambda: driver.nvmlDeviceGetPowerUsage(chip), 1e-3),
+            ]
+
+        def note(self):
+            return ""
+
+    try:
+        with Energy(Driver(), interval=0.02) as energy:
+            _work(accelerator)
+            time.sleep(1.0)
+        counted, sampled = (energy.use.component(name) for name in ("gpu", "sensor"))
+    finally:
+        driver.nvmlShutdown()
+    assert counted.source == "counter" and sampled.source == "sampled" and energy.use.samples > 10
+    assert 5 < counted.joules / energy.use.seconds < 1500
+    assert 0.3 < counted.joules / sampled.joules < 3
+
+
+@pytest.mark.gpu
+def test_without_the_packages_the_default_meter_names_the_extra(accelerator, monkeypatch):
+    monkeypatch.setitem(sys.modules, "zeus.device", None)
+    with pytest.raises(InputError, match=r"pip install \"batchlab\[energy\]\""):
+        Energy()

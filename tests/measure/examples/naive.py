@@ -29,8 +29,8 @@ class TiedGPT(nn.Module):
 
     def forward(self, tokens):
         length = tokens.shape[1]
-        x = self.tokens(tokens) + self.positions(torch.arange(length))
-        mask = nn.Transformer.generate_square_subsequent_mask(length, dtype=x.dtype)
+        x = self.tokens(tokens) + self.positions(torch.arange(length, device=tokens.device))
+        mask = nn.Transformer.generate_square_subsequent_mask(length, x.device, x.dtype)
         for block in self.blocks:
             x = block(x, src_mask=mask)
         return self.out(self.norm(x))

@@ -167,3 +167,11 @@ def test_compiled_models_are_refused():
     model[0].compile()
     with pytest.raises(InputError, match="0 is compiled"):
         ExampleNorms(model)
+
+
+def test_a_backward_pass_under_autocast_too_has_norms_of_float32():
+    model, loss, batch = make_job("mlp")
+    with ExampleNorms(model).watch(6) as record, torch.autocast("cpu", torch.bfloat16):
+        loss(model, batch).backward()
+    assert {norms.dtype for norms in record.by_parameter.values()} == {torch.float32}
+    torch.testing.assert_close(record.sq_norms(), one_by_one(model, loss, batch), rtol=0.1, atol=1e-3)

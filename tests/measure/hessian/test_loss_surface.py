@@ -365,3 +365,16 @@ def test_ranks_give_what_one_process_gives(tmp_path, cuts):
     wanted = dense(model, cross_entropy, [((x, y), 7)])
     assert in_ranks(2, tmp_path, _same_over_ranks, model, batches, wanted) == [0, 0]
     assert math.isfinite(float(wanted.sum()))
+
+
+def test_within_it_no_product_is_rounded_to_tf32():
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
+        with LossSurface(mlp(), cross_entropy).still():
+            assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
+        assert torch.get_float32_matmul_precision() == "high" and torch.backends.cudnn.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]

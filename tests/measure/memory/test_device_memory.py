@@ -5,9 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from batchlab.measure.memory import device_memory
-from batchlab.measure.memory.device_memory import available_memory
+from batchlab.measure.memory.device_memory import CudaMeter, available_memory
 
 MIB, BLOCK = 2**20, 40 * 2**20
 linux_only = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -88,3 +89,12 @@ def test_the_tightest_group_above_the_process_counts(tmp_path, monkeypatch, line
         device_memory, "_CONTROL_GROUPS", ((tmp_path, "memory.max", "memory.current", "inactive_file"),)
     )
     assert available_memory() == 300
+
+
+@pytest.mark.parametrize(("fraction", "usable"), [(1.0, 30 + 12 - 8), (0.25, 25 - 8)])
+def test_a_gpu_gives_this_process_no_more_than_its_fraction(monkeypatch, fraction, usable):
+    """Of 100 MiB 30 are free; the cache holds 12, of which 8 are in use."""
+    counts = {"memory_allocated": 8 * MIB, "memory_reserved": 12 * MIB, "mem_get_info": (30 * MIB, 100 * MIB)}
+    for name, count in (counts | {"get_per_process_memory_fraction": fraction, "current_device": 0}).items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, count=count: count)
+    assert CudaMeter(torch.device("cuda")).usable == usable * MIB

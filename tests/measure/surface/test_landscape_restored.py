@@ -213,13 +213,13 @@ def test_a_rank_may_look_at_its_ddp_model_alone_and_sharded_models_are_refused(t
 
 
 @pytest.mark.gpu
-def test_a_gpu_gives_what_the_cpu_gives_and_the_model_back():
+def test_a_gpu_gives_what_the_cpu_gives_and_the_model_back(accelerator):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 1)).double()
     loss = lambda model, batch: (model(batch) - 1).square().mean()  # noqa: E731
     data = [batch.double() for batch in DATA]
     plain = landscape(model, loss, data, dimensions=2, points=5)
-    before = [p.detach().clone() for p in model.cuda().parameters()]
+    before = [p.detach().clone() for p in model.to(accelerator).parameters()]
     found = landscape(model, loss, data, dimensions=2, points=5)
     torch.testing.assert_close(torch.tensor(found.losses), torch.tensor(plain.losses), rtol=1e-9, atol=1e-12)
     assert all(map(torch.equal, before, model.parameters()))

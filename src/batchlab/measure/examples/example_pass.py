@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from batchlab.core.device import product_eps
 from batchlab.core.errors import InputError
 from batchlab.measure.examples.factors import Factors, Piece, Vectors, row_squares, wide
 from batchlab.measure.examples.ghost_norms import Means, Norms, TiedOutput, joint_norms, piece_norms
@@ -205,9 +206,10 @@ class Pass:
             self._began, g = True, g.detach()
             eps = torch.finfo(g.dtype).eps
             self._positions = max(self._positions, g.numel() // max(1, g.shape[-1]))
-            for part, piece in pieces(g):
-                self._eps[part.place] = max(eps, self._eps.get(part.place, 0.0))
-                self._arrive(use, part, piece)
+            with _no_autocast(g):
+                for part, piece in pieces(g):
+                    self._eps[part.place] = max(eps, self._eps.get(part.place, 0.0))
+                    self._arrive(use, part, piece)
 
         return see
 
@@ -251,7 +253,8 @@ class Pass:
                 whole = gradient.coalesce().values() if gradient.is_sparse else gradient
                 self._found[index] = row_squares(wide(whole).reshape(1, -1)), "instantiated"
             else:
-                self._settle(index, gradient)
+                with _no_autocast(gradient):
+                    self._settle(index, gradient)
 
         return see
 
@@ -286,7 +289,7 @@ class Pass:
         vectors, witness = self._vectors(part), norms.witness
         if vectors is None or witness is None:
             return
-        eps, fine = max(torch.finfo(gradient.dtype).eps, self._eps[index]), torch.finfo(witness.value.dtype).eps
+        eps, fine = max(product_eps(gradient), self._eps[index]), torch.finfo(witness.value.dtype).eps
         numbers = [vectors.of(gradient), *witness, *([vectors.spread(gradient)] if eps > fine else [])]
         self._checks.append(GradientCheck(index, eps, numbers, fine, self._positions))
 
@@ -326,6 +329,12 @@ class Pass:
         return PassNorms(
             {name: found[name] for name in names if name in found}, why, max(self._eps.values(), default=0.0)
         )
+
+
+def _no_autocast(like: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Norms are taken in float32 at least, where the backward pass itself is under autocast too."""
+    kind = like.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
 
 
 def _given(see: Callable[[Tensor], None]) -> Callable[[Tensor], None]:

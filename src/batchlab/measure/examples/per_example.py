@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
 from batchlab.core.checks import check_count
+from batchlab.core.device import TF32_EPS, product_eps
 from batchlab.core.errors import InputError
 from batchlab.core.random import preserved_generators
 from batchlab.measure.examples.example_norms import ExampleNorms, ExampleRecord
@@ -294,12 +295,18 @@ class _OneByOne:
 
 
 _TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3}
+_TF32_TOLERANCE = 1e-2
+
+
+def _tolerance(like: Tensor) -> float:
+    """Relative, of sums that were made of such numbers in two ways."""
+    return _TF32_TOLERANCE if product_eps(like) == TF32_EPS else _TOLERANCE.get(like.dtype, 0.1)
 
 
 def _same_mean(losses: Tensor, value: Tensor) -> None:
     """Whether the batch's loss is the weighted mean of its examples'."""
     mean, reach = losses.double().mean().item(), losses.double().abs().mean().item()
-    if abs(mean - value.item()) > _TOLERANCE.get(losses.dtype, 0.1) * reach:
+    if abs(mean - value.item()) > _tolerance(losses) * reach:
         raise InputError(_strange(f"it is {value.item():.6g}, and the mean of the examples' own losses is {mean:.6g}"))
 
 
@@ -309,8 +316,8 @@ def _compare(one: _OneByOne, record: ExampleRecord) -> None:
     if not names:
         return
     seen = record.sq_norms(names)
-    dtype = min((record.by_parameter[name].dtype for name in names), key=lambda d: torch.finfo(d).bits)
-    tolerance = _TOLERANCE[dtype] if record.eps <= torch.finfo(dtype).eps else 0.1
+    coarsest = min((record.by_parameter[name] for name in names), key=lambda each: torch.finfo(each.dtype).bits)
+    tolerance = _tolerance(coarsest) if record.eps <= torch.finfo(coarsest.dtype).eps else 0.1
     for index in {int(seen.nan_to_num(0.0).argmax()), len(seen) - 1}:
         own = sum(float(square) for square in one.example(names, index)[0].values())
         if abs(own - float(seen[index])) > tolerance * max(own, float(seen.nan_to_num(0.0).mean())):

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from batchlab.core.device import whole_float32
 from batchlab.core.errors import InputError
 from batchlab.core.modes import evaluating
 from batchlab.core.random import derive_seed, preserved_generators, reseed
@@ -56,7 +57,7 @@ class LossSurface:
 
         Evaluation mode: no dropout, and batch norm by its running statistics, as else the examples of a batch depend
         on each other. Attention by its plain formula, as flash kernels have no double backward; for the same reason
-        no cuDNN where there are recurrent layers. No autocast.
+        no cuDNN where there are recurrent layers. No autocast, and no TF32, which would hide small eigenvalues.
         """
         recurrent = any(isinstance(module, nn.RNNBase) for module in self.model.modules())
         with contextlib.ExitStack() as stack:
@@ -66,6 +67,7 @@ class LossSurface:
             stack.enter_context(torch.autocast(self.device.type, enabled=False))
             if recurrent and self.device.type == "cuda":
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            stack.enter_context(whole_float32())
             stack.enter_context(evaluating(self.model))
             yield
 

@@ -29,13 +29,18 @@ class Meter(Protocol):
 
 
 class CudaMeter:
-    """The caching allocator's own count. Usable: what is free on the device now, and what the cache holds unused."""
+    """The caching allocator's own count. Usable: what is free on the device now, and what the cache holds unused.
+
+    It is less where `torch.cuda.set_per_process_memory_fraction` allows this process no more.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        free, _ = torch.cuda.mem_get_info(device)
+        free, every = torch.cuda.mem_get_info(device)
         self._held = torch.cuda.memory_allocated(device)
-        self.usable = free + torch.cuda.memory_reserved(device) - self._held
+        index = torch.cuda.current_device() if device.index is None else device.index
+        own = int(torch.cuda.get_per_process_memory_fraction(index) * every)
+        self.usable = min(free + torch.cuda.memory_reserved(device), own) - self._held
 
     def start(self) -> None:
         """Forgets the last peak."""

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from batchlab.core.checks import check_count, check_inside, check_positive, is_count
 from batchlab.core.errors import InputError
+from batchlab.measure.norms import to_floats
 from batchlab.parallel.shards import is_spread
 
 Stacks = Sequence[Tensor] | Mapping[str, Tensor]
@@ -169,7 +170,7 @@ def batch_moments(
     pieces = _checked(micro_batches)
     weights = _weights(examples, pieces)
     means, rows, total = _mean(pieces, weights, process_group)
-    grad_sq = math.fsum(float(mean.square().sum()) for mean in means)
+    grad_sq = math.fsum(to_floats([mean.square().sum() for mean in means]))
     sums = torch.zeros(3, dtype=torch.float64, device=means[0].device)
     for stacks, weight in zip(pieces, weights, strict=True):
         squares, along = (torch.zeros(len(stacks[0]), dtype=torch.float64, device=sums.device) for _ in range(2))
@@ -317,7 +318,7 @@ def _mean(
         ).sum(0)
         for one in zip(*pieces)
     ]
-    counts = [float(sum(map(len, weights))), math.fsum(float(weight.sum()) for weight in weights)]
+    counts = [float(sum(map(len, weights))), math.fsum(to_floats([weight.sum() for weight in weights]))]
     flat = torch.cat([*sums, sums[0].new_tensor(counts)])
     if group is not None:
         dist.all_reduce(flat, group=group)

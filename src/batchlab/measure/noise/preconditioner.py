@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from batchlab.core.errors import InputError
-from batchlab.measure.norms import total
+from batchlab.measure.norms import to_floats, total
 from batchlab.parallel.shards import Mesh, over_meshes, share
 
 DAMPING = 0.1
@@ -56,9 +56,10 @@ class Preconditioner:
             self._weights = {}
             return False
         roots, known = [], [place for place, kept in enumerate(has) if kept]
-        for parameter, state in ((self._parameters[place], states[place]) for place in known):
+        steps = to_floats([states[place].get("step", 0.0) for place in known])
+        for place, step in zip(known, steps, strict=True):
+            parameter, state = self._parameters[place], states[place]
             mean_sq = next(state[name] for name in MEAN_SQUARES if name in state)
-            step = float(state["step"]) if "step" in state else 0.0
             seen = 1.0 - self._decay[parameter] ** step if "exp_avg_sq" in state else 1.0
             roots.append((mean_sq / seen).sqrt())
         count = sum(root.numel() for root in roots)

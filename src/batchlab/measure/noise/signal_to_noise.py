@@ -220,4 +220,5 @@ def quantiles_of(r: Tensor) -> tuple[float, ...]:
     if r.isnan().any():
         return (math.nan,) * len(QUANTILES)
     ordered = r.flatten().sort().values
-    return tuple(float(ordered[max(0, math.ceil(q * len(ordered)) - 1)]) for q in QUANTILES)
+    places = [max(0, math.ceil(q * len(ordered)) - 1) for q in QUANTILES]
+    return tuple(ordered[places].tolist())
