@@ -54,6 +54,14 @@ class Table(BatchController):
         return self.sizes[min(step, len(self.sizes) - 1)]
 
 
+def forget_accelerate():
+    """Accelerate's state of the process, by which the first device and precision would hold for all that follows."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
 def sgd(net, lr=0.1):
     return torch.optim.SGD(net.parameters(), lr=lr, momentum=0.9)
 

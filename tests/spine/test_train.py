@@ -10,7 +10,9 @@ import threading
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import nn
 
 from batchlab.core import files
 from batchlab.core.checkpoint import checkpoints, load_checkpoint, newest_whole
@@ -84,6 +86,32 @@ def test_a_run_is_written_and_read(tmp_path):
     model.load_state_dict(load_file(run.path / "model.safetensors"))
     with torch.no_grad():
         assert squared_error(model, toy_job().valid[:]).item() == pytest.approx(run.summary["final"]["loss"])
+
+
+class _OneStorage(nn.Module):
+    """Two parameters in one storage, as cuDNN lays out an LSTM's; one of them has a second name."""
+
+    def __init__(self):
+        super().__init__()
+        flat = torch.randn(6 + 1, dtype=torch.float64)
+        self.weight, self.bias = nn.Parameter(flat[:6]), nn.Parameter(flat[6:])
+        self.zero = self.bias
+
+    def forward(self, x):
+        return (x @ self.weight + self.zero)[:, None]
+
+
+def test_weights_that_share_a_storage_are_written_once_each(tmp_path):
+    job = dataclasses.replace(toy_job(), model=_OneStorage)
+    run = train(job, toy_plan(steps=3), out=tmp_path / "r", device="cpu")
+    written = load_file(run.path / "model.safetensors")
+    assert {name: tuple(weight.shape) for name, weight in written.items()} == {"weight": (6,), "bias": (1,)}
+    model = _OneStorage()
+    model.load_state_dict(written | {"zero": written["bias"]})
+    with torch.no_grad():
+        assert squared_error(model, job.valid[:]).item() == pytest.approx(run.summary["final"]["loss"])
+    with safe_open(run.path / "model.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt", "zero": "bias"}
 
 
 def test_the_callers_generators_are_left_alone(tmp_path):

@@ -55,7 +55,7 @@ def tune(
         from batchlab.spine.tune import REPORT_FILE, STUDY_FOLDER
         from batchlab.spine.tune import tune as verb
 
-        with process_group():
+        with process_group(device=device):
             with bar.waiting("load the job"):
                 what = arguments.load(job, target, aim)
             folder = arguments.run_folder(out, what)
@@ -124,7 +124,7 @@ def probe(
         from batchlab.parallel.torchrun import process_group
         from batchlab.spine.probe import probe as verb
 
-        with process_group():
+        with process_group(device=device):
             with bar.waiting("load the job"):
                 what = arguments.load(job, target, aim)
             facts = verb(what, budget=budget, seed=seed, device=device, progress=bar)
@@ -250,7 +250,7 @@ def train(
         from batchlab.spine.report import terminal_report
         from batchlab.spine.train import train as verb
 
-        with process_group():
+        with process_group(device=device):
             with bar.waiting("load the job"):
                 what = arguments.load(job, target)
             folder = arguments.run_folder(out, what)

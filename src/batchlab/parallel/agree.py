@@ -13,7 +13,7 @@ from batchlab.core.jsonio import dumps, loads
 
 def device_of(group: dist.ProcessGroup | None = None) -> torch.device:
     """Where a group's collectives take their tensors."""
-    return torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
+    return torch.device("cuda" if dist.get_backend(group) in ("nccl", "cuda:nccl") else "cpu")
 
 
 def agree_min(values: Sequence[float], group: dist.ProcessGroup | None = None) -> list[float]:

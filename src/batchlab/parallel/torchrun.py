@@ -14,10 +14,11 @@ from batchlab.parallel.agree import device_of
 
 
 @contextlib.contextmanager
-def process_group(timeout_seconds: float = 600.0) -> Iterator[bool]:
+def process_group(timeout_seconds: float = 600.0, *, device: str | None = None) -> Iterator[bool]:
     """Inside, the default process group is the one torchrun's environment names; without such, nothing happens.
 
-    NCCL where there is a GPU for each local rank, else gloo. timeout_seconds: after it, a collective that a rank
+    NCCL where there is a GPU for each local rank and `device`, where one is named, is a GPU; else gloo, for NCCL takes
+    no tensors of the CPU. timeout_seconds: after it, a collective that a rank
     does not join fails in place of hanging. Yields whether a group was joined. A group that stands already is kept.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
@@ -25,6 +26,7 @@ def process_group(timeout_seconds: float = 600.0) -> Iterator[bool]:
         return
     local = int(os.environ["LOCAL_RANK"])
     on_gpu = torch.cuda.is_available() and torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
+    on_gpu = on_gpu and (device is None or device.startswith("cuda"))
     if on_gpu:
         torch.cuda.set_device(local)
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout_seconds))

@@ -127,8 +127,9 @@ class BatchGradient:
         tested = self._tested if test else None
         in_groups_ = tested is not None or self._by_optimizer is not None
         pieces = self.pieces(position, size, in_groups=in_groups_)
-        batches = [to_device(fetch(self.job.train, piece, self.job.collate), self.device) for piece in pieces]
-        units = [units_of(self.job, batch, len(piece)) for batch, piece in zip(batches, pieces, strict=True)]
+        fetched = [fetch(self.job.train, piece, self.job.collate) for piece in pieces]
+        units = [units_of(self.job, batch, len(piece)) for batch, piece in zip(fetched, pieces, strict=True)]
+        batches = [to_device(batch, self.device) for batch in fetched]  # counted before: counting would wait for it
         total = self._total_units(units, size)
         told = [place for place, count in enumerate(units) if count] or [len(units) - 1]  # a mean over nothing is NaN
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -167,9 +168,10 @@ class BatchGradient:
     def _total_units(self, units: list[int], size: int) -> int:
         if not callable(self.job.units_per_example):
             return self.job.units_per_example * size
+        if self.world == 1:
+            return max(sum(units), 1)
         total = torch.tensor(sum(units), device=self.device)
-        if self.world > 1:
-            dist.all_reduce(total)
+        dist.all_reduce(total)
         return max(int(total), 1)
 
     def _loss(self, batch: Any) -> Tensor:

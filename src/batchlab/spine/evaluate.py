@@ -33,8 +33,10 @@ def evaluate(
     units = 0
     with evaluating(module), torch.no_grad():
         for start in range(0, len(share), batch_size):
-            batch = to_device(fetch(job.valid, share[start : start + batch_size], job.collate), device)
-            count = units_of(job, batch, len(share[start : start + batch_size]))
+            indices = share[start : start + batch_size]
+            fetched = fetch(job.valid, indices, job.collate)
+            count = units_of(job, fetched, len(indices))  # before it is moved: counting would wait for the device
+            batch = to_device(fetched, device)
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                 values = measured(job, module, batch)
             for name, value in values.items():

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from batchlab.core.checkpoint import drop_old, newest_whole, save_checkpoint
 from batchlab.core.errors import BatchlabError, CheckpointError, InputError, StorageError
@@ -96,10 +98,13 @@ class RunFolder:
 
     def save_weights(self, learner: Learner) -> None:
         """Writes the weights that evaluation sees, the average where there is one, for use elsewhere."""
-        from safetensors.torch import save_model
+        from safetensors.torch import save_file
 
-        path = self.path / WEIGHTS_FILE
-        self._write(lambda _: replace_atomic(path, lambda file: save_model(learner.evaluated, str(file))))
+        def fill(file: Path) -> None:
+            weights, tied = _each_once(learner.evaluated.state_dict())
+            save_file(weights, file, metadata={"format": "pt"} | tied)
+
+        self._write(lambda _: replace_atomic(self.path / WEIGHTS_FILE, fill))
         self._agree()
 
     def finish(self, status: str) -> None:
@@ -141,6 +146,24 @@ def reserved_on_first_rank(folder: Path) -> Iterator[None]:
         if agree_max(int(error is not None)):
             raise error or BatchlabError("the first rank could not open the run folder")
         yield
+
+
+def _each_once(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors by the first of their names, and the other names of those that have several, as safetensors has it.
+
+    Unlike its `save_model` it takes what is part of a larger storage, as an LSTM's weights on a GPU are.
+    """
+    weights: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    places: dict[tuple[Any, ...], str] = {}
+    for name in sorted(state):
+        tensor = state[name]
+        first = places.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype), name)
+        if first == name or not tensor.numel():
+            weights[name] = tensor.detach().cpu().contiguous()
+        else:
+            tied[name] = first
+    return weights, tied
 
 
 def _finish(writer: RunWriter, status: str, **more: str) -> None:

@@ -138,8 +138,8 @@ class Learner:
             self._undo(buffers)
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         self.optimizer.zero_grad(set_to_none=True)
-        if self.device.type == "cuda" and self._times:
-            torch.cuda.synchronize(self.device)
+        if self._times:
+            self.wait()
         seconds = time.perf_counter() - started
         noise = self._last_noise if self.noise is not None else None
         if self.controller is not None:
@@ -199,6 +199,11 @@ class Learner:
     def evaluated(self) -> nn.Module:
         """The module that evaluation sees: the average where there is one, else the model itself."""
         return self.model if self.average is None or self.average.empty else self.average.module
+
+    def wait(self) -> None:
+        """Until all that was asked of the device is done: an update's last kernels may still run when it returns."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def first_loss(self) -> float:
         """The loss on this rank's first micro-batch, in evaluation mode; changes nothing."""

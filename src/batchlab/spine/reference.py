@@ -146,11 +146,18 @@ def time_updates(
     rounds: list[tuple[float, ...]] = []
     try:
         while len(rounds) <= count and watch.left(until) > 0:
-            rounds.append(tuple(learner.update().seconds for learner in learners))
+            rounds.append(tuple(_timed_update(learner) for learner in learners))
     finally:
         for learner in learners:
             learner.close()
     return rounds[1:]
+
+
+def _timed_update(learner: Learner) -> float:
+    started = time.perf_counter()
+    learner.update()
+    learner.wait()
+    return time.perf_counter() - started
 
 
 def flattened(evaluations: Sequence[tuple[int, float]], target: Target) -> bool:

@@ -49,7 +49,8 @@ def train(
 
     seed: of the weights, the sample stream and all else that is random. resume: go on from the newest whole
     checkpoint in `out`; micro-batch, world size, number of steps, target and evaluation may differ from before, and
-    nothing that an update depends on.
+    nothing that an update depends on. It goes on bit for bit where the model's kernels are deterministic, which on a
+    GPU not all are (`torch.backends.cudnn.deterministic` for convolutions); on another device, to within rounding.
     callbacks: each is called on every rank with each line of `steps.jsonl`, a dict, after it was written.
     device: where to compute; the first GPU if there is one. facts: stored with the run, for its report.
 
