@@ -35,7 +35,8 @@ def watched_step(
     watching = getattr(optimizer, "watching", contextlib.nullcontext)
     with watching():
         step()
-    found = {name: {"update_ratio": _ratio(p, before[name])} for name, p in watched.items()}
+    norms = _norms(watched, before)
+    found = {name: {"update_ratio": _ratio(p, *norms[name])} for name, p in watched.items()}
     noted: Any = getattr(optimizer, "report", dict)()
     for name, values in noted.items() if isinstance(noted, Mapping) else ():
         if name in found:
@@ -45,9 +46,17 @@ def watched_step(
     return found
 
 
-def _ratio(parameter: Tensor, before: Tensor) -> float:
-    part, mesh, holders = share(parameter.detach())
-    dtype = torch.promote_types(part.dtype, torch.float32)
-    squares = [float(torch.linalg.vector_norm(each, dtype=dtype)) ** 2 for each in (part - before, before)]
-    moved, size = over_meshes({mesh: [each / holders for each in squares]})
+def _norms(now: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> dict[str, list[float]]:
+    """|Δw| and |w| of what this rank holds of each: one wait for the device."""
+    found: list[Tensor] = []
+    for name, old in before.items():
+        part, dtype = share(now[name].detach()).part, torch.promote_types(old.dtype, torch.float32)
+        found.append(torch.stack([torch.linalg.vector_norm(each, dtype=dtype) for each in (part - old, old)]))
+    rows = torch.stack([each.to(found[0].device) for each in found]).tolist() if found else []
+    return dict(zip(before, rows, strict=True))
+
+
+def _ratio(parameter: Tensor, change: float, norm: float) -> float:
+    _, mesh, holders = share(parameter.detach())
+    moved, size = over_meshes({mesh: [each**2 / holders for each in (change, norm)]})
     return math.sqrt(moved / size) if size else (math.inf if moved else 0.0)

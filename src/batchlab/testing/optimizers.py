@@ -7,12 +7,18 @@
 A check raises `AssertionError` that says what was broken. `make` takes parameters, or groups or (name, parameter) pairs
 as torch's optimizers do, and options by name (`maximize`). Those in `FORMS` are for optimizers with `foreach` and
 `fused`; those of `batchlab.testing.optimizers_spread` run in the ranks of a process group.
+
+A check runs on torch's default device, from numbers that are drawn on the CPU: on a GPU within `torch.device("cuda")`.
+
+    with torch.device("cuda"):
+        check(make)
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,24 +32,33 @@ STEPS = 6
 
 def small_model(dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
     """Matrices, biases, a convolution, a norm and an embedding-like table, with the same weights for the same seed."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     model = nn.Sequential(
         nn.Conv1d(2, 4, 3, padding=1), nn.GELU(), nn.Flatten(), nn.Linear(32, 8), nn.LayerNorm(8), nn.Linear(8, 6)
     )
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+            parameter.copy_(drawn(*parameter.shape, generator=generator) * 0.3)
     return model.to(dtype)
 
 
+def drawn(*shape: int, generator: torch.Generator) -> Tensor:
+    """Normal numbers of a generator of the CPU, on the default device: the same on each."""
+    return torch.randn(shape, generator=generator, device="cpu").to(torch.get_default_device())
+
+
 def gradients_for(model: nn.Module, step: int) -> None:
-    """Leaves the gradient of a fixed loss over the batch of that step in `.grad`."""
-    generator = torch.Generator().manual_seed(1000 + step)
+    """Leaves the gradient of a fixed loss over the batch of that step in `.grad`, the same bit for bit each time."""
+    generator = torch.Generator("cpu").manual_seed(1000 + step)
     parameter = next(model.parameters())
-    x = torch.randn(12, 2, 8, generator=generator).to(parameter.dtype)
-    y = torch.randn(12, 6, generator=generator).to(parameter.dtype)
+    x = drawn(12, 2, 8, generator=generator).to(parameter)
+    y = drawn(12, 6, generator=generator).to(parameter)
     model.zero_grad()
-    (model(x) - y).square().mean().backward()
+    before, torch.backends.cudnn.deterministic = torch.backends.cudnn.deterministic, True
+    try:
+        (model(x) - y).square().mean().backward()
+    finally:
+        torch.backends.cudnn.deterministic = before
 
 
 def trained(optimizer: torch.optim.Optimizer, model: nn.Module, steps: Iterable[int]) -> list[Tensor]:
@@ -55,10 +70,13 @@ def trained(optimizer: torch.optim.Optimizer, model: nn.Module, steps: Iterable[
 
 
 def same(ours: Iterable[Tensor], theirs: Iterable[Tensor], tolerance: float = 0.0) -> None:
-    """Raises where two lists of tensors differ by more than a share of the largest entry of each tensor."""
+    """Raises where two lists of tensors differ by more than a share of the largest entry of each tensor.
+
+    They may lie on two devices.
+    """
     for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         assert a.dtype == b.dtype, f"tensor {index}: {a.dtype} against {b.dtype}"
-        gap = (a.double() - b.double()).abs().max().item() if a.numel() else 0.0
+        gap = (a.double().to(b.device) - b.double()).abs().max().item() if a.numel() else 0.0
         scale = b.double().abs().max().item() if b.numel() else 1.0
         assert gap <= tolerance * scale, f"tensor {index} of shape {tuple(a.shape)} differs by {gap:g} of {scale:g}"
 
@@ -174,15 +192,15 @@ def maximising_mirrors(make: Make) -> None:
 
 def odd_shapes(make: Make) -> None:
     """Numbers, single elements, empty tensors, transposed and channels-last parameters are updated as others are."""
-    torch.manual_seed(0)
-    shapes = [torch.tensor(0.7), torch.randn(1), torch.empty(0, 3), torch.randn(5, 3).t(), torch.randn(2, 3, 4, 4)]
+    draw = partial(drawn, generator=torch.Generator("cpu").manual_seed(0))
+    shapes = [torch.tensor(0.7), draw(1), torch.empty(0, 3), draw(5, 3).t(), draw(2, 3, 4, 4)]
     shapes[-1] = shapes[-1].to(memory_format=torch.channels_last)
     odd = [nn.Parameter(each.double()) for each in shapes]
     plain = [nn.Parameter(each.double().contiguous().clone()) for each in shapes]
     ours, theirs = make(odd), make(plain)
     for _ in range(3):
         for a, b in zip(odd, plain, strict=True):
-            b.grad = torch.randn(b.shape, dtype=torch.float64)
+            b.grad = draw(*b.shape).double()
             a.grad = torch.empty_like(a).copy_(b.grad)
         ours.step()
         theirs.step()
@@ -221,8 +239,7 @@ def micro_batches_change_nothing(make: Make) -> None:
         model = small_model()
         optimizer = make(model.parameters())
         for step in range(3):
-            generator = torch.Generator().manual_seed(step)
-            x = torch.randn(32, 2, 8, generator=generator).double()
+            x = drawn(32, 2, 8, generator=torch.Generator("cpu").manual_seed(step)).double()
             model.zero_grad()
             for each in x.chunk(parts):
                 (model(each).square().mean() / parts).backward()
@@ -259,10 +276,10 @@ def compiled_equals_the_loop(make: Make) -> None:
         parameters = [*small_model().parameters(), nn.Parameter(torch.ones(150, 150, dtype=torch.float64))]
         optimizer = make(parameters, fused=fused)
         schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator("cpu").manual_seed(0)
         for _ in range(STEPS):
             for parameter in parameters:
-                parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter.grad = drawn(*parameter.shape, generator=generator).double()
             optimizer.step()
             schedule.step()
         ends.append([parameter.detach() for parameter in parameters])

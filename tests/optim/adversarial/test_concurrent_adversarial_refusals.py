@@ -36,6 +36,27 @@ def test_bad_settings_are_refused(settings, message):
         ConcurrentAdversarial(network(), cross_entropy, **{"rho": RHO} | settings)
 
 
+def test_settings_that_turn_bad_are_refused_at_the_step():
+    """Given anew, or changed where they are."""
+    rho, high = torch.full((1, 1, 1), RHO), torch.tensor(9.0)
+    adversarial = ConcurrentAdversarial(network(), cross_entropy, rho=rho, clip=(torch.tensor(-9.0), high))
+    batches = adversarial.batches(data(6))
+    adversarial.backward(next(batches))
+    for change, message in (
+        (lambda: rho.neg_(), "rho must be finite and >= 0"),
+        (lambda: high.neg_().sub_(1.0), "clip must be None or"),
+        (lambda: setattr(adversarial, "rho", torch.tensor(-RHO)), "rho must be finite and >= 0"),
+    ):
+        adversarial.backward(next(batches))
+        change()
+        with pytest.raises(InputError, match=message):
+            next(batches)
+        rho.abs_()
+        high.abs_()
+        adversarial.rho = rho
+        batches = adversarial.batches(data(6))
+
+
 def test_bad_models_data_and_losses_are_refused():
     with pytest.raises(InputError, match=r"^model must be a torch.nn.Module, got function$"):
         ConcurrentAdversarial(network, cross_entropy, rho=RHO)

@@ -75,23 +75,6 @@ def test_a_process_makes_the_same_inputs_at_any_staleness(tau, norm):
         assert_equal_to_inline(adversarial)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("tau", [0, 1, 3])
-def test_a_stream_makes_the_same_inputs(tau):
-    def run(executor):
-        model, made = network().cuda(), []
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        adversarial = ConcurrentAdversarial(model, loss_fn, rho=0.1, tau=tau, executor=executor)
-        for batch in adversarial.batches((x.cuda(), y.cuda()) for x, y in data(9)):
-            optimizer.zero_grad()
-            adversarial.backward(batch)
-            made.append(adversarial.adversarial)
-            optimizer.step()
-        return made[tau:]
-
-    assert all(map(torch.equal, run("stream"), run("inline")))
-
-
 def gone(pid, within=60.0):
     """Whether a process ends in time; one that waits to be reaped has ended."""
     deadline = time.monotonic() + within

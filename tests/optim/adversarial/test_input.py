@@ -9,7 +9,7 @@ from torch import nn
 
 from batchlab.core.errors import InputError
 from batchlab.optim.adversarial.dual_batchnorm import DualBatchNorm, use_bn
-from batchlab.optim.adversarial.input import adversarial_input, perturbation
+from batchlab.optim.adversarial.input import adversarial_input, check_inside, perturbation
 from tests.optim.adversarial.small_network import RHO, cross_entropy, data, network
 
 
@@ -64,6 +64,14 @@ def test_a_range_holds_and_rho_may_differ_by_channel():
     held = adversarial_input(model, loss, (x,), rho=rho, clip=(0.0, torch.tensor([1.0, 1.0, 0.9])))
     assert torch.equal(held, free.clamp(torch.zeros(3).double(), torch.tensor([1.0, 1.0, 0.9]).double()))
     assert not torch.equal(held, free)
+
+
+def test_the_ends_of_a_range_are_not_rounded():
+    """0.7 in float32 is below 0.7: an input of 0.7 in float64 is inside."""
+    model, x = nn.Linear(3, 1).double(), torch.full((2, 3), 0.7, dtype=torch.float64)
+    check_inside(x, (-0.7, 0.7))
+    found = adversarial_input(model, lambda m, b: -m(b[0]).sum(), (x,), rho=5.0, clip=(-0.7, 0.7))
+    assert set(found.flatten().tolist()) == {-0.7, 0.7}
 
 
 def test_preparing_leaves_everything_as_it_was():

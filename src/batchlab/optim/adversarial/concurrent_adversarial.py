@@ -20,6 +20,7 @@ import contextlib
 import hashlib
 import itertools
 import math
+import operator
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -37,11 +38,11 @@ from batchlab.optim.adversarial.input import (
     Bounds,
     Loss,
     Norm,
-    adversarial_input,
     check_inside,
     check_perturbation,
     checked_loss,
     input_of,
+    moved_input,
     with_input,
 )
 
@@ -129,6 +130,7 @@ class ConcurrentAdversarial:
         _check_model(model)
         self.model, self.loss_fn, self.tau, self.norm, self.input_key = model, loss_fn, tau, norm, input_key
         self.rho, self.weights, self.clip = rho, weights, clip
+        self._checked: tuple[tuple[Any, ...], list[int]] = ((None, None, None), [])
         self._check()
         self.step = 0
         self._executor: Executor = EXECUTORS[executor](unwrapped(model), partial(_make, loss_fn), max(tau, 1))
@@ -306,13 +308,18 @@ class ConcurrentAdversarial:
         return loss.detach()
 
     def _check(self) -> None:
-        check_perturbation(self.rho, self.norm, self.clip)
+        ends = self.clip if isinstance(self.clip, tuple) else ()
+        versions = [each._version for each in (self.rho, *ends) if isinstance(each, Tensor)]
+        now = (self.rho, self.norm, self.clip)
+        if not versions or versions != self._checked[1] or any(map(operator.is_not, now, self._checked[0])):
+            check_perturbation(*now)  # of tensors on a GPU, each look would wait for it
+            self._checked = now, [] if isinstance(self.clip, list) else versions
         if not holds(lambda w: len(w) == 2 and min(w) >= 0 and 0 < sum(w) < math.inf, self.weights):
             raise InputError(f"weights must be two finite numbers >= 0, not both 0, got {self.weights!r}")
 
 
 def _make(loss_fn: Loss, model: nn.Module, batch: Any, settings: dict[str, Any]) -> Tensor:
-    return adversarial_input(model, loss_fn, batch, **settings)
+    return moved_input(model, loss_fn, batch, **settings)
 
 
 def _check_model(model: Any) -> None:

@@ -73,24 +73,25 @@ class Threaded:
 
 
 class Streamed:
-    """On a CUDA stream beside the one in use: both passes share the device."""
+    """On a CUDA stream beside the one in use: both passes share the model's device."""
 
     def __init__(self, model: nn.Module, make: Make, slots: int) -> None:
         _check_device(model, "stream", "cuda")
         self._replicas, self._make = Replicas(model, slots), make
-        self._stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._device = next((p.device for p in model.parameters()), None)
+        self._stream: Any = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
 
     def submit(self, batch: Any, x: Tensor, settings: Any) -> Result:
         _, replica = self._replicas.now()
-        self._stream.wait_stream(torch.cuda.current_stream())
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             made = self._make(replica, batch, settings)
-            x.record_stream(self._stream)
             done = self._stream.record_event()
 
-        def result() -> Tensor:
-            torch.cuda.current_stream().wait_event(done)
-            made.record_stream(torch.cuda.current_stream())
+        def result(_: Any = (batch, settings)) -> Tensor:  # held: freed before, their memory could be written again
+            current = torch.cuda.current_stream(self._device)
+            current.wait_event(done)
+            made.record_stream(current)
             return made
 
         return result

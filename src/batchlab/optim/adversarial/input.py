@@ -67,6 +67,21 @@ def adversarial_input(
     tensor([[-0.5000, -0.5000]])
     """
     check_perturbation(rho, norm, clip)
+    return moved_input(model, loss_fn, batch, rho=rho, norm=norm, clip=clip, input_key=input_key, branch=branch)
+
+
+def moved_input(
+    model: nn.Module,
+    loss_fn: Loss,
+    batch: Any,
+    *,
+    rho: float | Tensor,
+    norm: Norm,
+    clip: Bounds | None,
+    input_key: Any,
+    branch: Branch = "aux",
+) -> Tensor:
+    """`adversarial_input` of arguments that were checked: it does not wait for the device, a ρ or range there is."""
     x = input_of(batch, input_key).detach().requires_grad_()
     outside = torch.autocast(x.device.type, enabled=False)
     with torch.enable_grad(), outside, evaluating(model), use_bn(model, branch):
@@ -78,7 +93,7 @@ def adversarial_input(
         if isinstance(rho, Tensor):
             rho = _fitting(rho, x)
         moved = x + perturbation(gradient, rho, norm)
-        return moved if clip is None else moved.clamp(*(torch.as_tensor(end).to(x) for end in clip))
+        return moved if clip is None else moved.clamp(*(_beside(end, x) for end in clip))
 
 
 def check_norm(norm: Any) -> None:
@@ -92,17 +107,17 @@ def check_perturbation(rho: Any, norm: Any, clip: Any) -> None:
     check_norm(norm)
     if isinstance(rho, Tensor) and rho.ndim and norm == "l2":
         raise InputError(f'rho must be one number for norm "l2", got a tensor of shape {tuple(rho.shape)}')
-    if not holds(lambda value: _every((torch.as_tensor(value) >= 0) & torch.as_tensor(value).isfinite()), rho):
+    if not holds(lambda value: _every((_tensor(value) >= 0) & _tensor(value).isfinite()), rho):
         raise InputError(f"rho must be finite and >= 0, in the unit of the input, got {rho!r}")
     if clip is not None and not holds(
-        lambda ends: len(ends) == 2 and _every(torch.as_tensor(ends[0]) < torch.as_tensor(ends[1])), clip
+        lambda ends: len(ends) == 2 and _every(_tensor(ends[0]) < _tensor(ends[1])), clip
     ):
         raise InputError(f"clip must be None or (low, high) with low < high, got {clip!r}")
 
 
 def check_inside(x: Tensor, clip: Bounds) -> None:
     """Refuses an input outside the range that its adversarial form is kept in."""
-    low, high = (torch.as_tensor(end).to(x) for end in clip)
+    low, high = (_beside(end, x) for end in clip)
     if _every((x < low) | (x > high), any_one=True):
         raise InputError(
             f"clip must hold the inputs themselves, got {clip!r} for inputs from {x.min().item():g} to "
@@ -160,7 +175,16 @@ def _fitting(rho: Tensor, x: Tensor) -> Tensor:
     """ρ in the input's dtype, where it broadcasts against one example."""
     if not holds(lambda value: value.expand(x.shape[1:]) is not None, rho):
         raise InputError(f"rho must broadcast against an example of shape {tuple(x.shape[1:])}, got {tuple(rho.shape)}")
-    return rho.to(x)
+    return _beside(rho, x)
+
+
+def _tensor(value: Any) -> Tensor:
+    return value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
+
+
+def _beside(value: float | Tensor, x: Tensor) -> Tensor:
+    """In the dtype and on the device of x, without a wait for the device."""
+    return value.to(x, non_blocking=True) if isinstance(value, Tensor) else x.new_full((), value)
 
 
 def _place(batch: Any, key: Any) -> str:

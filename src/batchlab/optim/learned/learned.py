@@ -12,6 +12,7 @@ a torch optimizer: with its `AdafacLO_naive` this agreed to 6e-8 over 20 float32
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -211,8 +212,8 @@ class LearnedOptimizer(RuleOptimizer):
             return state | {"second": _stacked_zeros(parameter)}
         return state | {"row": _stacked_zeros(parameter, one=dims[1]), "column": _stacked_zeros(parameter, one=dims[0])}
 
-    def arguments(self, leaf: Leaf, group: dict[str, Any]) -> tuple[tuple[Tensor, ...], Numbers]:
-        """Tensors and numbers of `small_fc_lopt_`."""
+    def tensors(self, leaf: Leaf, group: dict[str, Any]) -> tuple[Tensor, ...]:
+        """Those of `small_fc_lopt_`, what is factored in the last two dimensions."""
         dims, shape = factored_dims(leaf.shape), leaf.shape
         averages = (leaf.state["second"],) * 2 if dims is None else (leaf.state["row"], leaf.state["column"])
         tensors: tuple[Tensor, ...] = (leaf.w, leaf.g, leaf.state["momenta"], leaf.state["rms"], *averages)
@@ -221,15 +222,17 @@ class LearnedOptimizer(RuleOptimizer):
             tensors = tuple(each.movedim(places, (-2, -1)) for each in tensors)
         elif not shape:
             tensors = tuple(each.unsqueeze(-1) for each in tensors)
-        spread = leaf.layout.mesh is not None
+        return (*tensors, _time(leaf.t - 1, leaf.w.dtype, leaf.w.device), *self._theta(leaf.w))
+
+    def numbers(self, leaf: Leaf, group: dict[str, Any]) -> Numbers:
+        """Those of `small_fc_lopt_`."""
+        dims, shape, spread = factored_dims(leaf.shape), leaf.shape, leaf.layout.mesh is not None
         block = BLOCK.get(leaf.w.device.type, 1 << 20)
         whole = bool(group["fused"]) and not spread
         numbers = {name: group[name] for name in ("lr", "step_mult", "exp_mult", "weight_decay")}
         numbers["sizes"] = (shape.numel(), *(() if dims is None else (shape[dims[0]], shape[dims[1]])))
         numbers["dims"] = dims if spread or dims is None else (-2, -1)
-        numbers |= {"chunk": None if whole else group["chunk"] or block, "block": None if whole else block}
-        time = torch.tensor(time_features(leaf.t - 1), dtype=leaf.w.dtype, device=leaf.w.device)
-        return (*tensors, time, *self._theta(leaf.w)), numbers
+        return numbers | {"chunk": None if whole else group["chunk"] or block, "block": None if whole else block}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's; a state that other weights made is refused."""
@@ -255,6 +258,12 @@ class LearnedOptimizer(RuleOptimizer):
             decays = OptimizerWeights((), self.weights.deltas.to("cpu", torch.float64)).betas()
             self._placed[key] = tuple(each.to(like.dtype).to(like.device) for each in (decays, *self.weights.layers))
         return self._placed[key]
+
+
+@lru_cache(maxsize=64)
+def _time(t: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`time_features`, one tensor for all that are at that step: nobody may change it."""
+    return torch.tensor(time_features(t), dtype=dtype, device="cpu").to(device, non_blocking=True)
 
 
 def _average(average: Tensor, beta: Tensor, new: Tensor) -> None:
