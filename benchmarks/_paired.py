@@ -78,15 +78,35 @@ def median_ratio(pairs: Sequence[tuple[float, float]], *, resamples: int = 4000,
 
 
 def arguments(description: str | None, *, pairs: int, only: str = "") -> argparse.Namespace:
-    """--pairs, --threads, --processor-time and --save, for every benchmark of pairs; --only where `only` says what."""
+    """--pairs, --threads, --device, --processor-time and --save, for every benchmark of pairs; --only where `only` says
+    what.
+    """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--pairs", type=int, default=pairs)
     parser.add_argument("--threads", type=int, default=2, help="torch's threads")
+    parser.add_argument("--device", default="cpu", help="where it runs, if the benchmark can on another; results apart")
     parser.add_argument("--processor-time", action="store_true", help="not wall time: for a busy machine, one thread")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/NAME.json")
     if only:
         parser.add_argument("--only", default="", help=f"{only} with this in its name; the others' rows are kept")
     return parser.parse_args()
+
+
+def clock_of(given: argparse.Namespace) -> Callable[[], float]:
+    """The seconds of what was asked for; of a GPU when all work given to it is done."""
+    if not given.device.startswith("cuda"):
+        return time.process_time if given.processor_time else time.perf_counter
+
+    def clock() -> float:
+        torch.cuda.synchronize(given.device)
+        return time.perf_counter()
+
+    return clock
+
+
+def name_of(name: str, given: argparse.Namespace) -> str:
+    """Of the results: those of another device than the CPU have a file of their own."""
+    return name if given.device == "cpu" else f"{name}_gpu"
 
 
 def report(name: str, claim: str, rows: Sequence[dict[str, Any]], *, save: bool) -> None:

@@ -6,11 +6,10 @@ loop, and the authors' came_pytorch; said to be absent where they are not instal
 same; the results are compared after 5 steps at a rate of 0.001.
 """
 
-import time
 from functools import partial
 
 import torch
-from _paired import arguments, median_ratio, paired_seconds, report
+from _paired import arguments, clock_of, median_ratio, name_of, paired_seconds, report
 
 from batchlab.optim.came import CAME
 
@@ -35,17 +34,17 @@ def peers():
     return found
 
 
-def parameters(shapes=SHAPES):
-    generator = torch.Generator().manual_seed(0)
-    made = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+def parameters(device, shapes=SHAPES):
+    generator = torch.Generator(device).manual_seed(0)
+    made = [torch.nn.Parameter(torch.randn(shape, generator=generator, device=device)) for shape in shapes]
     for each in made:
-        each.grad = torch.randn(each.shape, generator=generator)
+        each.grad = torch.randn(each.shape, generator=generator, device=device)
     return made
 
 
-def gap(peer):
+def gap(peer, device):
     """The largest difference between weights after 5 steps, as a share of the largest move."""
-    ours, theirs, start = (parameters(SHAPES[:4]) for _ in range(3))
+    ours, theirs, start = (parameters(device, SHAPES[:4]) for _ in range(3))
     for optimizer in (CAME(ours, lr=1e-3), peer(theirs, lr=1e-3)):
         for _ in range(5):
             optimizer.step()
@@ -55,17 +54,21 @@ def gap(peer):
 
 def main():
     given = arguments(__doc__, pairs=21)
-    clock = time.process_time if given.processor_time else time.perf_counter
+    clock = clock_of(given)
     torch.set_num_threads(given.threads)
     rows = []
     for name, peer in peers().items():
         if peer is None:
             rows.append({"peer": name, "absent": True})
             continue
-        ours, theirs = CAME(parameters(), lr=1e-9), peer(parameters(), lr=1e-9)
-        pairs = paired_seconds(ours.step, theirs.step, pairs=given.pairs, warm_up=2, clock=clock)
-        rows.append({"peer": name, **median_ratio(pairs), "gap": gap(peer), "threads": given.threads})
-    report("came_step", __doc__.split("\n")[0], rows, save=given.save)
+        for fused in (False, True) if given.device != "cpu" else (False,):
+            ours = CAME(parameters(given.device), lr=1e-9, fused=fused)
+            theirs = peer(parameters(given.device), lr=1e-9)
+            pairs = paired_seconds(ours.step, theirs.step, pairs=given.pairs, warm_up=2, clock=clock)
+            row = {"peer": name, "fused": fused, **median_ratio(pairs), "gap": gap(peer, given.device)}
+            rows.append(row | {"threads": given.threads})
+            print({key: value for key, value in rows[-1].items() if key != "pairs"}, flush=True)
+    report(name_of("came_step", given), __doc__.split("\n")[0], rows, save=given.save)
 
 
 if __name__ == "__main__":

@@ -13,10 +13,10 @@ kernels on one ghost after another, and the passes over memory of formulas for a
 
 import importlib.util
 import sys
-import time
+from functools import partial
 
 import torch
-from _paired import arguments, median_ratio, paired_seconds, report
+from _paired import arguments, clock_of, median_ratio, name_of, paired_seconds, report
 from torch import nn
 
 from batchlab.nn import GhostBatchNorm1d, GhostBatchNorm2d
@@ -80,8 +80,8 @@ def passes(x, grad, size):
         t.reshape(ghosts, size, -1) if t.is_contiguous() else t.movedim(1, -1).reshape(ghosts, -1, channels)
         for t in (x.detach(), grad)
     )
-    scale, shift = torch.randn(2, ghosts, 1, x.shape[2])
-    y, dx = torch.empty(2, *x.shape)
+    scale, shift = torch.randn(2, ghosts, 1, x.shape[2], device=x.device)
+    y, dx = torch.empty(2, *x.shape, device=x.device)
 
     def run():
         x.sum(1, keepdim=True)
@@ -104,23 +104,24 @@ def step(layer, x, grad):
 
 def main():
     given = arguments(__doc__, pairs=31)
-    clock = time.process_time if given.processor_time else time.perf_counter
+    clock = clock_of(given)
     torch.set_num_threads(given.threads)
     gbn, rows = tabnet(), []
     for shape, ghost, last in CASES:
         plain, ours = (nn.BatchNorm2d, GhostBatchNorm2d) if len(shape) == 4 else (nn.BatchNorm1d, GhostBatchNorm1d)
-        x, grad = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+        x, grad = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).to(given.device)
         if last:
             x, grad = (each.to(memory_format=torch.channels_last) for each in (x, grad))
         x.requires_grad_()
         channels = shape[1]
+        plain, ours = partial(plain, device=given.device), partial(ours, device=given.device)
         peers = {"BatchNorm": plain(channels), "chunks": Chunks(plain(channels), ghost)}
         if gbn is not None and len(shape) == 2:
             peers["GBN"] = gbn(channels, ghost, momentum=0.1)
         layer = ours(channels, ghost)
         for name, peer in peers.items():
             if name != "BatchNorm":
-                torch.testing.assert_close(layer(x), peer(x))
+                torch.testing.assert_close(layer(x), peer(x), rtol=1e-4, atol=1e-4)
         sides = {name: step(ours(channels, ghost, interleaved=mixed), x, grad) for name, mixed in OURS.items()}
         sides["kernels alone"] = kernels(layer, x, grad, ghost)
         if len(x) % ghost == 0:
@@ -136,7 +137,9 @@ def main():
                 rows.append({**case, "peer": name, **median_ratio(pairs)})
                 print({key: value for key, value in rows[-1].items() if key != "pairs"}, flush=True)
     claim = " ".join(__doc__.split("\n\n")[0].split())
-    report("ghost_batchnorm", claim, [row | {"threads": given.threads} for row in rows], save=given.save)
+    report(
+        name_of("ghost_batchnorm", given), claim, [row | {"threads": given.threads} for row in rows], save=given.save
+    )
 
 
 if __name__ == "__main__":

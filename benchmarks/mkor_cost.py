@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from _paired import arguments, median_ratio, paired_seconds, report
+from _paired import arguments, clock_of, median_ratio, name_of, paired_seconds, report
 from torch import Tensor
 
 from batchlab.optim.mkor.factors import update_inverse_
@@ -32,17 +32,17 @@ def inverse_of_average(A: Tensor, rows: Tensor) -> Tensor:
 
 def check(rows: Tensor) -> None:
     """The update is the inverse of the average."""
-    v, P = rows.mean(0), torch.eye(rows.shape[1])
+    v, P = rows.mean(0), torch.eye(rows.shape[1], device=rows.device)
     update_inverse_(P, v, gamma=GAMMA, eps=10.0, zeta=0.9)
-    average = GAMMA * torch.eye(len(v), dtype=torch.float64) + (1 - GAMMA) * torch.outer(v, v).double()
+    average = GAMMA * torch.eye(len(v), dtype=torch.float64, device=v.device) + (1 - GAMMA) * torch.outer(v, v).double()
     torch.testing.assert_close(P.double(), torch.linalg.inv(average), rtol=1e-4, atol=1e-4)
 
 
-def times(width: int, *, pairs: int, clock: Any) -> list[tuple[float, float]]:
+def times(width: int, *, pairs: int, clock: Any, device: str) -> list[tuple[float, float]]:
     """Seconds of one update, ours and theirs, of each pair."""
-    rows = torch.randn(ROWS, width, generator=torch.Generator().manual_seed(0)) + 1.0
+    rows = torch.randn(ROWS, width, generator=torch.Generator().manual_seed(0)).to(device) + 1.0
     check(rows)
-    P, A, v = torch.eye(width), torch.eye(width), rows.mean(0)
+    P, A, v = torch.eye(width, device=device), torch.eye(width, device=device), rows.mean(0)
     calls = max(1, 2048 // width)
     found = paired_seconds(
         lambda: update_inverse_(P, v, gamma=GAMMA, eps=10.0, zeta=0.9),
@@ -72,12 +72,10 @@ def exponent(samples: Sequence[Sequence[float]], *, resamples: int = 2000) -> di
 
 
 def main() -> None:
-    import time
-
     options = arguments(__doc__, pairs=15)
     torch.set_num_threads(options.threads)
-    clock = time.process_time if options.processor_time else time.perf_counter
-    found = {width: times(width, pairs=options.pairs, clock=clock) for width in WIDTHS}
+    how = {"pairs": options.pairs, "clock": clock_of(options), "device": options.device}
+    found = {width: times(width, **how) for width in WIDTHS}
     rows: list[dict[str, Any]] = []
     for side, name in enumerate(("MKOR, rank-one update", f"K-FAC, {ROWS} rows and dense inverse")):
         samples = [[pair[side] for pair in pairs] for pairs in found.values()]
@@ -87,7 +85,7 @@ def main() -> None:
         row |= {"holds": power["high"] <= LIMIT} if side == 0 else {}
         rows.append(row | {"threads": options.threads, "processor_time": options.processor_time})
     rows += [{"update": f"ours/K-FAC at {width}", **median_ratio(pairs)} for width, pairs in found.items()]
-    report("mkor_cost", (__doc__ or "").splitlines()[0], rows, save=options.save)
+    report(name_of("mkor_cost", options), (__doc__ or "").splitlines()[0], rows, save=options.save)
 
 
 if __name__ == "__main__":

@@ -5,28 +5,27 @@ The matrices of a GPT-2 of width 512 with 8 layers: fused queries, keys and valu
 for gradients that are not finite. A rate of 0 keeps the work the same; the results are compared at a rate of 0.01.
 """
 
-import time
 from functools import partial
 
 import torch
-from _paired import arguments, median_ratio, paired_seconds, report
+from _paired import arguments, clock_of, median_ratio, name_of, paired_seconds, report
 
 from batchlab.optim.muon import Muon
 
 SHAPES = [(1536, 512), (512, 512), (2048, 512), (512, 2048)] * 8
 
 
-def parameters():
-    generator = torch.Generator().manual_seed(0)
-    made = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
+def parameters(device):
+    generator = torch.Generator(device).manual_seed(0)
+    made = [torch.nn.Parameter(torch.randn(shape, generator=generator, device=device)) for shape in SHAPES]
     for each in made:
-        each.grad = torch.randn(each.shape, generator=generator)
+        each.grad = torch.randn(each.shape, generator=generator, device=device)
     return made
 
 
-def gap(make, peer):
+def gap(make, peer, device):
     """The largest difference between weights after 3 steps, as a share of the largest step."""
-    ours, theirs, start = parameters(), parameters(), parameters()
+    ours, theirs, start = (parameters(device) for _ in range(3))
     for optimizer in (make(ours, lr=0.01), peer(theirs, lr=0.01)):
         for _ in range(3):
             optimizer.step()
@@ -36,7 +35,7 @@ def gap(make, peer):
 
 def main():
     given = arguments(__doc__, pairs=21)
-    clock = time.process_time if given.processor_time else time.perf_counter
+    clock = clock_of(given)
     torch.set_num_threads(given.threads)
     peer = partial(torch.optim.Muon, adjust_lr_fn="match_rms_adamw")
     sides = {
@@ -46,10 +45,17 @@ def main():
     }
     rows = []
     for name, make in sides.items():
-        ours, theirs = make(parameters(), lr=0.0), peer(parameters(), lr=0.0)
+        ours, theirs = make(parameters(given.device), lr=0.0), peer(parameters(given.device), lr=0.0)
         pairs = paired_seconds(ours.step, theirs.step, pairs=given.pairs, warm_up=1, clock=clock)
-        rows.append({"ours": name, "peer": "torch.optim.Muon", **median_ratio(pairs), "gap": gap(make, peer)})
-    report("muon_step", __doc__.split("\n")[0], [row | {"threads": given.threads} for row in rows], save=given.save)
+        row = {"ours": name, "peer": "torch.optim.Muon", **median_ratio(pairs), "gap": gap(make, peer, given.device)}
+        rows.append(row)
+        print({key: value for key, value in row.items() if key != "pairs"}, flush=True)
+    report(
+        name_of("muon_step", given),
+        __doc__.split("\n")[0],
+        [row | {"threads": given.threads} for row in rows],
+        save=given.save,
+    )
 
 
 if __name__ == "__main__":

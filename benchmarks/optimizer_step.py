@@ -10,13 +10,12 @@ rules of batchlab stand beside torch's AdamW. Every ratio is the median over pai
 """
 
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from _paired import arguments, median_ratio, paired_seconds, report
+from _paired import arguments, clock_of, median_ratio, name_of, paired_seconds, report
 from _peers import peers
 
 from batchlab import optim
@@ -44,12 +43,13 @@ def gpt2(width: int = 512, layers: int = 6, vocabulary: int = 15_000, context: i
     return [(vocabulary, width), (context, width), *(block * layers), (width,), (width,)]
 
 
-def parameters(shapes: list[tuple[int, ...]]) -> list[torch.nn.Parameter]:
+def parameters(shapes: list[tuple[int, ...]], device: str = "cpu") -> list[torch.nn.Parameter]:
     """Random weights and gradients."""
-    generator = torch.Generator().manual_seed(0)
-    made = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    generator = torch.Generator(device).manual_seed(0)
+    draw = partial(torch.randn, generator=generator, device=device)
+    made = [torch.nn.Parameter(draw(shape)) for shape in shapes]
     for each in made:
-        each.grad = torch.randn(each.shape, generator=generator)
+        each.grad = draw(each.shape)
     return made
 
 
@@ -89,14 +89,18 @@ def theirs() -> dict[str, Make]:
 
 def main() -> None:
     """Prints a row for each optimizer and list: its time and its ratio to torch's fused AdamW, pair by pair."""
-    given = arguments(__doc__, pairs=15)
+    given = arguments(__doc__, pairs=15, only="the optimizer")
     torch.set_num_threads(given.threads)
-    clock = time.process_time if given.processor_time else time.perf_counter
+    clock, lists = clock_of(given), {"resnet50": resnet50(), "gpt2": gpt2()}
+    if given.device != "cpu":
+        lists["gpt2 124M"] = gpt2(768, 12, 50_257, 1024)
     rows: list[dict[str, Any]] = []
-    for shapes_name, shapes in (("resnet50", resnet50()), ("gpt2", gpt2())):
-        anchor = torch.optim.AdamW(parameters(shapes), lr=0.0, fused=True)
+    for shapes_name, shapes in lists.items():
+        anchor = torch.optim.AdamW(parameters(shapes, given.device), lr=0.0, fused=True)
         for name, make in (ours() | theirs()).items():
-            optimizer = make(parameters(shapes))
+            if given.only not in name:
+                continue
+            optimizer = make(parameters(shapes, given.device))
             pairs = paired_seconds(optimizer.step, anchor.step, pairs=given.pairs, warm_up=3, clock=clock)
             row = {"parameters": shapes_name, "optimizer": name} | median_ratio(pairs)
             row["ms"] = 1000 * statistics.median(ours for ours, _ in pairs)
@@ -106,7 +110,7 @@ def main() -> None:
                 "of adamw fused",
                 flush=True,
             )
-    report("optimizer_step", " ".join((__doc__ or "").split("\n\n")[0].split()), rows, save=given.save)
+    report(name_of("optimizer_step", given), " ".join((__doc__ or "").split("\n\n")[0].split()), rows, save=given.save)
 
 
 if __name__ == "__main__":
