@@ -1,4 +1,4 @@
-# make tune | test | test-all | lint | docs | bench | clean
+# make tune | test | test-gpu | test-all | lint | docs | bench | clean
 # Needs Python 3.11+, gcc and make; everything else goes into $(VENV). A second run of a target does only its own work.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
@@ -10,11 +10,12 @@ SPELLED_OUT = pyproject.toml constraints.txt Makefile
 TEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help tune test test-all lint docs bench chromium clean
+.PHONY: help tune test test-gpu test-all lint docs bench chromium clean
 
 help:
 	@echo "make tune      install into $(VENV), tune the bundled digits job, show the answer and its report"
 	@echo "make test      install what the tests need too, and run the suite"
+	@echo "make test-gpu  the tests that need a GPU (BATCHLAB_TEST_DEVICE=cpu tries them without one)"
 	@echo "make test-all  the same with the slow tests"
 	@echo "make lint      ruff, mypy --strict, import contract, trust rules"
 	@echo "make docs      build the documentation into docs/_build/html, warnings as errors"
@@ -43,6 +44,9 @@ tune: $(VENV)/installed
 
 test: $(VENV)/installed-dev chromium
 	$(TEST) -m "not slow and not gpu"
+
+test-gpu: $(VENV)/installed-dev
+	$(TEST) -m gpu
 
 test-all: $(VENV)/installed-dev chromium
 	$(TEST) -m "not gpu"

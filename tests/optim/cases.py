@@ -20,6 +20,8 @@ from batchlab.optim.vrgd.optimizers import VRLAMB, VRLARS, VRSGD, VRAdam
 from tests.optim.grouped import in_groups, in_turn
 
 LISTED = {
+    "came": partial(CAME, lr=1e-3, weight_decay=0.1),
+    "came_adafactor": partial(CAME, lr=1e-3, confidence=False),
     "adagrad_norm": partial(AdaGradNorm, lr=0.5),
     "muon": partial(Muon, lr=0.01, use_muon="matrices", ns_dtype=torch.float64),
     "dmuon": partial(DMuon, lr=0.01, ns_dtype=torch.float64),
@@ -42,6 +44,5 @@ LISTED = {
 }
 CASES = {
     **LISTED,
-    "came": partial(CAME, lr=1e-3, weight_decay=0.1),
     "learned": partial(LearnedOptimizer, weights=fresh_weights(0)),
 }

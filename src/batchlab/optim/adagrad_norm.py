@@ -117,10 +117,9 @@ class AdaGradNorm(RuleOptimizer):
         """The rule and its form for lists."""
         return adagrad_norm_, adagrad_norm_foreach_
 
-    def arguments(self, leaf: Leaf, group: dict[str, Any]) -> tuple[tuple[Tensor, ...], Numbers]:
-        """Tensors and numbers of `adagrad_norm_`."""
-        numbers = {"lr": group["lr"], "weight_decay": group["weight_decay"], "b": self._b[leaf.w.device]}
-        return (leaf.w, leaf.g), numbers
+    def numbers(self, leaf: Leaf, group: dict[str, Any]) -> Numbers:
+        """Those of `adagrad_norm_`."""
+        return {"lr": group["lr"], "weight_decay": group["weight_decay"], "b": self._b[leaf.w.device]}
 
 
 def _square(g: Tensor) -> Tensor:

@@ -152,8 +152,8 @@ class AdEMAMix(RuleOptimizer):
         """The rule and its form for lists."""
         return ademamix_, ademamix_foreach_
 
-    def arguments(self, leaf: Leaf, group: dict[str, Any]) -> tuple[tuple[Tensor, ...], Numbers]:
-        """Tensors and numbers of `ademamix_`."""
+    def numbers(self, leaf: Leaf, group: dict[str, Any]) -> Numbers:
+        """Those of `ademamix_`."""
         (beta1, beta2, beta3), t, rise = group["betas"], leaf.t, group["alpha_warmup"]
         given = {"lr": group["lr"], "betas": (beta1, beta2), "eps": group["eps"]}
         numbers = adam_numbers(leaf.w, **given, weight_decay=0.0, t=t)
@@ -162,8 +162,7 @@ class AdEMAMix(RuleOptimizer):
         share3 = 1 - beta3_at(t, beta1=beta1, beta3=beta3, warmup=group["beta3_warmup"])
         kind = leaf.w.dtype, leaf.w.device
         numbers |= {"alpha": scalar(alpha, *kind), "share3": scalar(share3, *kind)}
-        numbers["keep"] = 1 - group["lr"] * group["weight_decay"]
-        return (leaf.w, leaf.g, *(leaf.state[name] for name in self.STATE)), numbers
+        return numbers | {"keep": 1 - group["lr"] * group["weight_decay"]}
 
 
 def _half_life(beta: float) -> float:

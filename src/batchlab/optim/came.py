@@ -98,6 +98,78 @@ def came_vector_(
     return {"clip_ratio": 1 / shrunk}
 
 
+def came_foreach_(
+    ws: list[Tensor],
+    gs: list[Tensor],
+    ms: list[Tensor],
+    rs: list[Tensor],
+    cs: list[Tensor],
+    *residues: list[Tensor],
+    lr: float,
+    betas: tuple[float, float, float],
+    eps: tuple[float, float],
+    clip: float,
+    weight_decay: float,
+    shape: Sequence[int],
+) -> Rule:
+    """`came_` on tensors of one shape, stacked: two copies of all of them."""
+    last, (rows, columns) = len(shape) - 1, (max(shape[-2], 1), max(shape[-1], 1))
+    g, r, c = torch.stack(gs), torch.stack(rs), torch.stack(cs)
+    u = g.square()
+    _average_(r, (yield Sum(u.sum(-1), over=(last,))), columns, betas[1], eps[0])
+    _average_(c, (yield Sum(u.sum(-2), over=(last - 1,))), rows, betas[1], eps[0])
+    rho = r * (rows / (yield Sum(r.sum(-1, keepdim=True), over=(last - 1,))))
+    part = (u @ c.reciprocal().unsqueeze(-1)).squeeze(-1).div_(rho)
+    u_sq = (yield Sum(part.flatten(1).sum(1))).div(max(math.prod(shape), 1))
+    shrunk = u_sq.sqrt().div(clip).clamp(min=1.0)
+    torch.mul(g, (rho.rsqrt() / _per_tensor(shrunk, rho)).unsqueeze(-1), out=u).mul_(c.rsqrt().unsqueeze(-2))
+    us = list(u.unbind())
+    torch._foreach_lerp_(ms, us, 1 - betas[0])
+    if weight_decay != 0:
+        torch._foreach_mul_(ws, 1 - lr * weight_decay)
+    if residues:
+        rq, cq = map(torch.stack, residues)
+        torch._foreach_sub_(us, ms)
+        u.square_()
+        _average_(rq, (yield Sum(u.sum(-1), over=(last,))), columns, betas[2], eps[1])
+        _average_(cq, (yield Sum(u.sum(-2), over=(last - 1,))), rows, betas[2], eps[1])
+        rho = rq * (rows / (yield Sum(rq.sum(-1, keepdim=True), over=(last - 1,))))
+        torch.mul(rho.rsqrt().unsqueeze(-1), (cq.rsqrt() * -lr).unsqueeze(-2), out=u)
+        torch._foreach_addcmul_(ws, ms, us)
+        torch._foreach_copy_([*residues[0], *residues[1]], [*rq.unbind(), *cq.unbind()])
+    else:
+        torch._foreach_sub_(ws, list(torch._foreach_mul(ms, lr)))
+    torch._foreach_copy_([*rs, *cs], [*r.unbind(), *c.unbind()])
+    return {"clip_ratio": 1 / shrunk}
+
+
+def came_vector_foreach_(
+    ws: list[Tensor],
+    gs: list[Tensor],
+    ms: list[Tensor],
+    vs: list[Tensor],
+    *,
+    lr: float,
+    betas: tuple[float, float, float],
+    eps: tuple[float, float],
+    clip: float,
+    weight_decay: float,
+    shape: Sequence[int],
+) -> Rule:
+    """`came_vector_` on tensors of one shape."""
+    g, v = torch.stack(gs), torch.stack(vs)
+    v.lerp_(g.square().add_(eps[0]), 1 - betas[1])
+    u = v.rsqrt().mul_(g)
+    u_sq = (yield Sum(u.square().view(len(gs), -1).sum(1))).div(max(math.prod(shape), 1))
+    shrunk = u_sq.sqrt().div(clip).clamp(min=1.0)
+    torch._foreach_lerp_(ms, list(u.div_(_per_tensor(shrunk, u)).unbind()), 1 - betas[0])
+    if weight_decay != 0:
+        torch._foreach_mul_(ws, 1 - lr * weight_decay)
+    torch._foreach_sub_(ws, list(torch._foreach_mul(ms, lr)))
+    torch._foreach_copy_(vs, list(v.unbind()))
+    return {"clip_ratio": 1 / shrunk}
+
+
 def first_step_rms(betas: Sequence[float] = (0.9, 0.999, 0.9999)) -> float:
     """(1 - β₁)/(β₁·√(1 - β₃)): the RMS of CAME's first step in units of lr, for a gradient of one size everywhere.
 
@@ -151,6 +223,7 @@ class CAME(RuleOptimizer):
         weight_decay: float = 0.0,
         *,
         confidence: bool = True,
+        foreach: bool | None = None,
         fused: bool | None = None,
         maximize: bool = False,
         differentiable: bool = False,
@@ -158,8 +231,8 @@ class CAME(RuleOptimizer):
     ) -> None:
         defaults: Numbers = {"lr": lr, "betas": betas, "eps": eps, "clip": clip, "weight_decay": weight_decay}
         defaults["confidence"] = confidence
-        options: dict[str, Any] = {"fused": fused, "maximize": maximize, "state_dtype": state_dtype}
-        super().__init__(params, defaults, **options, differentiable=differentiable)
+        options: dict[str, Any] = {"foreach": foreach, "fused": fused, "maximize": maximize}
+        super().__init__(params, defaults, **options, differentiable=differentiable, state_dtype=state_dtype)
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Refuses what is out of range; warns where the instability is averaged over fewer steps than the squares."""
@@ -190,20 +263,33 @@ class CAME(RuleOptimizer):
         return state
 
     def forms(self, group: dict[str, Any]) -> tuple[Form, Form | None]:
-        """The rules; there is none for lists."""
-        return _either, None
+        """The rules and their forms for lists."""
+        return _either, _either_foreach
 
-    def arguments(self, leaf: Leaf, group: dict[str, Any]) -> tuple[tuple[Tensor, ...], Numbers]:
-        """Tensors and numbers of `came_` or `came_vector_`."""
-        numbers = {name: group[name] for name in ("lr", "clip", "weight_decay")}
-        numbers |= {"betas": tuple(group["betas"]), "eps": tuple(group["eps"]), "shape": tuple(leaf.shape)}
+    def tensors(self, leaf: Leaf, group: dict[str, Any]) -> tuple[Tensor, ...]:
+        """Those of `came_` or `came_vector_`."""
         left_out = () if group["confidence"] else _RESIDUES
         names = [name for name in self.STATE if name in leaf.state and name not in left_out]
-        return (leaf.w, leaf.g, *(leaf.state[name] for name in names)), numbers
+        return (leaf.w, leaf.g, *[leaf.state[name] for name in names])
+
+    def numbers(self, leaf: Leaf, group: dict[str, Any]) -> Numbers:
+        """Those of `came_` or `came_vector_`."""
+        numbers = {name: group[name] for name in ("lr", "clip", "weight_decay")}
+        return numbers | {"betas": tuple(group["betas"]), "eps": tuple(group["eps"]), "shape": tuple(leaf.shape)}
 
 
 def _either(w: Tensor, g: Tensor, *state: Tensor, **numbers: Any) -> Rule:
     return came_(w, g, *state, **numbers) if w.ndim > 1 else came_vector_(w, g, *state, **numbers)
+
+
+def _either_foreach(ws: list[Tensor], *lists: list[Tensor], shape: Sequence[int], **numbers: Any) -> Rule:
+    form = came_foreach_ if len(shape) > 1 else came_vector_foreach_
+    return form(ws, *lists, shape=shape, **numbers)
+
+
+def _per_tensor(numbers: Tensor, stack: Tensor) -> Tensor:
+    """One number for each tensor of a stack, in the stack's dimensions."""
+    return numbers.view(-1, *[1] * (stack.ndim - 1))
 
 
 def _average_(average: Tensor, sums: Tensor, count: int, beta: float, eps: float) -> None:

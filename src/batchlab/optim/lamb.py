@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from torch.optim.adam import adam
 
 from batchlab.core.checks import check_not_negative, check_positive, check_share, holds
 from batchlab.core.errors import InputError
+from batchlab.optim import on_gpu
 from batchlab.optim.lars import adapted
 from batchlab.optim.leaf import Leaf, plain, total_norm
 from batchlab.optim.moments import adam_numbers, check_betas
@@ -193,18 +195,21 @@ class LAMB(RuleOptimizer):
         """The rule and its form for lists."""
         return lamb_, lamb_foreach_
 
-    def kernel(self, form: Form, leaf: Leaf, group: dict[str, Any]) -> Form | None:
-        """torch's fused Adam; a compiled rule is faster yet."""
-        return lamb_by_adam_ if form is lamb_ and plain(leaf) and not group["fused"] else None
+    def kernel(self, form: Form, tensors: Sequence[Any], numbers: Numbers, group: dict[str, Any]) -> Form | None:
+        """On CPUs torch's fused Adam, though a compiled rule is faster yet; on GPUs `on_gpu.lamb`."""
+        if form is lamb_foreach_ and on_gpu.takes(*tensors):
+            from batchlab.optim.on_gpu.lamb import lamb_lists_
 
-    def arguments(self, leaf: Leaf, group: dict[str, Any]) -> tuple[tuple[Tensor, ...], Numbers]:
-        """Tensors and numbers of `lamb_`."""
+            return partial(lamb_lists_, ratio_of=_ratio)
+        return lamb_by_adam_ if form is lamb_ and plain(tensors) and not group["fused"] else None
+
+    def numbers(self, leaf: Leaf, group: dict[str, Any]) -> Numbers:
+        """Those of `lamb_`."""
         adapt, given = adapted(leaf, group), {name: group[name] for name in ("lr", "betas", "eps", "bias_correction")}
         decay = group["weight_decay"] if adapt else 0.0
         numbers = adam_numbers(leaf.w, **given, weight_decay=decay, t=leaf.t)
         clamp = None if group["clamp"] is None else tuple(group["clamp"])  # a plan in JSON has a list
-        numbers |= {"clamp": clamp, "max_ratio": group["max_ratio"], "adapt": adapt}
-        return (leaf.w, leaf.g, leaf.state["exp_avg"], leaf.state["exp_avg_sq"]), numbers
+        return numbers | {"clamp": clamp, "max_ratio": group["max_ratio"], "adapt": adapt}
 
 
 class LambRecipe(NamedTuple):

@@ -11,6 +11,8 @@ step. The two forms part only where a schedule moves γ.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor
 from torch.optim.sgd import sgd
 
 from batchlab.core.checks import check_inside, check_not_negative, check_positive
+from batchlab.optim import on_gpu
 from batchlab.optim.leaf import Leaf, plain
 from batchlab.optim.moments import rate_of, scalar
 from batchlab.optim.rule import Form, Numbers, Rule, squares, squares_of_lists
@@ -175,19 +178,22 @@ class LARS(RuleOptimizer):
         """The rule and its form for lists."""
         return lars_, lars_foreach_
 
-    def arguments(self, leaf: Leaf, group: dict[str, Any]) -> tuple[tuple[Tensor, ...], Numbers]:
-        """Tensors and numbers of `lars_`."""
+    def numbers(self, leaf: Leaf, group: dict[str, Any]) -> Numbers:
+        """Those of `lars_`."""
         dtype, device = leaf.w.dtype, leaf.w.device
         tensors = ("momentum", "weight_decay", "trust", "eps")
         numbers: Numbers = {name: scalar(group[name], dtype, device) for name in tensors}
         numbers |= {"rate": rate_of(group["lr"], leaf.w), "clip": group["clip"], "adapt": adapted(leaf, group)}
-        numbers |= {"decays": group["weight_decay"] != 0, "lr_in_momentum": group["lr_in_momentum"]}
-        return (leaf.w, leaf.g, leaf.state["momentum_buffer"]), numbers
+        return numbers | {"decays": group["weight_decay"] != 0, "lr_in_momentum": group["lr_in_momentum"]}
 
-    def kernel(self, form: Form, leaf: Leaf, group: dict[str, Any]) -> Form | None:
-        """torch's fused SGD."""
-        fits = form is lars_ and plain(leaf) and leaf.w.dtype == torch.float32
-        return lars_by_sgd_ if fits and group["momentum"] and adapted(leaf, group) else None
+    def kernel(self, form: Form, tensors: Sequence[Any], numbers: Numbers, group: dict[str, Any]) -> Form | None:
+        """On CPUs torch's fused SGD; on GPUs `on_gpu.lars`."""
+        if form is lars_foreach_ and on_gpu.takes(*tensors):
+            from batchlab.optim.on_gpu.lars import lars_lists_
+
+            return partial(lars_lists_, ratio_of=_ratio)
+        fits = form is lars_ and plain(tensors) and tensors[0].dtype == torch.float32
+        return lars_by_sgd_ if fits and group["momentum"] and numbers["adapt"] else None
 
 
 def adapted(leaf: Leaf, group: dict[str, Any]) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import count
 from typing import Any, cast
 
 import torch
@@ -11,20 +13,22 @@ from torch import Tensor
 
 from batchlab.optim.rule import Sum
 from batchlab.optim.state_dtype import in_dtype
-from batchlab.parallel.shards import share
-from batchlab.parallel.sums import Layout, layout_of, sums_over
+from batchlab.parallel.shards import is_spread, share
+from batchlab.parallel.sums import PLAIN, Layout, layout_of, sums_over
 
 
-@dataclass
+@dataclass(slots=True)
 class Leaf:
     """One parameter at one step: what this rank holds of it, in the dtype of the arithmetic.
 
-    w, g: weights and gradient (its negative under `maximize`). state: by the names of `RuleOptimizer.STATE`. t: the
-    steps this parameter has taken, this one included. shape: of the whole tensor. layout: how it is spread. rounded:
-    what is kept in another dtype, beside its value here, which is rounded to it after the step.
+    given_name, place: see `name`. w, g: weights and gradient (its negative under `maximize`). state: by the names of
+    `RuleOptimizer.STATE`. t: the steps this parameter has taken, this one included. shape: of the whole tensor. layout:
+    how it is spread. rounded: what is kept in another dtype, beside its value here, which is rounded to it after the
+    step.
     """
 
-    name: str
+    given_name: str | None
+    place: int
     parameter: Tensor
     w: Tensor
     g: Tensor
@@ -34,33 +38,57 @@ class Leaf:
     layout: Layout
     rounded: list[tuple[Tensor, Tensor]]
 
+    @property
+    def name(self) -> str:
+        """The one given with the parameter, else its place among all and its shape."""
+        return name_at(self.given_name, self.place, self.shape)
 
-def leaf_of(name: str, parameter: Tensor, gradient: Tensor, state: Mapping[str, Any], *, maximize: bool) -> Leaf:
+
+def leaf_of(
+    given_name: str | None,
+    place: int,
+    parameter: Tensor,
+    gradient: Tensor,
+    state: Mapping[str, Any],
+    *,
+    maximize: bool,
+) -> Leaf:
     """A parameter and its gradient, which the layout of the parameter is given."""
-    kept = {key: value for key, value in state.items() if key != "step" and isinstance(value, Tensor)}
-    held, layout = parameter.detach(), layout_of(parameter)
-    if layout.mesh is not None:
+    held, layout = parameter.detach(), PLAIN
+    spread = is_spread(parameter)
+    if spread:
+        layout = layout_of(parameter)
         if cast(Any, gradient).placements != cast(Any, parameter).placements:
             gradient = cast(Any, gradient).redistribute(placements=cast(Any, parameter).placements)
         held, gradient = share(held).part, share(gradient).part
-        kept = {key: share(value).part for key, value in kept.items()}
-    dtype = torch.promote_types(held.dtype, torch.float32)
+    dtype = wide(held.dtype)
     w, g = in_dtype(held, dtype), in_dtype(gradient, dtype)
-    fine = {key: in_dtype(value, dtype) for key, value in kept.items()}
-    rounded = [(kept[key], value) for key, value in fine.items() if kept[key] is not value]
-    if held is not w:
-        rounded.append((held, w))
+    fine: dict[str, Tensor] = {}
+    rounded = [] if w is held else [(held, w)]
+    for key, value in state.items():
+        if key != "step" and isinstance(value, Tensor):
+            kept = share(value).part if spread else value
+            fine[key] = value = in_dtype(kept, dtype)
+            if value is not kept:
+                rounded.append((kept, value))
     step = int(state["step"].item())
-    return Leaf(name, parameter, w, g.neg() if maximize else g, fine, step, parameter.shape, layout, rounded)
+    g = g.neg() if maximize else g
+    return Leaf(given_name, place, parameter, w, g, fine, step, parameter.shape, layout, rounded)
 
 
-def plain(leaf: Leaf) -> bool:
-    """Whether torch's fused kernels take it: one dtype and one memory order, on a CPU.
+@cache
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the arithmetic: float32 at least."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def plain(tensors: Sequence[Tensor]) -> bool:
+    """Whether torch's fused kernels take what a rule takes of a leaf: one dtype and one memory order, on a CPU.
 
     They want numbers, for which a GPU would have to be waited for.
     """
-    tensors = (leaf.w, leaf.g, *leaf.state.values())
-    return all(each.is_cpu and each.dtype == leaf.w.dtype and each.is_contiguous() for each in tensors)
+    dtype = tensors[0].dtype
+    return all(each.is_cpu and each.dtype == dtype and each.is_contiguous() for each in tensors)
 
 
 def total_norm(leaves: Sequence[Leaf]) -> Tensor:
@@ -93,6 +121,10 @@ def asks_for_state(optimizer: torch.optim.Optimizer) -> bool:
 
 def names_of(group: Mapping[str, Any], first: int = 0) -> list[str]:
     """The group's own names, else the parameters' places, from `first` on, and shapes."""
-    if "param_names" in group:
-        return list(group["param_names"])
-    return [f"parameter {index} of shape {tuple(p.shape)}" for index, p in enumerate(group["params"], first)]
+    given = group.get("param_names", [None] * len(group["params"]))
+    return [name_at(*each) for each in zip(given, count(first), [p.shape for p in group["params"]])]
+
+
+def name_at(given: str | None, place: int, shape: torch.Size) -> str:
+    """The given name, if any, else one by place and shape."""
+    return given or f"parameter {place} of shape {tuple(shape)}"

@@ -93,9 +93,9 @@ class Lion(RuleOptimizer):
         """The rule and its form for lists."""
         return lion_, lion_foreach_
 
-    def arguments(self, leaf: Leaf, group: dict[str, Any]) -> tuple[tuple[Tensor, ...], Numbers]:
-        """Tensors and numbers of `lion_`."""
+    def numbers(self, leaf: Leaf, group: dict[str, Any]) -> Numbers:
+        """Those of `lion_`."""
         beta1, beta2 = group["betas"]
         numbers = {"rate": rate_of(group["lr"], leaf.w), "share1": 1 - beta1, "share2": 1 - beta2}
         numbers["keep"] = 1 - group["lr"] * group["weight_decay"]
-        return (leaf.w, leaf.g, leaf.state["exp_avg"]), numbers
+        return numbers

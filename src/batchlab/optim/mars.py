@@ -157,14 +157,17 @@ class MARS(RuleOptimizer):
         """The rule and its form for lists."""
         return mars_, mars_foreach_
 
-    def arguments(self, leaf: Leaf, group: dict[str, Any]) -> tuple[tuple[Tensor, ...], Numbers]:
-        """Tensors and numbers of `mars_`."""
+    def tensors(self, leaf: Leaf, group: dict[str, Any]) -> tuple[Tensor, ...]:
+        """Those of `mars_`; a vector's gradient stands in for the one before it."""
+        before = leaf.state["previous_grad"] if len(leaf.shape) > 1 else leaf.g
+        return (leaf.w, leaf.g, before, leaf.state["exp_avg"], leaf.state["exp_avg_sq"])
+
+    def numbers(self, leaf: Leaf, group: dict[str, Any]) -> Numbers:
+        """Those of `mars_`."""
         correct = len(leaf.shape) > 1
         betas = group["betas" if correct else "vector_betas"]
         lr = group["lr"] if correct else group["lr"] * group["vector_lr"]
         numbers = adam_numbers(leaf.w, lr=lr, betas=betas, eps=group["eps"], weight_decay=0.0, t=leaf.t)
         numbers = {name: numbers[name] for name in ("rate", "share1", "keep2", "share2", "eps")}
         numbers |= {"gain": group["gamma"] * betas[0] / (1 - betas[0]), "keep": 1 - lr * group["weight_decay"]}
-        numbers["correct"] = correct
-        before = leaf.state["previous_grad"] if correct else leaf.g
-        return (leaf.w, leaf.g, before, leaf.state["exp_avg"], leaf.state["exp_avg_sq"]), numbers
+        return numbers | {"correct": correct}

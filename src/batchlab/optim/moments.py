@@ -66,7 +66,7 @@ def rate_of(lr: float | Tensor, like: Tensor, *, by: float = 1.0) -> Tensor:
 @lru_cache(maxsize=256)
 def scalar(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A number as a tensor without dimensions, the same one for the same number: nobody may change it."""
-    return torch.tensor(value, dtype=dtype, device=device)
+    return torch.full((), value, dtype=dtype, device=device)  # torch.tensor would wait for a GPU to take it
 
 
 def check_betas(betas: Sequence[float], count: int = 2, name: str = "betas") -> None:

@@ -210,14 +210,14 @@ class MTAdamW(RuleOptimizer):
         """The rule and its form for lists."""
         return mt_adamw_, mt_adamw_foreach_
 
-    def arguments(self, leaf: Leaf, group: dict[str, Any]) -> tuple[tuple[Tensor, ...], Numbers]:
-        """Tensors and numbers of `mt_adamw_`."""
+    def numbers(self, leaf: Leaf, group: dict[str, Any]) -> Numbers:
+        """Those of `mt_adamw_`."""
         visits = 1 / self.ratios[str(self._task)]
         c1, c2 = bias_corrections(group["betas"], leaf.t) if group["bias_correction"] else (1.0, 1.0)
         numbers = {name: group[name] for name in ("lr", "eps", "weight_decay")}
         numbers |= {"beta1": group["betas"][0], "beta2": group["betas"][1], "c1": c1, "c2": c2}
         numbers |= {"scale": self._scale, "visits": visits if self.cap is None else min(visits, self.cap)}
-        return (leaf.w, leaf.g, leaf.state["exp_avg"], leaf.state["exp_avg_sq"]), numbers
+        return numbers
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, and the `skipped` steps by task."""

@@ -228,7 +228,7 @@ class Muon(RuleOptimizer):
     def before(self, leaves: Sequence[tuple[dict[str, Any], list[Leaf]]]) -> bool | None:
         """Refuses gradients that are not finite: on all ranks, where one of them has such a one."""
         checked = [leaf for group, each in leaves for leaf in each if group["check_finite"]]
-        sums = sums_over([Sum(leaf.g.sum()) for leaf in checked], [leaf.layout for leaf in checked])
+        sums = sums_over(list(map(Sum, _telling([leaf.g for leaf in checked]))), [leaf.layout for leaf in checked])
         if sums and not torch.stack([each.to(sums[0]) for each in sums]).isfinite().all():
             bad = next(leaf.name for leaf, each in zip(checked, sums, strict=True) if not each.isfinite())
             self.uncount(leaves)
@@ -242,18 +242,22 @@ class Muon(RuleOptimizer):
         """The rule and its form for lists."""
         return _either, _either_foreach
 
-    def arguments(self, leaf: Leaf, group: dict[str, Any]) -> tuple[tuple[Tensor, ...], Numbers]:
-        """Tensors and numbers of `muon_`, or AdamW's."""
+    def tensors(self, leaf: Leaf, group: dict[str, Any]) -> tuple[Tensor, ...]:
+        """Those of `muon_`, or AdamW's."""
+        names = self.STATE[:1] if self.is_orthogonalised(leaf.shape, group) else self.STATE[1:]
+        return (leaf.w, leaf.g, *[leaf.state[name] for name in names])
+
+    def numbers(self, leaf: Leaf, group: dict[str, Any]) -> Numbers:
+        """Those of `muon_`, or AdamW's."""
         numbers: Numbers = {"lr": group["lr"], "weight_decay": group["weight_decay"]}
         if not self.is_orthogonalised(leaf.shape, group):
             numbers = adam_numbers(leaf.w, **numbers, betas=group["adamw_betas"], eps=group["adamw_eps"], t=leaf.t)
-            numbers |= {"clamp": None, "max_ratio": None, "adapt": False, "orthogonal": False}
-            return (leaf.w, leaf.g, leaf.state["exp_avg"], leaf.state["exp_avg_sq"]), numbers
+            return numbers | {"clamp": None, "max_ratio": None, "adapt": False, "orthogonal": False}
         dtype = group["ns_dtype"] or (torch.float64 if leaf.w.dtype == torch.float64 else torch.bfloat16)
         numbers |= {name: group[name] for name in ("momentum", "nesterov", "momentum_form")}
         numbers |= {"scale": step_scale(leaf.shape, group["scale"]), "shape": leaf.shape, "watch": self._watched}
         numbers["how"] = NewtonSchulz(group["ns_steps"], tuple(group["ns_coefficients"]), dtype, group["eps"])
-        return (leaf.w, leaf.g, leaf.state["momentum_buffer"]), numbers | {"orthogonal": True}
+        return numbers | {"orthogonal": True}
 
 
 class DMuon(Muon):
@@ -340,6 +344,13 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "use_muon": (True, False, "matrices"),
     "ns_dtype": (None, torch.bfloat16, torch.float32, torch.float64),
 }
+
+
+def _telling(gs: list[Tensor]) -> Sequence[Tensor]:
+    """Of each tensor a number that is finite where all its elements are: on GPUs the largest, of all at once."""
+    if gs and all(g.is_cuda and g.numel() for g in gs):
+        return torch._foreach_norm(gs, math.inf)
+    return [g.sum() for g in gs]
 
 
 def _within(name: str, prefix: str) -> bool:

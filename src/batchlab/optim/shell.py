@@ -9,13 +9,13 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from batchlab.core.errors import InputError
-from batchlab.optim.leaf import Leaf, asks_for_state, is_flattened, leaf_of, names_of
+from batchlab.optim.leaf import Leaf, asks_for_state, is_flattened, leaf_of, name_at, names_of
 from batchlab.optim.rule import Form, Numbers, Rule, alone, side_by_side, squares
 from batchlab.optim.state_dtype import StateDtype, checked_state_dtype, in_dtype, state_like
 from batchlab.parallel.shards import share
@@ -33,8 +33,8 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     foreach: the form for lists; by default on GPUs, and on CPUs for tensors of up to 16,384 elements: for larger ones
     it is slower there than the plain loop. fused: compiles the rule at the first step (seconds; needs a C++ compiler),
-    on CPUs for the larger tensors; spread tensors go the other way. Where a rule has a `kernel` of torch's own, that is
-    taken by default and for fused. foreach=False alone is the plain loop.
+    on CPUs for the larger tensors; spread tensors go the other way. Where a rule has a `kernel`, that is taken by
+    default and for fused; foreach=False is the plain loop and foreach=True the form for lists as they are written.
     state_dtype: see `batchlab.optim.state_dtype`. differentiable: refused if true.
     """
 
@@ -61,7 +61,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         if foreach and fused:
             raise InputError("foreach and fused cannot both be True: fused compiles whichever form is the faster")
         self._watched = False
-        self._noted: list[tuple[list[str], dict[str, Tensor]]] = []
+        self._noted: list[tuple[list[tuple[str | None, int, torch.Size]], dict[str, Tensor]]] = []
         self._compiled: dict[Form, Callable[..., Any]] = {}
         options = {"foreach": foreach, "fused": fused, "maximize": maximize, "state_dtype": state_dtype}
         super().__init__(params, defaults | options)
@@ -101,12 +101,19 @@ class RuleOptimizer(torch.optim.Optimizer):
         """The rule of a group's tensors, and its form for lists."""
         raise NotImplementedError
 
-    def arguments(self, leaf: Leaf, group: dict[str, Any]) -> tuple[tuple[Tensor, ...], Numbers]:
-        """What the rule takes of a leaf: its tensors, and its numbers by name."""
+    def tensors(self, leaf: Leaf, group: dict[str, Any]) -> tuple[Tensor, ...]:
+        """The tensors that the rule takes of a leaf; by default all of `STATE` after weights and gradient."""
+        return (leaf.w, leaf.g, *[leaf.state[name] for name in self.STATE])
+
+    def numbers(self, leaf: Leaf, group: dict[str, Any]) -> Numbers:
+        """The numbers that the rule takes, by name: the same for leaves alike in shape, step, dtype and device."""
         raise NotImplementedError
 
-    def kernel(self, form: Form, leaf: Leaf, group: dict[str, Any]) -> Form | None:
-        """What gives the same as a rule by a kernel of torch's own, to be taken before it; None: there is none."""
+    def kernel(self, form: Form, tensors: Sequence[Any], numbers: Numbers, group: dict[str, Any]) -> Form | None:
+        """What gives the same as a form by kernels of torch or of `on_gpu`, to be taken before it; None: there is none.
+
+        tensors: as the form takes them, lists for the form for lists.
+        """
         return None
 
     def new_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
@@ -190,14 +197,11 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def _run(self, group: dict[str, Any], leaves: list[Leaf]) -> list[tuple[Rule, list[Leaf]]]:
         """Runs the rules of plain tensors; returns those that must run side by side, for they sum over ranks."""
-        forms, as_it_is = self.forms(group), group["foreach"] is False and not group["fused"]
+        forms, as_it_is = self.forms(group), group["foreach"] is not None and not group["fused"]
         loose: list[tuple[Rule, list[Leaf]]] = []
-        for bucket, given, listed in _buckets(self, group, leaves):
-            form, numbers = cast(Form, forms[listed]), given[0][1]
-            own = None if listed or as_it_is else self.kernel(form, bucket[0], group)
-            tensors: Sequence[Any] = given[0][0]
-            if listed:
-                tensors = [list(column) for column in zip(*(each for each, _ in given), strict=True)]
+        for bucket, tensors, numbers, listed in _buckets(self, group, leaves):
+            form = cast(Form, forms[listed])
+            own = None if as_it_is else self.kernel(form, tensors, numbers, group)
             if bucket[0].layout.mesh is not None:
                 rule = (own or form)(*tensors, **numbers)
                 loose += [] if rule is None else [(rule, bucket)]
@@ -215,23 +219,25 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def _leaves(self, group: dict[str, Any], first: int) -> list[Leaf]:
         found = []
-        for name, parameter in zip(names_of(group, first), group["params"], strict=True):
+        names: Sequence[str | None] = group.get("param_names") or [None] * len(group["params"])
+        for place, (name, parameter) in enumerate(zip(names, group["params"], strict=True), first):
             gradient = self.gradient_of(parameter)
             if gradient is None:
                 continue
             if gradient.is_sparse:
                 raise InputError(
-                    f"{type(self).__name__} takes dense gradients, got a sparse one of {name}: build its embedding "
-                    "with sparse=False, or give it to torch.optim.SparseAdam"
+                    f"{type(self).__name__} takes dense gradients, got a sparse one of "
+                    f"{name_at(name, place, parameter.shape)}: build its embedding with sparse=False, or give it to "
+                    "torch.optim.SparseAdam"
                 )
-            found.append((name, parameter, gradient, self.state_of(parameter, group)))
+            found.append((name, place, parameter, gradient, self.state_of(parameter, group)))
         if found:
-            torch._foreach_add_([state["step"] for *_, state in found], 1)
+            torch._foreach_add_([state["step"] for *_, state in found], _ONE, alpha=1.0)
         return [leaf_of(*each, maximize=group["maximize"]) for each in found]
 
     def _note(self, leaves: list[Leaf], found: dict[str, Tensor] | None) -> None:
         if found:
-            self._noted.append(([leaf.name for leaf in leaves], found))
+            self._noted.append(([(leaf.given_name, leaf.place, leaf.shape) for leaf in leaves], found))
 
     def _note_sizes(self, leaves: list[Leaf], kept: Mapping[int, Tensor]) -> None:
         now = [in_dtype(share(leaf.parameter.detach()).part, leaf.w.dtype) for leaf in leaves]  # rounded
@@ -251,10 +257,10 @@ class RuleOptimizer(torch.optim.Optimizer):
     def report(self) -> dict[str, dict[str, float]]:
         """What the last step noted, by parameter: `trust_ratio` and the like; within `watching`, `update_ratio` too."""
         told: dict[str, dict[str, float]] = {}
-        for names, found in self._noted:
+        for named, found in self._noted:
             for what, values in found.items():
-                for name, value in zip(names, values.reshape(-1).tolist(), strict=True):
-                    told.setdefault(name, {})[what] = value
+                for each, value in zip(named, values.reshape(-1).tolist(), strict=True):
+                    told.setdefault(name_at(*each), {})[what] = value
         return told
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -283,6 +289,8 @@ class RuleOptimizer(torch.optim.Optimizer):
                 group.setdefault(name, self.defaults[name])
         self._watched, self._noted, self._compiled = False, [], {}
 
+
+_ONE = torch.ones((), device="cpu")  # with alpha: a number would be made a tensor of for each step counter
 
 # sizes of 1, to 4,096 and beyond, dtypes and flags are a graph each; where torch can, each rule counts its own
 _OWN_LIMIT: dict[str, Any] = {
@@ -313,18 +321,33 @@ def _no_autocast(devices: set[str]) -> Iterator[None]:
 
 def _buckets(optimizer: RuleOptimizer, group: dict[str, Any], leaves: list[Leaf]) -> list[_Bucket]:
     """Those for lists hold what is alike in device, dtype, layout and numbers."""
-    found: dict[Any, _Bucket] = {}
+    alike: dict[Any, tuple[Numbers, list[Any] | None]] = {}
+    lists: dict[Any, list[Any]] = {}
     singles: list[_Bucket] = []
     for leaf in leaves:
-        given = optimizer.arguments(leaf, group)
-        if optimizer.listed(leaf, group):
-            key = (leaf.w.device, leaf.w.dtype, leaf.layout, tuple(given[1].items()))
-            bucket = found.setdefault(key, ([], [], True))
-            bucket[0].append(leaf)
-            bucket[1].append(given)
+        kind = (leaf.shape, leaf.t, leaf.w.dtype, leaf.w.device, leaf.layout)
+        known = alike.get(kind)
+        if known is None:
+            numbers, members = optimizer.numbers(leaf, group), None
+            if optimizer.listed(leaf, group):
+                members = lists.setdefault((*kind[2:], *numbers.items()), [numbers])
+            known = alike[kind] = numbers, members
+        if known[1] is None:
+            singles.append(_Bucket([leaf], optimizer.tensors(leaf, group), known[0], listed=False))
         else:
-            singles.append(([leaf], [given], False))
-    return singles + list(found.values())
+            known[1].append(leaf)
+    return singles + [_listed(optimizer, group, members[1:], members[0]) for members in lists.values()]
 
 
-_Bucket = tuple[list[Leaf], list[tuple[tuple[Tensor, ...], Numbers]], bool]  # leaves, arguments, for the form for lists
+def _listed(optimizer: RuleOptimizer, group: dict[str, Any], leaves: list[Leaf], numbers: Numbers) -> _Bucket:
+    columns = zip(*[optimizer.tensors(leaf, group) for leaf in leaves], strict=True)
+    return _Bucket(leaves, [list(column) for column in columns], numbers, listed=True)
+
+
+class _Bucket(NamedTuple):
+    """One leaf and its tensors, or for the form for lists many and a list of each of their tensors."""
+
+    leaves: list[Leaf]
+    tensors: Sequence[Any]
+    numbers: Numbers
+    listed: bool

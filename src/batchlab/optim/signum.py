@@ -101,8 +101,7 @@ class Signum(RuleOptimizer):
         """The rule and its form for lists."""
         return signum_, signum_foreach_
 
-    def arguments(self, leaf: Leaf, group: dict[str, Any]) -> tuple[tuple[Tensor, ...], Numbers]:
-        """Tensors and numbers of `signum_`."""
+    def numbers(self, leaf: Leaf, group: dict[str, Any]) -> Numbers:
+        """Those of `signum_`."""
         numbers = {"rate": rate_of(group["lr"], leaf.w), "keep": 1 - group["lr"] * group["weight_decay"]}
-        numbers |= {"momentum": group["momentum"], "nesterov": group["nesterov"]}
-        return (leaf.w, leaf.g, leaf.state["momentum_buffer"]), numbers
+        return numbers | {"momentum": group["momentum"], "nesterov": group["nesterov"]}

@@ -23,6 +23,9 @@ class Layout(NamedTuple):
     blocks: tuple[int, ...] = ()
 
 
+PLAIN = Layout()
+
+
 class Request(Protocol):
     """A sum over this rank's part. over: the tensor's dimensions that were summed; None for all."""
 
@@ -35,7 +38,7 @@ class Request(Protocol):
 def layout_of(tensor: Tensor) -> Layout:
     """How a parameter is spread. Raises nothing: a sum still to be taken over ranks counts as not cut."""
     if not is_spread(tensor):
-        return Layout()
+        return PLAIN
     spread = cast(Any, tensor)
     cut = [None if each.is_replicate() or each.is_partial() else each.dim for each in spread.placements]
     blocks = tuple(getattr(each, "split_factor", 1) for each in spread.placements)

@@ -178,9 +178,10 @@ class _Smoothed(InGroups, RuleOptimizer):
         """The rule and its form for lists."""
         return vr_lamb_, vr_lamb_foreach_
 
-    def _tensors(self, leaf: Leaf) -> tuple[Tensor, ...]:
+    def tensors(self, leaf: Leaf, group: dict[str, Any]) -> tuple[Tensor, ...]:
+        """Those of `vr_lamb_`."""
         names = ("multiplier_avg", "multiplier_weight", "exp_avg", "exp_avg_sq")
-        return (leaf.w, leaf.g, *(leaf.state[name] for name in names))
+        return (leaf.w, leaf.g, *[leaf.state[name] for name in names])
 
     def _make_state(self) -> None:
         for group in self.param_groups:
@@ -237,12 +238,11 @@ class VRAdam(_Smoothed):
         check_betas(group["betas"])
         _check_second_moment(group)
 
-    def arguments(self, leaf: Leaf, group: dict[str, Any]) -> tuple[tuple[Tensor, ...], Numbers]:
-        """Tensors and numbers of `vr_lamb_`, with a ratio of 1."""
+    def numbers(self, leaf: Leaf, group: dict[str, Any]) -> Numbers:
+        """Those of `vr_lamb_`, with a ratio of 1."""
         given = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay", "bias_correction")}
         numbers = adam_numbers(leaf.w, **given, t=leaf.t)
-        numbers |= {"clamp": None, "max_ratio": None, "adapt": False, "raw": group["second_moment"] == "raw"}
-        return self._tensors(leaf), numbers
+        return numbers | {"clamp": None, "max_ratio": None, "adapt": False, "raw": group["second_moment"] == "raw"}
 
 
 class VRLAMB(_Smoothed, LAMB):  # type: ignore[misc]  # LAMB's STATE is typed by its length
@@ -287,10 +287,9 @@ class VRLAMB(_Smoothed, LAMB):  # type: ignore[misc]  # LAMB's STATE is typed by
         super().check_group(group)
         _check_second_moment(group)
 
-    def arguments(self, leaf: Leaf, group: dict[str, Any]) -> tuple[tuple[Tensor, ...], Numbers]:
-        """Tensors and numbers of `vr_lamb_`."""
-        numbers = LAMB.arguments(self, leaf, group)[1]
-        return self._tensors(leaf), numbers | {"raw": group["second_moment"] == "raw"}
+    def numbers(self, leaf: Leaf, group: dict[str, Any]) -> Numbers:
+        """Those of `vr_lamb_`."""
+        return super().numbers(leaf, group) | {"raw": group["second_moment"] == "raw"}
 
 
 def _check_second_moment(group: dict[str, Any]) -> None:

@@ -1,0 +1,127 @@
+"""LAMB on lists in two kernels: averages, u and the sums of its squares; then the step, for which u is made anew.
+
+Ten passes over memory, where torch's fused AdamW makes seven and `lamb_foreach_` 27.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from batchlab.optim.on_gpu.lists import PROGRAM, addresses, blocks_of, load, start_of, store, summed
+from batchlab.optim.rule import Rule, Sum
+
+
+def lamb_lists_(
+    ws: Sequence[Tensor],
+    gs: Sequence[Tensor],
+    ms: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    *,
+    rate: Tensor,
+    share1: float,
+    keep2: Tensor,
+    share2: float,
+    eps: Tensor,
+    decay: Tensor,
+    decays: bool,
+    adapt: bool,
+    ratio_of: Callable[..., Tensor],
+    **limits: Any,
+) -> Rule:
+    """`lamb_foreach_` of tensors that `takes` takes. ratio_of: of |w|, |u| and the limits."""
+    cut, (where, aligned) = blocks_of(ws), addresses(ws, gs, ms, vs)
+    parts = torch.empty(2, cut.blocks, device=where.device)
+    how = PROGRAM | {"ALIGNED": aligned, "DECAYS": decays}
+    if cut.blocks:
+        with torch.cuda.device_of(where):
+            numbers = (rate, keep2, eps, decay, share1, share2)
+            _averages[(cut.blocks,)](where, *cut.arrays, parts, cut.blocks, *numbers, ADAPT=adapt, **how)
+    if not adapt:
+        return None
+    norms = yield Sum(summed(parts, cut))
+    ratios = ratio_of(*norms.sqrt(), **limits)
+    if cut.blocks:
+        with torch.cuda.device_of(where):
+            _step[(cut.blocks,)](where, *cut.arrays, ratios * rate, eps, decay, **how)
+    return {"trust_ratio": ratios}
+
+
+@triton.jit
+def _averages(
+    where, of, at, sizes, tensors, parts, blocks, rate, keep2, eps, decay, share1, share2,
+    ADAPT: tl.constexpr, DECAYS: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0)
+    tensor, first = tl.load(of + block), tl.load(at + block) * BLOCK
+    size, places = tl.load(sizes + tensor), first + tl.arange(0, BLOCK)
+    if first + BLOCK <= size:
+        _averages_of(where, tensor, tensors, size, places, block, parts, blocks, rate, keep2, eps, decay, share1,
+                     share2, ADAPT, DECAYS, ALIGNED, FULL=True)  # fmt: skip
+    else:
+        _averages_of(where, tensor, tensors, size, places, block, parts, blocks, rate, keep2, eps, decay, share1,
+                     share2, ADAPT, DECAYS, ALIGNED, FULL=False)  # fmt: skip
+
+
+@triton.jit
+def _averages_of(
+    where, tensor, tensors, size, places, block, parts, blocks, rate, keep2, eps, decay, share1, share2,
+    ADAPT: tl.constexpr, DECAYS: tl.constexpr, ALIGNED: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    w_start = start_of(where, 0, tensor, tensors, ALIGNED)
+    m_start = start_of(where, 2, tensor, tensors, ALIGNED)
+    v_start = start_of(where, 3, tensor, tensors, ALIGNED)
+    w = load(w_start, places, size, FULL)
+    g = load(start_of(where, 1, tensor, tensors, ALIGNED), places, size, FULL)
+    m = load(m_start, places, size, FULL)
+    v = load(v_start, places, size, FULL)
+    m += share1 * (g - m)
+    v = v * tl.load(keep2) + share2 * g * g
+    store(m_start, places, size, m, FULL)
+    store(v_start, places, size, v, FULL)
+    u = _u(w, m, v, places, size, eps, decay, DECAYS)
+    if ADAPT:
+        tl.store(parts + block, tl.sum(w * w))
+        tl.store(parts + blocks + block, tl.sum(u * u))
+    else:
+        store(w_start, places, size, w - tl.load(rate) * u, FULL)
+
+
+@triton.jit
+def _step(
+    where, of, at, sizes, tensors, rates, eps, decay,
+    DECAYS: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0)
+    tensor, first = tl.load(of + block), tl.load(at + block) * BLOCK
+    size, places = tl.load(sizes + tensor), first + tl.arange(0, BLOCK)
+    if first + BLOCK <= size:
+        _step_of(where, tensor, tensors, size, places, rates, eps, decay, DECAYS, ALIGNED, FULL=True)
+    else:
+        _step_of(where, tensor, tensors, size, places, rates, eps, decay, DECAYS, ALIGNED, FULL=False)
+
+
+@triton.jit
+def _step_of(
+    where, tensor, tensors, size, places, rates, eps, decay,
+    DECAYS: tl.constexpr, ALIGNED: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    w_start = start_of(where, 0, tensor, tensors, ALIGNED)
+    w = load(w_start, places, size, FULL)
+    m = load(start_of(where, 2, tensor, tensors, ALIGNED), places, size, FULL)
+    v = load(start_of(where, 3, tensor, tensors, ALIGNED), places, size, FULL)
+    u = _u(w, m, v, places, size, eps, decay, DECAYS)
+    store(w_start, places, size, w - tl.load(rates + tensor) * u, FULL)
+
+
+@triton.jit
+def _u(w, m, v, places, size, eps, decay, DECAYS: tl.constexpr):
+    u = m / tl.where(places < size, tl.sqrt_rn(v) + tl.load(eps), 1.0)
+    if DECAYS:
+        u += tl.load(decay) * w
+    return u
