@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import importlib.machinery
 import importlib.util
 import sys
 import types
@@ -22,6 +23,7 @@ def peers() -> dict[str, Callable[..., Any]]:
         for name, path in (("timm", folder), ("timm.optim", folder / "optim")):
             package = types.ModuleType(name)
             package.__path__ = [str(path)]
+            package.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)  # others ask for it
             sys.modules[name] = package
         found["timm lamb"] = importlib.import_module("timm.optim.lamb").Lamb
         found["timm lars"] = importlib.import_module("timm.optim.lars").Lars

@@ -50,13 +50,15 @@ def came_(
     shape: Sequence[int],
 ) -> Rule:
     """One step on one tensor of two or more dimensions. residues: R' and C', or none for steps by M alone."""
-    last, (rows, columns) = g.ndim - 1, (max(shape[-2], 1), max(shape[-1], 1))
     u = g.square()
-    _average_(r, (yield Sum(u.sum(-1), over=(last,))), columns, betas[1], eps[0])
-    _average_(c, (yield Sum(u.sum(-2), over=(last - 1,))), rows, betas[1], eps[0])
-    rho = r * (rows / (yield Sum(r.sum(-1, keepdim=True), over=(last - 1,))))
-    u_sq = (yield Sum((u @ c.reciprocal().unsqueeze(-1)).squeeze(-1).div_(rho).sum())).div(max(math.prod(shape), 1))
-    shrunk = u_sq.sqrt().div(clip).clamp(min=1.0)
+    sums = yield Sum(u.sum(-1), over=(len(shape) - 1,))
+    _average_(r, sums, shape[-1], betas[1], eps[0])
+    sums = yield Sum(u.sum(-2), over=(len(shape) - 2,))
+    _average_(c, sums, shape[-2], betas[1], eps[0])
+    sums = yield Sum(r.sum(-1, keepdim=True), over=(len(shape) - 2,))
+    rho = r * (max(shape[-2], 1) / sums)
+    u_sq = yield Sum((u @ c.reciprocal().unsqueeze(-1)).squeeze(-1).div_(rho).sum())
+    shrunk = _shrunk(u_sq, shape, clip)
     torch.mul(g, (rho.rsqrt() / shrunk).unsqueeze(-1), out=u).mul_(c.rsqrt().unsqueeze(-2))
     m.lerp_(u, 1 - betas[0])
     if weight_decay != 0:
@@ -64,9 +66,12 @@ def came_(
     if residues:
         rq, cq = residues
         u.sub_(m).square_()
-        _average_(rq, (yield Sum(u.sum(-1), over=(last,))), columns, betas[2], eps[1])
-        _average_(cq, (yield Sum(u.sum(-2), over=(last - 1,))), rows, betas[2], eps[1])
-        rho = rq * (rows / (yield Sum(rq.sum(-1, keepdim=True), over=(last - 1,))))
+        sums = yield Sum(u.sum(-1), over=(len(shape) - 1,))
+        _average_(rq, sums, shape[-1], betas[2], eps[1])
+        sums = yield Sum(u.sum(-2), over=(len(shape) - 2,))
+        _average_(cq, sums, shape[-2], betas[2], eps[1])
+        sums = yield Sum(rq.sum(-1, keepdim=True), over=(len(shape) - 2,))
+        rho = rq * (max(shape[-2], 1) / sums)
         w.addcmul_(m, torch.mul(rho.rsqrt().unsqueeze(-1), (cq.rsqrt() * -lr).unsqueeze(-2), out=u))
     else:
         w.sub_(torch.mul(m, lr, out=u))
@@ -89,8 +94,8 @@ def came_vector_(
     """One step on one tensor of at most one dimension."""
     v.lerp_(g.square().add_(eps[0]), 1 - betas[1])
     u = v.rsqrt().mul_(g)
-    u_sq = (yield Sum(u.square().sum())).div(max(math.prod(shape), 1))
-    shrunk = u_sq.sqrt().div(clip).clamp(min=1.0)
+    u_sq = yield Sum(u.square().sum())
+    shrunk = _shrunk(u_sq, shape, clip)
     m.lerp_(u.div_(shrunk), 1 - betas[0])
     if weight_decay != 0:
         w.mul_(1 - lr * weight_decay)
@@ -113,15 +118,17 @@ def came_foreach_(
     shape: Sequence[int],
 ) -> Rule:
     """`came_` on tensors of one shape, stacked: two copies of all of them."""
-    last, (rows, columns) = len(shape) - 1, (max(shape[-2], 1), max(shape[-1], 1))
     g, r, c = torch.stack(gs), torch.stack(rs), torch.stack(cs)
     u = g.square()
-    _average_(r, (yield Sum(u.sum(-1), over=(last,))), columns, betas[1], eps[0])
-    _average_(c, (yield Sum(u.sum(-2), over=(last - 1,))), rows, betas[1], eps[0])
-    rho = r * (rows / (yield Sum(r.sum(-1, keepdim=True), over=(last - 1,))))
+    sums = yield Sum(u.sum(-1), over=(len(shape) - 1,))
+    _average_(r, sums, shape[-1], betas[1], eps[0])
+    sums = yield Sum(u.sum(-2), over=(len(shape) - 2,))
+    _average_(c, sums, shape[-2], betas[1], eps[0])
+    sums = yield Sum(r.sum(-1, keepdim=True), over=(len(shape) - 2,))
+    rho = r * (max(shape[-2], 1) / sums)
     part = (u @ c.reciprocal().unsqueeze(-1)).squeeze(-1).div_(rho)
-    u_sq = (yield Sum(part.flatten(1).sum(1))).div(max(math.prod(shape), 1))
-    shrunk = u_sq.sqrt().div(clip).clamp(min=1.0)
+    u_sq = yield Sum(part.flatten(1).sum(1))
+    shrunk = _shrunk(u_sq, shape, clip)
     torch.mul(g, (rho.rsqrt() / _per_tensor(shrunk, rho)).unsqueeze(-1), out=u).mul_(c.rsqrt().unsqueeze(-2))
     us = list(u.unbind())
     torch._foreach_lerp_(ms, us, 1 - betas[0])
@@ -131,9 +138,12 @@ def came_foreach_(
         rq, cq = map(torch.stack, residues)
         torch._foreach_sub_(us, ms)
         u.square_()
-        _average_(rq, (yield Sum(u.sum(-1), over=(last,))), columns, betas[2], eps[1])
-        _average_(cq, (yield Sum(u.sum(-2), over=(last - 1,))), rows, betas[2], eps[1])
-        rho = rq * (rows / (yield Sum(rq.sum(-1, keepdim=True), over=(last - 1,))))
+        sums = yield Sum(u.sum(-1), over=(len(shape) - 1,))
+        _average_(rq, sums, shape[-1], betas[2], eps[1])
+        sums = yield Sum(u.sum(-2), over=(len(shape) - 2,))
+        _average_(cq, sums, shape[-2], betas[2], eps[1])
+        sums = yield Sum(rq.sum(-1, keepdim=True), over=(len(shape) - 2,))
+        rho = rq * (max(shape[-2], 1) / sums)
         torch.mul(rho.rsqrt().unsqueeze(-1), (cq.rsqrt() * -lr).unsqueeze(-2), out=u)
         torch._foreach_addcmul_(ws, ms, us)
         torch._foreach_copy_([*residues[0], *residues[1]], [*rq.unbind(), *cq.unbind()])
@@ -160,8 +170,8 @@ def came_vector_foreach_(
     g, v = torch.stack(gs), torch.stack(vs)
     v.lerp_(g.square().add_(eps[0]), 1 - betas[1])
     u = v.rsqrt().mul_(g)
-    u_sq = (yield Sum(u.square().view(len(gs), -1).sum(1))).div(max(math.prod(shape), 1))
-    shrunk = u_sq.sqrt().div(clip).clamp(min=1.0)
+    u_sq = yield Sum(u.square().view(len(gs), -1).sum(1))
+    shrunk = _shrunk(u_sq, shape, clip)
     torch._foreach_lerp_(ms, list(u.div_(_per_tensor(shrunk, u)).unbind()), 1 - betas[0])
     if weight_decay != 0:
         torch._foreach_mul_(ws, 1 - lr * weight_decay)
@@ -294,4 +304,9 @@ def _per_tensor(numbers: Tensor, stack: Tensor) -> Tensor:
 
 def _average_(average: Tensor, sums: Tensor, count: int, beta: float, eps: float) -> None:
     """The average takes the means, of `count` squares each, plus ε."""
-    average.lerp_(sums.div(count).add_(eps), 1 - beta)
+    average.lerp_(sums.div(max(count, 1)).add_(eps), 1 - beta)
+
+
+def _shrunk(u_sq: Tensor, shape: Sequence[int], clip: float) -> Tensor:
+    """max(1, RMS(U)/d) from ΣU² over the whole tensor."""
+    return u_sq.div(max(math.prod(shape), 1)).sqrt().div(clip).clamp(min=1.0)

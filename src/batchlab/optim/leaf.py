@@ -24,7 +24,7 @@ class Leaf:
     given_name, place: see `name`. w, g: weights and gradient (its negative under `maximize`). state: by the names of
     `RuleOptimizer.STATE`. t: the steps this parameter has taken, this one included. shape: of the whole tensor. layout:
     how it is spread. rounded: what is kept in another dtype, beside its value here, which is rounded to it after the
-    step.
+    step. kind: a number of the shell's for leaves alike in all but their step.
     """
 
     given_name: str | None
@@ -37,6 +37,23 @@ class Leaf:
     shape: torch.Size
     layout: Layout
     rounded: list[tuple[Tensor, Tensor]]
+    kind: int = -1
+
+    def stands(self, parameter: Tensor, gradient: Tensor, state: Mapping[str, Any]) -> bool:
+        """Whether `leaf_of` would make the same of these but for gradient and step."""
+        if self.parameter is not parameter or self.rounded or self.layout is not PLAIN:
+            return False
+        if gradient.dtype != self.w.dtype or parameter.data_ptr() != self.w.data_ptr() or parameter.shape != self.shape:
+            return False
+        for key, value in self.state.items():  # not `all` of a generator, which takes three times as long
+            if state.get(key) is not value:
+                return False
+        return len(self.state) == len(state) - 1
+
+    def again(self, gradient: Tensor, state: Mapping[str, Any], *, maximize: bool) -> Leaf:
+        """Itself at another step, for what it `stands` for."""
+        self.g, self.t = gradient.neg() if maximize else gradient, int(state["step"].item())
+        return self
 
     @property
     def name(self) -> str:

@@ -2,11 +2,13 @@
 
 Where a rule needs a sum over the whole tensor it yields the sum over the part at hand and is sent the sum over all
 parts, so that the same lines serve a plain tensor and a DTensor; what sums cannot give it asks of whole tensors
-(`Whole`).
+(`Whole`). It yields in statements of their own, outside loops over Python's lists: the compiler of torch 2.11 loses
+what else is at hand.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -69,6 +71,26 @@ def alone(form: Form, *tensors: Any, **numbers: Any) -> dict[str, Tensor] | None
             request = rule.send(request.here())
     except StopIteration as end:
         return cast("dict[str, Tensor] | None", end.value)
+
+
+def compiled(form: Form) -> Callable[..., dict[str, Tensor] | None]:
+    """`alone` for one form, compiled: a graph for each of sizes of 1, to 4,096 and beyond, dtypes and flags."""
+
+    def run(*tensors: Any, **numbers: Any) -> dict[str, Tensor] | None:
+        return alone(form, *tensors, **numbers)
+
+    run.__code__ = run.__code__.replace(co_name=f"{run.__name__}_{form.__name__}")  # graphs are counted by code
+    limit = {"recompile_limit": 64} if "recompile_limit" in inspect.signature(torch.compile).parameters else {}
+    graphs: Any = torch.compile(run, dynamic=True, fullgraph=True, **limit)
+    if limit:
+        return cast("Callable[..., dict[str, Tensor] | None]", graphs)
+
+    def limited(*tensors: Any, **numbers: Any) -> dict[str, Tensor] | None:
+        with torch._dynamo.config.patch(recompile_limit=64):
+            found: dict[str, Tensor] | None = graphs(*tensors, **numbers)
+        return found
+
+    return limited
 
 
 def side_by_side(rules: Sequence[Rule], layouts: Sequence[Layout]) -> list[dict[str, Tensor] | None]:

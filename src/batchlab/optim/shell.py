@@ -5,10 +5,8 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
@@ -16,7 +14,7 @@ from torch import Tensor
 
 from batchlab.core.errors import InputError
 from batchlab.optim.leaf import Leaf, asks_for_state, is_flattened, leaf_of, name_at, names_of
-from batchlab.optim.rule import Form, Numbers, Rule, alone, side_by_side, squares
+from batchlab.optim.rule import Form, Numbers, Rule, alone, compiled, side_by_side, squares
 from batchlab.optim.state_dtype import StateDtype, checked_state_dtype, in_dtype, state_like
 from batchlab.parallel.shards import share
 from batchlab.parallel.sums import Layout, sums_over
@@ -63,6 +61,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         self._watched = False
         self._noted: list[tuple[list[tuple[str | None, int, torch.Size]], dict[str, Tensor]]] = []
         self._compiled: dict[Form, Callable[..., Any]] = {}
+        self._known: dict[int, Leaf] = {}
+        self._kinds: dict[Any, int] = {}
         options = {"foreach": foreach, "fused": fused, "maximize": maximize, "state_dtype": state_dtype}
         super().__init__(params, defaults | options)
 
@@ -155,11 +155,13 @@ class RuleOptimizer(torch.optim.Optimizer):
                 loss = closure()
         self._noted = []
         leaves = [(group, self._leaves(group, first)) for group, first in self._numbered()]
-        with _no_autocast({leaf.w.device.type for _, each in leaves for leaf in each}):
+        with _no_autocast({device.type for _, _, device, _ in self._kinds}):
             if self.before(leaves) is False or asked:
                 self.uncount(leaves)
             else:
                 self._update(leaves)
+        for leaf in [leaf for _, each in leaves for leaf in each]:
+            leaf.g = _NO_GRADIENT  # what is kept for the next step must not keep gradients
         return loss
 
     def _update(self, leaves: Sequence[tuple[dict[str, Any], list[Leaf]]]) -> None:
@@ -214,7 +216,7 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def _compiled_form(self, form: Form) -> Callable[..., Any]:
         if form not in self._compiled:
-            self._compiled[form] = torch.compile(partial(alone, form), dynamic=True, fullgraph=True, **_OWN_LIMIT)
+            self._compiled[form] = compiled(form)
         return self._compiled[form]
 
     def _leaves(self, group: dict[str, Any], first: int) -> list[Leaf]:
@@ -233,7 +235,18 @@ class RuleOptimizer(torch.optim.Optimizer):
             found.append((name, place, parameter, gradient, self.state_of(parameter, group)))
         if found:
             torch._foreach_add_([state["step"] for *_, state in found], _ONE, alpha=1.0)
-        return [leaf_of(*each, maximize=group["maximize"]) for each in found]
+        leaves = []
+        for name, place, parameter, gradient, state in found:
+            leaf = self._known.get(place)
+            if leaf is not None and leaf.stands(parameter, gradient, state):
+                leaf.again(gradient, state, maximize=group["maximize"])
+            else:
+                leaf = leaf_of(name, place, parameter, gradient, state, maximize=group["maximize"])
+                alike = (leaf.shape, leaf.w.dtype, leaf.w.device, leaf.layout)
+                leaf.kind = self._kinds.setdefault(alike, len(self._kinds))
+                self._known[place] = leaf
+            leaves.append(leaf)
+        return leaves
 
     def _note(self, leaves: list[Leaf], found: dict[str, Tensor] | None) -> None:
         if found:
@@ -288,16 +301,11 @@ class RuleOptimizer(torch.optim.Optimizer):
             for name in self.defaults.keys() - {"differentiable"}:
                 group.setdefault(name, self.defaults[name])
         self._watched, self._noted, self._compiled = False, [], {}
+        self._known, self._kinds = {}, {}
 
 
+_NO_GRADIENT = torch.empty(0, device="cpu")
 _ONE = torch.ones((), device="cpu")  # with alpha: a number would be made a tensor of for each step counter
-
-# sizes of 1, to 4,096 and beyond, dtypes and flags are a graph each; where torch can, each rule counts its own
-_OWN_LIMIT: dict[str, Any] = {
-    name: value
-    for name, value in {"isolate_recompiles": True, "recompile_limit": 64}.items()
-    if name in inspect.signature(torch.compile).parameters
-}
 
 
 def _layouts(loose: Sequence[tuple[Rule, list[Leaf]]]) -> list[Layout]:
@@ -325,13 +333,13 @@ def _buckets(optimizer: RuleOptimizer, group: dict[str, Any], leaves: list[Leaf]
     lists: dict[Any, list[Any]] = {}
     singles: list[_Bucket] = []
     for leaf in leaves:
-        kind = (leaf.shape, leaf.t, leaf.w.dtype, leaf.w.device, leaf.layout)
-        known = alike.get(kind)
+        known = alike.get((leaf.kind, leaf.t))
         if known is None:
             numbers, members = optimizer.numbers(leaf, group), None
             if optimizer.listed(leaf, group):
-                members = lists.setdefault((*kind[2:], *numbers.items()), [numbers])
-            known = alike[kind] = numbers, members
+                kind = (leaf.w.dtype, leaf.w.device, leaf.layout)
+                members = lists.setdefault((*kind, *numbers.items()), [numbers])
+            known = alike[leaf.kind, leaf.t] = numbers, members
         if known[1] is None:
             singles.append(_Bucket([leaf], optimizer.tensors(leaf, group), known[0], listed=False))
         else:

@@ -14,15 +14,18 @@ from torch import Tensor
 
 
 def takes(*lists: Sequence[Tensor]) -> bool:
-    """Whether the kernels take these: float32 on one GPU, each row of the lists in one dense order of memory."""
-    if not lists[0] or not lists[0][0].is_cuda or not _has_triton():
+    """Whether the kernels take these: float32 on one GPU, each row of the lists in one dense order of memory.
+
+    The tensors of a list are alike in dtype and device, as those of a bucket are.
+    """
+    if not lists[0] or any(not each[0].is_cuda or each[0].dtype != torch.float32 for each in lists):
         return False
-    return all(map(_alike, zip(*lists, strict=True)))
+    if all([each.is_contiguous() for row in lists for each in row]):
+        return _has_triton()
+    return _has_triton() and all(map(_in_one_order, zip(*lists, strict=True)))
 
 
-def _alike(row: Sequence[Tensor]) -> bool:
-    if any(each.dtype != torch.float32 or not each.is_cuda for each in row):
-        return False
+def _in_one_order(row: Sequence[Tensor]) -> bool:
     if all(each.is_contiguous() for each in row):
         return True
     return all(each.ndim == 4 and each.is_contiguous(memory_format=torch.channels_last) for each in row)

@@ -53,7 +53,8 @@ def _blocks(sizes: tuple[int, ...], device: torch.device) -> Blocks:
         of = torch.repeat_interleave(torch.arange(len(sizes), dtype=torch.int32), torch.tensor(counts))
         at = torch.arange(len(of)) - firsts[of.long()]
         held = torch.tensor(sizes, dtype=torch.int64)
-    return Blocks(*(each.to(device) for each in (of, at, held, firsts)), len(sizes), len(of))
+    of, at, held, firsts = (each.to(device) for each in (of, at, held, firsts))
+    return Blocks(of, at, held, firsts, len(sizes), len(of))
 
 
 class Addresses(NamedTuple):
