@@ -18,11 +18,10 @@ in every bit.
 
 import contextlib
 import copy
-import time
 from typing import Any
 
 import torch
-from _paired import arguments, kept, median_ratio, paired_seconds, report, result, write
+from _paired import arguments, clock_of, kept, median_ratio, name_of, paired_seconds, report, result, write
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -33,6 +32,7 @@ from batchlab.workloads.models import ByteTransformer, ConvNet
 LIMITS = {"micro_batch": 1.02, "ranks": 1.02, "norm_layers": 1.03, "per_example": 1.25}
 GPT, WIDE = "4-layer GPT, width 128, length 64, batch 32", "4-layer GPT, width 256, length 64, batch 32"
 LONG = "4-layer GPT, width 256, length 256, batch 16"
+GPT2 = "12-layer GPT, width 768, length 1024, batch 32, bf16"  # with --device cuda, instead of all others
 EXAMPLES = [("per_example", 1, 8), ("per_example", 1, None)]
 METHODS = [
     *((GPT, method, pieces, None) for method in ("ranks", "norm_layers") for pieces in (1, 4)),
@@ -40,6 +40,7 @@ METHODS = [
     *((model, *ways) for model in (WIDE, LONG) for ways in (("micro_batch", 4, None), ("ranks", 1, None), *EXAMPLES)),
     (LONG, "norm_layers", 1, None),
 ]
+ON_GPU = [(GPT2, *ways) for ways in (("micro_batch", 8, None), ("ranks", 8, None), *EXAMPLES, ("norm_layers", 1, None))]
 
 
 class Side:
@@ -55,8 +56,10 @@ class Side:
         every: int = 0,
         method: str = "micro_batch",
         projections: int | None = None,
+        device: str = "cpu",
     ) -> None:
-        self.model = copy.deepcopy(model)
+        self.model, self.device = copy.deepcopy(model).to(device), torch.device(device)
+        inputs, targets = inputs.to(device), targets.to(device)
         if method == "ranks":
             self.model = nn.parallel.DistributedDataParallel(self.model)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
@@ -70,14 +73,22 @@ class Side:
         for x, y in self.parts:
             alone = isinstance(self.model, nn.parallel.DistributedDataParallel) and x is not end[0]
             watched = contextlib.nullcontext() if self.noise is None else self.noise.micro_batch(len(x))
+            half = torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
             with watched, self.model.no_sync() if alone else contextlib.nullcontext():
-                loss = F.cross_entropy(self.model(x).flatten(0, -2), y.flatten())
+                with half:
+                    loss = F.cross_entropy(self.model(x).flatten(0, -2), y.flatten())
                 (loss * (len(x) / self.examples)).backward()
         norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]).item()
         if self.noise is not None:
             self.noise.step(grad_sq_norm=norm**2)
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+
+def gpu_jobs() -> dict[str, tuple[nn.Module, Tensor, Tensor]]:
+    """As `jobs`."""
+    tokens = torch.randint(256, (32, 1025), generator=torch.Generator().manual_seed(0))
+    return {GPT2: (ByteTransformer(1024, width=768, layers=12, heads=12), tokens[:, :-1], tokens[:, 1:])}
 
 
 def jobs() -> dict[str, tuple[nn.Module, Tensor, Tensor]]:
@@ -105,11 +116,12 @@ def main() -> None:
     """Prints a row for each model, number of micro-batches and cadence, and one JSON object."""
     given = arguments(__doc__, pairs=30, only="the model")
     torch.set_num_threads(given.threads)
-    alone_in_a_group()
-    clock = time.process_time if given.processor_time else time.perf_counter
+    on_gpu = given.device != "cpu"
+    alone_in_a_group("nccl" if on_gpu else "gloo")
+    clock, saved = clock_of(given), name_of("noise_overhead", given)
     claim = " ".join((__doc__ or "").split("\n\n")[0].split())
-    rows = kept("noise_overhead", lambda row: given.only not in row["model"])
-    for name, job in jobs().items():
+    rows = kept(saved, lambda row: given.only not in row["model"])
+    for name, job in () if on_gpu else jobs().items():
         for pieces in () if name in (WIDE, LONG) or given.only not in name else (2, 4):
             settings: dict[str, Any] = {"pairs": given.pairs, "calls": 4 if "GPT" in name else 40, "clock": clock}
             row = {"model": name, "micro_batches": pieces}
@@ -119,16 +131,21 @@ def main() -> None:
             if seldom > 1:
                 rows.append(row | timed(job, pieces, every=seldom, **settings))
                 print(_sentence(rows[-1]))
-    for name, method, pieces, projections in (each for each in METHODS if given.only in each[0]):
+    known = gpu_jobs() if on_gpu else jobs()
+    for name, method, pieces, projections in ON_GPU if on_gpu else METHODS:
+        if given.only not in name:
+            continue
         whole = method == "norm_layers"
         settings = {"pairs": 10 if whole else given.pairs, "calls": 50 if whole else 4, "clock": clock}
+        if on_gpu:
+            settings |= {"pairs": given.pairs, "calls": 1, "device": given.device}
         row = {"model": name, "micro_batches": pieces, "projections": projections}
         ways: dict[str, Any] = {"method": method, "projections": projections}
-        rows.append(row | timed(jobs()[name], pieces, every=1, **ways, **settings))
+        rows.append(row | timed(known[name], pieces, every=1, **ways, **settings))
         print(_sentence(rows[-1]), flush=True)
         if given.save:
-            write(result("noise_overhead", claim, rows))
-    report("noise_overhead", claim, rows, save=given.save)
+            write(result(saved, claim, rows))
+    report(saved, claim, rows, save=given.save)
 
 
 def timed(
@@ -141,24 +158,26 @@ def timed(
     clock: Any,
     method: str = "micro_batch",
     projections: int | None = None,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """The ratio of the measured side's time to the plain side's, in pairs of `calls` steps each."""
-    measured, plain = (Side(*job, pieces, every=each, method=method, projections=projections) for each in (every, 0))
-    whole = method == "norm_layers"
+    ways: dict[str, Any] = {"method": method, "projections": projections, "device": device}
+    measured, plain = (Side(*job, pieces, every=each, **ways) for each in (every, 0))
+    whole = method == "norm_layers" and device == "cpu"
     first = paired_seconds(measured.step, plain.step, pairs=4, calls=100, clock=clock, warm_up=0) if whole else []
     warm_up = 0 if whole else 5
     seconds = paired_seconds(measured.step, plain.step, pairs=pairs, calls=calls, clock=clock, warm_up=warm_up)
     same = all(map(torch.equal, measured.model.parameters(), plain.model.parameters()))
-    assert same, "measuring changed a weight"
+    assert same or device != "cpu", "measuring changed a weight"  # on a GPU two plain runs differ, too
     found = {"method": method, "every": every} | median_ratio(seconds)
     found |= {"holds": found["high"] <= LIMITS[method], "same_bits": same, "clock": clock.__name__, "calls": calls}
     found |= {"first_400": sum(a for a, _ in first) / sum(b for _, b in first)} if first else {}
     return found | {"step_ms": 1e3 * min(plain for _, plain in seconds) / calls, "pairs": seconds}
 
 
-def alone_in_a_group() -> None:
+def alone_in_a_group(backend: str) -> None:
     """For DistributedDataParallel over this process."""
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
 
 
 def _sentence(row: dict[str, Any]) -> str:

@@ -80,7 +80,9 @@ def compiled(form: Form) -> Callable[..., dict[str, Tensor] | None]:
         return alone(form, *tensors, **numbers)
 
     run.__code__ = run.__code__.replace(co_name=f"{run.__name__}_{form.__name__}")  # graphs are counted by code
-    limit = {"recompile_limit": 64} if "recompile_limit" in inspect.signature(torch.compile).parameters else {}
+    limit: dict[str, Any] = (
+        {"recompile_limit": 64} if "recompile_limit" in inspect.signature(torch.compile).parameters else {}
+    )
     graphs: Any = torch.compile(run, dynamic=True, fullgraph=True, **limit)
     if limit:
         return cast("Callable[..., dict[str, Tensor] | None]", graphs)
