@@ -61,7 +61,7 @@ def test_the_cpus_updates_noise_average_and_evaluation(accelerator, changes):
         assert said[-1].noise.defined and said[-1].noise.value == pytest.approx(expected[-1].noise.value, rel=1e-6)
     torch.testing.assert_close(weights(there), weights(here), rtol=1e-9, atol=1e-9)
     averages = [[p.cpu() for p in each.evaluated.parameters()] for each in (there, here)]
-    torch.testing.assert_close(*averages, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(*averages, rtol=1e-9, atol=1e-9)
     assert there.evaluate() == pytest.approx(here.evaluate(), rel=1e-9)
     assert there.first_loss() == pytest.approx(here.first_loss(), rel=1e-9)
 

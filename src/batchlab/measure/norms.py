@@ -9,22 +9,22 @@ import torch
 from torch import Tensor
 
 CHUNK = 2**16
-_DEVICE_CHUNK = 2**24
+DEVICE_CHUNK = 2**24
 
 
 def sq_norm(gradient: Tensor, weight: Tensor | None = None) -> Tensor:
     """|g|², or Σw·g², as a scalar on the gradient's device, in float64 for a float64 gradient, else in float32.
 
     Dense, or sparse where no weight is given.
-    In chunks of 2^16 numbers: on a CPU one float32 sum over 10^7 of them loses three digits.
+    In chunks of 2^16 numbers: on a CPU one float32 sum over 10^7 of them loses three digits. CUDA's sums are trees.
     """
     gradient = gradient.detach()
     if weight is not None:
         return _weighted(gradient.reshape(-1), weight.reshape(-1))
     if gradient.is_sparse:
         gradient = gradient.coalesce().values()
-    dtype = _wide(gradient)
-    if gradient.numel() <= CHUNK:
+    dtype = wide(gradient)
+    if gradient.numel() <= CHUNK or gradient.is_cuda:
         return _norm(gradient, dtype).square()
     whole = flat(gradient)
     if gradient.is_cpu and gradient.dtype == dtype:
@@ -48,7 +48,7 @@ def sq_norm_of_sum(a: Tensor, b: Tensor) -> float | Tensor:
     """
     a, b = a.detach(), b.detach()
     a, b = (flat(a), flat(b)) if a.stride() == b.stride() else (a.reshape(-1), b.reshape(-1))
-    size = CHUNK if a.is_cpu else _DEVICE_CHUNK
+    size = CHUNK if a.is_cpu else DEVICE_CHUNK
     parts = zip(torch.split(a, size), torch.split(b, size), strict=True)
     squares = [sq_norm(x + y) for x, y in parts]
     return total(squares) if a.is_cpu else torch.stack(squares).sum()
@@ -60,13 +60,14 @@ def _norm(tensor: Tensor, dtype: torch.dtype, dim: int | None = None) -> Tensor:
 
 
 def _weighted(flat: Tensor, weights: Tensor) -> Tensor:
-    size = CHUNK if flat.is_cpu else _DEVICE_CHUNK
-    dtype, parts = _wide(flat), zip(torch.split(flat, size), torch.split(weights, size), strict=True)
+    size = CHUNK if flat.is_cpu else DEVICE_CHUNK
+    dtype, parts = wide(flat), zip(torch.split(flat, size), torch.split(weights, size), strict=True)
     dots = [torch.dot(part.to(dtype), (part * weight).to(dtype)) for part, weight in parts]
     return torch.stack(dots).sum()
 
 
-def _wide(tensor: Tensor) -> torch.dtype:
+def wide(tensor: Tensor) -> torch.dtype:
+    """The dtype of a sum of its squares."""
     return tensor.dtype if tensor.dtype in (torch.float32, torch.float64) else torch.float32
 
 

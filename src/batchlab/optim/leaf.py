@@ -24,7 +24,7 @@ class Leaf:
     given_name, place: see `name`. w, g: weights and gradient (its negative under `maximize`). state: by the names of
     `RuleOptimizer.STATE`. t: the steps this parameter has taken, this one included. shape: of the whole tensor. layout:
     how it is spread. rounded: what is kept in another dtype, beside its value here, which is rounded to it after the
-    step. kind: a number of the shell's for leaves alike in all but their step.
+    step. kind: a number of the shell's for leaves alike in all but their step. address: of the weights.
     """
 
     given_name: str | None
@@ -38,12 +38,13 @@ class Leaf:
     layout: Layout
     rounded: list[tuple[Tensor, Tensor]]
     kind: int = -1
+    address: int = 0
 
     def stands(self, parameter: Tensor, gradient: Tensor, state: Mapping[str, Any]) -> bool:
         """Whether `leaf_of` would make the same of these but for gradient and step."""
         if self.parameter is not parameter or self.rounded or self.layout is not PLAIN:
             return False
-        if gradient.dtype != self.w.dtype or parameter.data_ptr() != self.w.data_ptr() or parameter.shape != self.shape:
+        if gradient.dtype != self.w.dtype or parameter.data_ptr() != self.address:
             return False
         for key, value in self.state.items():  # not `all` of a generator, which takes three times as long
             if state.get(key) is not value:
@@ -90,7 +91,9 @@ def leaf_of(
                 rounded.append((kept, value))
     step = int(state["step"].item())
     g = g.neg() if maximize else g
-    return Leaf(given_name, place, parameter, w, g, fine, step, parameter.shape, layout, rounded)
+    leaf = Leaf(given_name, place, parameter, w, g, fine, step, parameter.shape, layout, rounded)
+    leaf.address = w.data_ptr()
+    return leaf
 
 
 @cache

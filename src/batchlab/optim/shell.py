@@ -30,9 +30,10 @@ class RuleOptimizer(torch.optim.Optimizer):
     state is float32. Sums over a tensor are exact under FSDP2 and tensor parallelism: one collective a round.
 
     foreach: the form for lists; by default on GPUs, and on CPUs for tensors of up to 16,384 elements: for larger ones
-    it is slower there than the plain loop. fused: compiles the rule at the first step (seconds; needs a C++ compiler),
-    on CPUs for the larger tensors; spread tensors go the other way. Where a rule has a `kernel`, that is taken by
-    default and for fused; foreach=False is the plain loop and foreach=True the form for lists as they are written.
+    it is slower there than the plain loop. fused: compiles the rule at the first step (seconds; needs a C++ compiler)
+    where tensors go one by one: the larger ones on CPUs. Lists are not compiled: on GPUs that took 15 s for 76 tensors,
+    was no faster, and torch 2.11 compiled Lion's wrongly. Where a rule has a `kernel`, that is taken by default and for
+    fused; foreach=False is the plain loop and foreach=True the form for lists, as they are written.
     state_dtype: see `batchlab.optim.state_dtype`. differentiable: refused if true.
     """
 
@@ -207,8 +208,8 @@ class RuleOptimizer(torch.optim.Optimizer):
             if bucket[0].layout.mesh is not None:
                 rule = (own or form)(*tensors, **numbers)
                 loose += [] if rule is None else [(rule, bucket)]
-            elif group["fused"] and own is None and (not listed or bucket[0].w.device.type == "cuda"):
-                tensors = _flat(tensors) if self.FLAT and not listed else tensors
+            elif group["fused"] and own is None and not listed:
+                tensors = _flat(tensors) if self.FLAT else tensors
                 self._note(bucket, self._compiled_form(form)(*tensors, **numbers))
             else:
                 self._note(bucket, alone(own or form, *tensors, **numbers))

@@ -19,9 +19,10 @@ from torch.utils.hooks import RemovableHandle
 
 from batchlab.core.checks import check_count
 from batchlab.core.errors import InputError
+from batchlab.measure.noise.device_norms import DeviceNorms
 from batchlab.measure.noise.preconditioner import Preconditioner
 from batchlab.measure.noise.witness import Witness
-from batchlab.measure.norms import CHUNK, dense_sq_norm, flat, sq_norm, sq_norm_of_sum
+from batchlab.measure.norms import CHUNK, DEVICE_CHUNK, dense_sq_norm, flat, sq_norm, sq_norm_of_sum
 from batchlab.parallel.shards import Mesh, is_spread, part_like, share
 
 
@@ -61,6 +62,7 @@ class PieceNorms:
         self.parameters, self._merged, self._weights = list(parameters), merged, weights
         self._examples: int | None = None
         self._seen: dict[int, float | Tensor] = {}
+        self._norms = DeviceNorms()
         self._pieces: list[Piece] = []
         self.witness = Witness(self.parameters)
         self.meshes: dict[int, Mesh] = {}
@@ -121,10 +123,12 @@ class PieceNorms:
             self._end(examples)
         finally:
             self._examples = None
+            self._norms.clear()
             if not self._merged:
                 self._seen = {}
 
     def _end(self, examples: int) -> None:
+        self._seen.update(self._norms.squares())
         if self._merged:
             before = self._pieces[0].examples if self._pieces else 0
             self._pieces = [Piece(before + examples, dict(self._seen))]
@@ -138,6 +142,7 @@ class PieceNorms:
 
     def _hook(self, index: int, leaf: Tensor) -> Callable[[Tensor], None]:
         plain, strided, vector = self._plain(leaf), torch.strided, leaf.ndim == 1
+        at_once = leaf.is_cuda and self._weights is None and not is_spread(leaf)
 
         def see(gradient: Tensor) -> None:
             if self._examples is None:
@@ -149,6 +154,9 @@ class PieceNorms:
                 )
             if plain and gradient.layout is strided:
                 self._seen[index] = dense_sq_norm(gradient if vector else flat(gradient))
+            elif at_once and gradient.layout is strided:
+                self._seen[index] = math.nan  # until the pass ends
+                self._norms.see(index, gradient, keeps=leaf.grad is not None)
             else:
                 self._seen[index] = self._square(index, gradient)
 
@@ -156,6 +164,7 @@ class PieceNorms:
 
     def _merged_hook(self, index: int, leaf: Tensor) -> Callable[[Tensor], None]:
         plain, strided, small = self._plain(leaf), torch.strided, leaf.numel() <= CHUNK
+        at_once = leaf.is_cuda and self._weights is None and not is_spread(leaf) and leaf.numel() <= DEVICE_CHUNK
 
         def see(gradient: Tensor) -> None:
             if self._examples is None:
@@ -171,6 +180,8 @@ class PieceNorms:
                 )
             if plain and gradient.layout is strided and (small or before is None):
                 self._seen[index] = dense_sq_norm(flat(gradient if before is None else before + gradient))
+            elif at_once and gradient.layout is strided:
+                self._norms.see(index, gradient if before is None else before + gradient, keeps=False)
             elif before is None or self._weights is not None or is_spread(leaf) or gradient.is_sparse:
                 self._seen[index] = self._square(index, gradient if before is None else before + gradient)
             else:
