@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from batchlab.core.errors import InputError
 from batchlab.measure.examples.example_norms import ExampleNorms
+from batchlab.measure.examples.factors import products
 from batchlab.measure.examples.per_example import per_example_sq_norms
 from tests.measure.examples.naive import JOBS, by_loop, cast, cross_entropy, make_job, watched_norms
 
@@ -148,3 +149,12 @@ def test_units_and_examples_that_repeat_a_token(accelerator):
         model.to(accelerator), loss, tokens.to(accelerator), units=lambda batch: 2 * len(batch)
     )
     torch.testing.assert_close(found.values.cpu(), right, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("halves", [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_products_of_halves_are_summed_in_float32(accelerator, halves):
+    left, right = (torch.randn(6, 2, 300, 20).to(dtype) for dtype in halves)
+    exact = left.double().mT @ right.to(torch.bfloat16 if accelerator.type == "cuda" else right.dtype).double()
+    found = products(left.to(accelerator), right.to(accelerator))
+    assert found.dtype == torch.float32 and found.shape == exact.shape
+    torch.testing.assert_close(found.cpu().double(), exact, rtol=1e-5, atol=1e-4)

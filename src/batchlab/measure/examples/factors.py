@@ -25,6 +25,19 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
+def products(left: Tensor, right: Tensor) -> Tensor:
+    """leftᵀ·right of [..., T, rows] and [..., T, columns], `wide`.
+
+    On a GPU, where one is in half precision, as under autocast, both are taken so and summed in float32: the layer's
+    own gradient is made of such products, which take a tenth of float32's time.
+    """
+    half = next((each.dtype for each in (left, right) if each.dtype in (torch.float16, torch.bfloat16)), None)
+    if half is None or not left.is_cuda:
+        return wide(left).mT @ wide(right)
+    a, b = (each.to(half).flatten(0, -3) for each in (left, right))
+    return torch.bmm(a.mT, b, out_dtype=torch.float32).view(*left.shape[:-2], left.shape[-1], right.shape[-1])
+
+
 def row_squares(matrix: Tensor) -> Tensor:
     """Σ_k m_ik², [n]. As a sum: a product of a row and a column loses two digits more."""
     return matrix.square().sum(1)
@@ -118,11 +131,11 @@ class Factors:
     def dense(self, start: int, stop: int) -> Tensor:
         """Σ_t left_t ⊗ right_t, [c, blocks·rows, columns]."""
         left, right = self.chunk(start, stop)
-        right = wide(right)
         if self.indexed:
+            right = wide(right)
             out = right.new_zeros(len(left), self.rows, self.columns)
             return out.scatter_add_(1, left[:, :, None].expand_as(right), right)
-        return (wide(left).mT @ right).flatten(1, 2)
+        return products(left, right).flatten(1, 2)
 
     def witness(self, vectors: Vectors | None) -> Witness | None:
         """See `Witness`; None without vectors."""

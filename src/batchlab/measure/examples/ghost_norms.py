@@ -22,6 +22,7 @@ from batchlab.measure.examples.factors import (
     Piece,
     Vectors,
     Witness,
+    products,
     row_squares,
     wide,
     wide_or_index,
@@ -54,7 +55,9 @@ def piece_norms(piece: Piece, vectors: Vectors | None, means: Means) -> Norms:
     rule, signs = _rule(piece, means.projections), None
     squares, witnesses = [], []
     for start, stop in _chunks(piece, _bytes(piece, rule, means.projections), means.memory_bytes):
-        left, right = map(wide_or_index, piece.chunk(start, stop))
+        left, right = piece.chunk(start, stop)
+        if rule != "instantiated":
+            left, right = wide_or_index(left), wide_or_index(right)
         if piece.indexed:
             squares.append(_embedding_squares(left, right))
         elif rule == "projected" and means.projections is not None:
@@ -63,7 +66,7 @@ def piece_norms(piece: Piece, vectors: Vectors | None, means: Means) -> Norms:
         elif rule == "ghost":
             squares.append(_gram_squares(left, right))
         else:
-            squares.append((left.mT @ right).square_().sum((1, 2, 3)))
+            squares.append(_squares_of(products(left, right)))
         witnesses.append(witness_of(left, right, vectors))
     return Norms(_joined(squares), rule, _sum(witnesses))
 
@@ -167,6 +170,14 @@ def _chunks(piece: Piece, size: int, memory_bytes: int) -> Iterator[tuple[int, i
     step = max(1, min(len(piece), memory_bytes // max(1, size)))
     for start in range(0, len(piece), step):
         yield start, min(start + step, len(piece))
+
+
+def _squares_of(gradients: Tensor) -> Tensor:
+    """Of each of [n, ...], which may be overwritten."""
+    if gradients.is_cuda:
+        norms: Tensor = torch.linalg.vector_norm(gradients, dim=tuple(range(1, gradients.ndim)))
+        return norms.square()
+    return gradients.square_().sum(tuple(range(1, gradients.ndim)))
 
 
 def _gram_squares(left: Tensor, right: Tensor) -> Tensor:
