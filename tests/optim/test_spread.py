@@ -42,6 +42,15 @@ def test_the_forms_for_lists_sum_over_ranks_too(tmp_path):
     assert in_ranks(4, tmp_path, _lists_equal, list(LISTED), "fsdp", timeout=300) == [0] * 4
 
 
+def _fused_equal(names, how):
+    for name in names:
+        spread_equals_whole(partial(LISTED[name], fused=True), how, dtypes=(torch.float64, torch.float32), steps=5)
+
+
+def test_kernels_over_lists_sum_over_ranks_too(tmp_path):
+    assert in_ranks(4, tmp_path, _fused_equal, ["lamb", "lars"], "fsdp_tp") == [0] * 4
+
+
 def test_ranks_with_unlike_parts_take_the_same_way(tmp_path, monkeypatch):
     """Of six rows a rank has two or none, on either side of what is small: all go by the whole tensor's size."""
     monkeypatch.setattr("batchlab.optim.shell.SMALL", 8)

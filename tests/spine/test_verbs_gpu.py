@@ -33,7 +33,7 @@ def test_probe_plan_train(accelerator, tmp_path, make):
     assert all(point.seconds.value > 0 for point in facts.micro_batches)
     if accelerator.type == "cuda":
         peaks = [point.memory_bytes for point in facts.micro_batches if point.memory_bytes is not None]
-        assert facts.machine["gpus"] and peaks and 0 < peaks[0] and peaks == sorted(peaks)
+        assert facts.machine["gpus"] and peaks and peaks[0] > 0 and peaks == sorted(peaks)
     assert facts.noise_scale.value > 0 and facts.update_seconds.value > 0
     assert math.isfinite(facts.base_learning_rate) and facts.reference.steps >= 15
     made = plan(job, facts)

@@ -20,7 +20,7 @@ from torch.optim.adam import adam
 
 from batchlab.core.checks import check_not_negative, check_positive, check_share, holds
 from batchlab.core.errors import InputError
-from batchlab.optim import on_gpu
+from batchlab.optim import on_cpu, on_gpu
 from batchlab.optim.lars import adapted
 from batchlab.optim.leaf import Leaf, plain, total_norm
 from batchlab.optim.moments import adam_numbers, check_betas
@@ -146,6 +146,7 @@ class LAMB(RuleOptimizer):
     STATE = ("exp_avg", "exp_avg_sq")
     SQUARES = ("exp_avg_sq",)
     OWN = ("max_grad_norm",)
+    C_KERNELS = True
 
     def __init__(
         self,
@@ -196,11 +197,15 @@ class LAMB(RuleOptimizer):
         return lamb_, lamb_foreach_
 
     def kernel(self, form: Form, tensors: Sequence[Any], numbers: Numbers, group: dict[str, Any]) -> Form | None:
-        """On CPUs torch's fused Adam, though a compiled rule is faster yet; on GPUs `on_gpu.lamb`."""
+        """On CPUs torch's fused Adam, or `on_cpu.lamb` where that may be compiled; on GPUs `on_gpu.lamb`."""
         if form is lamb_foreach_ and on_gpu.takes(*tensors):
-            from batchlab.optim.on_gpu.lamb import lamb_lists_
+            from batchlab.optim.on_gpu.lamb import lamb_lists_ as on_gpus
 
-            return partial(lamb_lists_, ratio_of=_ratio)
+            return partial(on_gpus, ratio_of=_ratio)
+        if form is lamb_foreach_ and group["fused"] and on_cpu.takes(*tensors):
+            from batchlab.optim.on_cpu.lamb import lamb_lists_ as on_cpus
+
+            return partial(on_cpus, ratio_of=_ratio)
         return lamb_by_adam_ if form is lamb_ and plain(tensors) and not group["fused"] else None
 
     def numbers(self, leaf: Leaf, group: dict[str, Any]) -> Numbers:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.optim.sgd import sgd
 
 from batchlab.core.checks import check_inside, check_not_negative, check_positive
-from batchlab.optim import on_gpu
+from batchlab.optim import on_cpu, on_gpu
 from batchlab.optim.leaf import Leaf, plain
 from batchlab.optim.moments import rate_of, scalar
 from batchlab.optim.rule import Form, Numbers, Rule, squares, squares_of_lists
@@ -143,6 +143,7 @@ class LARS(RuleOptimizer):
     """
 
     STATE = ("momentum_buffer",)
+    C_KERNELS = True
 
     def __init__(
         self,
@@ -187,11 +188,15 @@ class LARS(RuleOptimizer):
         return numbers | {"decays": group["weight_decay"] != 0, "lr_in_momentum": group["lr_in_momentum"]}
 
     def kernel(self, form: Form, tensors: Sequence[Any], numbers: Numbers, group: dict[str, Any]) -> Form | None:
-        """On CPUs torch's fused SGD; on GPUs `on_gpu.lars`."""
+        """On CPUs torch's fused SGD, or `on_cpu.lars` where that may be compiled; on GPUs `on_gpu.lars`."""
         if form is lars_foreach_ and on_gpu.takes(*tensors):
-            from batchlab.optim.on_gpu.lars import lars_lists_
+            from batchlab.optim.on_gpu.lars import lars_lists_ as on_gpus
 
-            return partial(lars_lists_, ratio_of=_ratio)
+            return partial(on_gpus, ratio_of=_ratio)
+        if form is lars_foreach_ and group["fused"] and on_cpu.takes(*tensors):
+            from batchlab.optim.on_cpu.lars import lars_lists_ as on_cpus
+
+            return partial(on_cpus, ratio_of=_ratio)
         fits = form is lars_ and plain(tensors) and tensors[0].dtype == torch.float32
         return lars_by_sgd_ if fits and group["momentum"] and numbers["adapt"] else None
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from batchlab.core.errors import InputError
+from batchlab.optim import on_cpu
 from batchlab.optim.leaf import Leaf, asks_for_state, is_flattened, leaf_of, name_at, names_of
 from batchlab.optim.rule import Form, Numbers, Rule, alone, compiled, side_by_side, squares
 from batchlab.optim.state_dtype import StateDtype, checked_state_dtype, in_dtype, state_like
@@ -31,9 +32,10 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     foreach: the form for lists; by default on GPUs, and on CPUs for tensors of up to 16,384 elements: for larger ones
     it is slower there than the plain loop. fused: compiles the rule at the first step (seconds; needs a C++ compiler)
-    where tensors go one by one: the larger ones on CPUs. Lists are not compiled: on GPUs that took 15 s for 76 tensors,
-    was no faster, and torch 2.11 compiled Lion's wrongly. Where a rule has a `kernel`, that is taken by default and for
-    fused; foreach=False is the plain loop and foreach=True the form for lists, as they are written.
+    where tensors go one by one: the larger ones on CPUs; kernels in C where `on_cpu` has them. Lists are not compiled:
+    on GPUs that took 15 s for 76 tensors, was no faster, and torch 2.11 compiled Lion's wrongly. Where a rule has a
+    `kernel`, that is taken by default and for fused; foreach=False is the plain loop and foreach=True the form for
+    lists, as they are written.
     state_dtype: see `batchlab.optim.state_dtype`. differentiable: refused if true.
     """
 
@@ -42,6 +44,7 @@ class RuleOptimizer(torch.optim.Optimizer):
     LOW_BITS: ClassVar[bool] = True  # whether the rule allows a state in fewer than 32 bits
     OWN: ClassVar[tuple[str, ...]] = ()  # attributes of a subclass that a copy of the optimizer has too
     FLAT: ClassVar[bool] = True  # whether the rule is blind to a tensor's shape
+    C_KERNELS: ClassVar[bool] = False  # whether `on_cpu` has the form for lists
     BY_ELEMENT: ClassVar[bool] = False  # whether the rule moves each element by its own past alone
 
     def __init__(
@@ -194,6 +197,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         if self.forms(group)[1] is None:
             return False
         on_gpu = leaf.w.device.type == "cuda"
+        if group["fused"] and self.C_KERNELS and leaf.w.is_cpu and on_cpu.compiler():
+            return True
         if group["foreach"] is not None and not (group["fused"] and not on_gpu):
             return bool(group["foreach"])
         return on_gpu or (self.FLAT and leaf.shape.numel() <= SMALL)

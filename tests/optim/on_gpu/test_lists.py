@@ -11,8 +11,9 @@ from batchlab.optim import lamb, lars, on_gpu
 from batchlab.optim.moments import adam_numbers, scalar
 from batchlab.optim.on_gpu.lamb import lamb_lists_
 from batchlab.optim.on_gpu.lars import lars_lists_
-from batchlab.optim.on_gpu.lists import BLOCK, addresses, squares
+from batchlab.optim.on_gpu.lists import BLOCK, squares
 from batchlab.optim.rule import alone
+from batchlab.optim.tables import addresses
 
 SHAPES = [(64, 3, 7, 7), (5,), (), (0, 3), (1, BLOCK), (3, BLOCK + 1), (BLOCK - 1,)]
 

@@ -12,6 +12,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from batchlab.optim.tables import in_one_order
+
 
 def takes(*lists: Sequence[Tensor]) -> bool:
     """Whether the kernels take these: float32 on one GPU, each row of the lists in one dense order of memory.
@@ -20,15 +22,7 @@ def takes(*lists: Sequence[Tensor]) -> bool:
     """
     if not lists[0] or any(not each[0].is_cuda or each[0].dtype != torch.float32 for each in lists):
         return False
-    if all([each.is_contiguous() for row in lists for each in row]):
-        return _has_triton()
-    return _has_triton() and all(map(_in_one_order, zip(*lists, strict=True)))
-
-
-def _in_one_order(row: Sequence[Tensor]) -> bool:
-    if all(each.is_contiguous() for each in row):
-        return True
-    return all(each.ndim == 4 and each.is_contiguous(memory_format=torch.channels_last) for each in row)
+    return _has_triton() and in_one_order(*lists)
 
 
 @cache

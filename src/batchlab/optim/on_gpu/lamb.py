@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from batchlab.optim.on_gpu.lists import PROGRAM, addresses, blocks_of, load, start_of, store, summed
+from batchlab.optim.on_gpu.lists import BLOCK, PROGRAM, load, start_of, store, summed
 from batchlab.optim.rule import Rule, Sum
+from batchlab.optim.tables import addresses, blocks_of
 
 
 def lamb_lists_(
@@ -35,7 +36,7 @@ def lamb_lists_(
     **limits: Any,
 ) -> Rule:
     """`lamb_foreach_` of tensors that `takes` takes. ratio_of: of |w|, |u| and the limits."""
-    cut, (where, aligned) = blocks_of(ws), addresses(ws, gs, ms, vs)
+    cut, (where, aligned) = blocks_of(ws, BLOCK), addresses(ws, gs, ms, vs)
     parts = torch.empty(2, cut.blocks, device=where.device)
     how = PROGRAM | {"ALIGNED": aligned, "DECAYS": decays}
     if cut.blocks:

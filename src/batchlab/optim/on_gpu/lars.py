@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from batchlab.optim.on_gpu.lists import PROGRAM, addresses, blocks_of, load, squares, start_of, store
+from batchlab.optim.on_gpu.lists import BLOCK, PROGRAM, load, squares, start_of, store
 from batchlab.optim.rule import Rule, Sum
+from batchlab.optim.tables import addresses, blocks_of
 
 
 def lars_lists_(
@@ -35,7 +36,7 @@ def lars_lists_(
         norms = yield Sum(squares(ws, gs))
         limit = rate if clip else None
         ratios = ratio_of(*norms.sqrt(), weight_decay=weight_decay, trust=trust, eps=eps, limit=limit)
-    cut, (where, aligned) = blocks_of(ws), addresses(ws, gs, vs)
+    cut, (where, aligned) = blocks_of(ws, BLOCK), addresses(ws, gs, vs)
     scales = torch.ones(cut.tensors, device=where.device) if ratios is None else ratios
     scales = scales * rate if lr_in_momentum else scales
     if cut.blocks:

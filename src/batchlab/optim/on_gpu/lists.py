@@ -1,85 +1,23 @@
-"""Lists of tensors as one kernel sees them: a table of addresses, cut into blocks of one length (Triton).
-
-A program of a kernel has one block: `of` says of which tensor, `at` which of its blocks, from 0. Sums over tensors are
-taken block by block and added in the order of the blocks, so that they are the same at each run.
-"""
+"""What kernels over lists share, in Triton: a block's place, its numbers, and sums over tensors (`optim.tables`)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from itertools import accumulate
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from batchlab.optim.tables import Blocks, addresses, blocks_of
+
 BLOCK = 4096  # elements of a program
 PROGRAM = {"BLOCK": BLOCK, "num_warps": 8}
 
 
-@dataclass(frozen=True)
-class Blocks:
-    """How tensors of some sizes are cut. of, at: (blocks,). sizes: (tensors,). firsts: (tensors + 1,), the first block
-    of each. All on the device.
-    """
-
-    of: Tensor
-    at: Tensor
-    sizes: Tensor
-    firsts: Tensor
-    tensors: int
-    blocks: int
-
-    @property
-    def arrays(self) -> tuple[Tensor, Tensor, Tensor, int]:
-        """What a kernel takes after the addresses: of, at, sizes, tensors."""
-        return self.of, self.at, self.sizes, self.tensors
-
-
-def blocks_of(tensors: Sequence[Tensor]) -> Blocks:
-    """Of the tensors of one list; kept for lists of the same sizes."""
-    return _blocks(tuple(each.numel() for each in tensors), tensors[0].device)
-
-
-@lru_cache(maxsize=64)
-def _blocks(sizes: tuple[int, ...], device: torch.device) -> Blocks:
-    counts = [-(-size // BLOCK) for size in sizes]
-    with torch.device("cpu"):
-        firsts = torch.tensor(list(accumulate(counts, initial=0)), dtype=torch.int32)
-        of = torch.repeat_interleave(torch.arange(len(sizes), dtype=torch.int32), torch.tensor(counts))
-        at = torch.arange(len(of)) - firsts[of.long()]
-        held = torch.tensor(sizes, dtype=torch.int64)
-    of, at, held, firsts = (each.to(device) for each in (of, at, held, firsts))
-    return Blocks(of, at, held, firsts, len(sizes), len(of))
-
-
-class Addresses(NamedTuple):
-    """where: (lists, tensors), each tensor's first byte, on the device. aligned: whether all are multiples of 16, so
-    that a thread may read four numbers at once.
-    """
-
-    where: Tensor
-    aligned: bool
-
-
-def addresses(*lists: Sequence[Tensor]) -> Addresses:
-    """Of lists of tensors; kept for the same places."""
-    return _addresses(tuple([each.data_ptr() for row in lists for each in row]), len(lists), lists[0][0].device)
-
-
-@lru_cache(maxsize=64)
-def _addresses(places: tuple[int, ...], rows: int, device: torch.device) -> Addresses:
-    made = torch.tensor(places, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda").view(rows, -1)
-    return Addresses(made.to(device, non_blocking=True), all(each % 16 == 0 for each in places))
-
-
 def squares(*lists: Sequence[Tensor]) -> Tensor:
     """(lists, tensors): Σx² of each tensor."""
-    cut, (where, aligned) = blocks_of(lists[0]), addresses(*lists)
+    cut, (where, aligned) = blocks_of(lists[0], BLOCK), addresses(*lists)
     parts = torch.empty(len(lists), cut.blocks, device=where.device)
     if cut.blocks:
         with torch.cuda.device_of(where):

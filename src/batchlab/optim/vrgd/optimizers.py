@@ -167,6 +167,7 @@ class _Smoothed(InGroups, RuleOptimizer):
 
     STATE: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq", "multiplier_avg")
     SQUARES: ClassVar[tuple[str, ...]] = ("exp_avg_sq", "multiplier_avg")
+    C_KERNELS: ClassVar[bool] = False
 
     def new_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         """Zeros, and the sum of the weights of r's momentum."""

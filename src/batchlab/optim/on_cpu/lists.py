@@ -1,0 +1,75 @@
+"""The kernels of `kernels.c` on lists of tensors, over threads."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from batchlab.core.errors import InputError
+from batchlab.optim.on_cpu import compiler
+from batchlab.optim.tables import Blocks, addresses, blocks_of
+
+BLOCK = 2**14  # elements: a thread's turn, in its cache; sums of float32 over as many are exact to 1e-6
+FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-shared", "-fPIC")
+# With OpenMP, else in one thread; for this processor, which not all compilers call by the same name.
+WAYS = (("-fopenmp", "-march=native"), ("-fopenmp", "-mcpu=native"), ("-march=native",), ("-mcpu=native",), ())
+_REAL = {torch.float32: ("float", "sqrtf", ctypes.c_float), torch.float64: ("double", "sqrt", ctypes.c_double)}
+
+
+class _Lists(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("where", "of", "at", "sizes")] + [
+        (name, ctypes.c_int64) for name in ("tensors", "blocks", "length")
+    ]
+
+
+class Lists:
+    """Lists of tensors of one dtype on a CPU, row by row in one order of memory (`on_cpu.takes`)."""
+
+    def __init__(self, *lists: Sequence[Tensor]) -> None:
+        self.dtype = lists[0][0].dtype
+        self.cut: Blocks = blocks_of(lists[0], BLOCK)
+        where = addresses(*lists).where
+        pointers = [each.data_ptr() for each in (where, self.cut.of, self.cut.at, self.cut.sizes)]
+        self._held = (where, _Lists(*pointers, self.cut.tensors, self.cut.blocks, BLOCK))
+
+    def run(self, function: str, tensor: Tensor | None, numbers: Sequence[float | Tensor] = ()) -> None:
+        """Runs a kernel over all blocks: its tensor, or none, and its numbers, in the order of its structure."""
+        call, real = getattr(library(self.dtype), function), _REAL[self.dtype][2]
+        given = (real * len(numbers))(*map(float, numbers))
+        end = [ctypes.byref(given)] if numbers else []
+        threads = max(1, min(torch.get_num_threads(), self.cut.blocks))
+        pointer = ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+        call(ctypes.byref(self._held[1]), ctypes.c_int(threads), pointer, *end)
+
+    def parts(self, rows: int) -> Tensor:
+        """(rows, blocks), for a kernel's sums over blocks."""
+        return torch.empty(rows, self.cut.blocks, dtype=torch.float64, device="cpu")
+
+    def summed(self, parts: Tensor) -> Tensor:
+        """(rows, tensors) from `parts`: the sums over the blocks of each tensor."""
+        sums = parts.new_zeros(len(parts), self.cut.tensors)
+        return sums.index_add_(1, self.cut.of, parts).to(self.dtype)
+
+
+@cache
+def library(dtype: torch.dtype) -> ctypes.CDLL:
+    """The kernels for a dtype, compiled for this machine, once in a process."""
+    command, (real, root, _) = compiler(), _REAL[dtype]
+    source = Path(__file__).with_name("kernels.c").read_bytes()
+    with tempfile.TemporaryDirectory() as folder:
+        out, said = os.path.join(folder, f"kernels_{real}.so"), b""
+        for way in WAYS:
+            line = [str(command), *FLAGS, *way, f"-DREAL={real}", f"-DSQRT={root}", "-x", "c", "-", "-o", out, "-lm"]
+            done = subprocess.run(line, input=source, capture_output=True)
+            if done.returncode == 0:
+                return ctypes.CDLL(out)
+            said = done.stderr
+    raise InputError(f"fused=True needs a C compiler that works, and {command} said: {said.decode(errors='replace')}")
