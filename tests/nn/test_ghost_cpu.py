@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, vmap
 from torch.nn import functional as F
 
-from batchlab.nn import GhostBatchNorm1d, GhostBatchNorm2d, ghost_batch_norm, ghost_cpu
+from batchlab.nn import GhostBatchNorm1d, GhostBatchNorm2d, ghost_batch_norm, ghost_batchnorm, ghost_cpu
 from tests.nn.test_ghost_batchnorm import KINDS, LAST, chunks, close, inputs, pair, reference, same
 
 WAYS = {  # _ALONE, _MANY, _TOGETHER
@@ -21,15 +21,18 @@ WAYS = {  # _ALONE, _MANY, _TOGETHER
 }
 
 
-@pytest.fixture(params=WAYS)
+@pytest.fixture(params=[*WAYS, "in C"])
 def way(request, monkeypatch):
+    if request.param == "in C":
+        monkeypatch.setattr(ghost_batchnorm, "ghosts_on_cpu", ghost_batchnorm.ghosts_in_c)
+        return request.param
     for name, value in zip(("_ALONE", "_MANY", "_TOGETHER"), WAYS[request.param], strict=True):
         monkeypatch.setattr(ghost_cpu, name, value)
     return request.param
 
 
 def goes_here(y):
-    return type(y.grad_fn).__name__ == "_GhostsBackward"
+    return type(y.grad_fn).__name__ in ("_GhostsBackward", "_GhostsInCBackward")
 
 
 def by_hand(x, weight=None, bias=None, size=4):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from batchlab.nn.parts import is_channels_last
+from batchlab.nn.parts import is_batched, is_channels_last
 
 Differentiable = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
 
@@ -105,7 +105,7 @@ class _Ghosts(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, *stats = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
-        if (twice := torch.is_grad_enabled()) or _many(dy):
+        if (twice := torch.is_grad_enabled()) or is_batched(dy):
             wanted = [t for t, need in zip((x, weight, bias), needs, strict=True) if need]
             with torch.enable_grad():
                 y = ctx.again(x, weight, bias)
@@ -125,12 +125,6 @@ class _Ghosts(torch.autograd.Function):
             sums.append(two)
         dw, db = (_sum(each) if need else None for each, need in zip(zip(*sums, strict=True), needs[1:], strict=True))
         return dx if needs[0] else None, dw, db, *(None,) * 5
-
-
-def _many(dy: Tensor) -> bool:
-    """Whether it is a batch of gradients, from `is_grads_batched` or `vmap`, which cannot be written into slices."""
-    wrapped = torch._C._functorch
-    return wrapped.is_legacy_batchedtensor(dy) or wrapped.is_functorch_wrapped_tensor(dy)
 
 
 def _forward(

@@ -64,6 +64,12 @@ def is_channels_last(x: Tensor) -> bool:
     return x.ndim in _LAST and not x.is_contiguous() and x.is_contiguous(memory_format=_LAST[x.ndim])
 
 
+def is_batched(dy: Tensor) -> bool:
+    """Whether it is a batch of gradients, from `is_grads_batched` or `vmap`, which cannot be written into slices."""
+    wrapped = torch._C._functorch
+    return wrapped.is_legacy_batchedtensor(dy) or wrapped.is_functorch_wrapped_tensor(dy)
+
+
 def change_kind(
     model: nn.Module, kinds: Mapping[type[nn.Module], type[Layer]], change: Callable[[Layer], None]
 ) -> nn.Module:

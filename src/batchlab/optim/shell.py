@@ -12,8 +12,8 @@ from typing import Any, ClassVar, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from batchlab.core.c_library import compiler
 from batchlab.core.errors import InputError
-from batchlab.optim import on_cpu
 from batchlab.optim.leaf import Leaf, asks_for_state, is_flattened, leaf_of, name_at, names_of
 from batchlab.optim.rule import Form, Numbers, Rule, alone, compiled, side_by_side, squares
 from batchlab.optim.state_dtype import StateDtype, checked_state_dtype, in_dtype, state_like
@@ -197,7 +197,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         if self.forms(group)[1] is None:
             return False
         on_gpu = leaf.w.device.type == "cuda"
-        if group["fused"] and self.C_KERNELS and leaf.w.is_cpu and on_cpu.compiler():
+        if group["fused"] and self.C_KERNELS and leaf.w.is_cpu and compiler():
             return True
         if group["foreach"] is not None and not (group["fused"] and not on_gpu):
             return bool(group["foreach"])

@@ -6,14 +6,12 @@ They are in C and compiled when `fused=True` first asks for them: half a second,
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 from torch import Tensor
 
+from batchlab.core.c_library import compiler
 from batchlab.optim.tables import in_one_order
 
 
@@ -25,10 +23,3 @@ def takes(*lists: Sequence[Tensor]) -> bool:
     if not lists[0] or any(not each[0].is_cpu or each[0].dtype != lists[0][0].dtype for each in lists):
         return False
     return lists[0][0].dtype in (torch.float32, torch.float64) and compiler() is not None and in_one_order(*lists)
-
-
-@cache
-def compiler() -> str | None:
-    """The C compiler: CC of the environment, else cc, gcc or clang; None where there is none."""
-    given = os.environ.get("CC", "")
-    return next(filter(None, map(shutil.which, [given, "cc", "gcc", "clang"])), None)

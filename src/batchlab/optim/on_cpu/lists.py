@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import ctypes
-import os
-import subprocess
-import tempfile
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from batchlab.core.errors import InputError
-from batchlab.optim.on_cpu import compiler
+from batchlab.core.c_library import REAL, library
 from batchlab.optim.tables import Blocks, addresses, blocks_of
 
 BLOCK = 2**14  # elements: a thread's turn, in its cache; sums of float32 over as many are exact to 1e-6
-FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-shared", "-fPIC")
-# With OpenMP, else in one thread; for this processor, which not all compilers call by the same name.
-WAYS = (("-fopenmp", "-march=native"), ("-fopenmp", "-mcpu=native"), ("-march=native",), ("-mcpu=native",), ())
-_REAL = {torch.float32: ("float", "sqrtf", ctypes.c_float), torch.float64: ("double", "sqrt", ctypes.c_double)}
+_KERNELS = Path(__file__).with_name("kernels.c")
 
 
 class _Lists(ctypes.Structure):
@@ -42,7 +34,7 @@ class Lists:
 
     def run(self, function: str, tensor: Tensor | None, numbers: Sequence[float | Tensor] = ()) -> None:
         """Runs a kernel over all blocks: its tensor, or none, and its numbers, in the order of its structure."""
-        call, real = getattr(library(self.dtype), function), _REAL[self.dtype][2]
+        call, real = getattr(library(_KERNELS, self.dtype), function), REAL[self.dtype][2]
         given = (real * len(numbers))(*map(float, numbers))
         end = [ctypes.byref(given)] if numbers else []
         threads = max(1, min(torch.get_num_threads(), self.cut.blocks))
@@ -57,19 +49,3 @@ class Lists:
         """(rows, tensors) from `parts`: the sums over the blocks of each tensor."""
         sums = parts.new_zeros(len(parts), self.cut.tensors)
         return sums.index_add_(1, self.cut.of, parts).to(self.dtype)
-
-
-@cache
-def library(dtype: torch.dtype) -> ctypes.CDLL:
-    """The kernels for a dtype, compiled for this machine, once in a process."""
-    command, (real, root, _) = compiler(), _REAL[dtype]
-    source = Path(__file__).with_name("kernels.c").read_bytes()
-    with tempfile.TemporaryDirectory() as folder:
-        out, said = os.path.join(folder, f"kernels_{real}.so"), b""
-        for way in WAYS:
-            line = [str(command), *FLAGS, *way, f"-DREAL={real}", f"-DSQRT={root}", "-x", "c", "-", "-o", out, "-lm"]
-            done = subprocess.run(line, input=source, capture_output=True)
-            if done.returncode == 0:
-                return ctypes.CDLL(out)
-            said = done.stderr
-    raise InputError(f"fused=True needs a C compiler that works, and {command} said: {said.decode(errors='replace')}")

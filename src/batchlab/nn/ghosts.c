@@ -1,0 +1,222 @@
+/* Ghost batch normalisation, forward and backward, for REAL float and double: nn/ghost_c.py compiles this. A unit of work
+   is a ghost and a channel, or, where channels lie side by side, up to SIDE of them: its numbers are read from memory once
+   and from the cache then. Sums are of few numbers in real and of those in double. */
+#include <math.h>
+#include <stdint.h>
+
+typedef REAL real;
+
+enum { SIDE = 64, RUN = 64 };
+
+/* last: whether channels lie side by side, (examples, places, channels), else (examples, channels, places). The last
+   ghost has `rest` examples, all others `size`. */
+typedef struct {
+    int64_t ghosts, size, rest, channels, places, last;
+} shape;
+
+/* mean, invstd, spread: (ghosts, channels); spread is the variance with the divisor n - 1. */
+typedef struct {
+    double *mean, *invstd, *spread;
+} stats;
+
+static int64_t examples_of(const shape *s, int64_t ghost) { return ghost + 1 < s->ghosts ? s->size : s->rest; }
+
+static const real *at(const shape *s, const real *x, int64_t ghost, int64_t example, int64_t channel) {
+    return x + ((ghost * s->size + example) * s->channels + channel) * s->places;
+}
+
+static void settle(const stats *t, int64_t index, double mean, double squares, double n, double eps) {
+    t->mean[index] = mean;
+    t->invstd[index] = 1 / sqrt(squares / n + eps);
+    t->spread[index] = squares / (n - 1);
+}
+
+static void forward_apart(const shape *s, int64_t ghost, int64_t c, const real *x, const real *weight, const real *bias,
+                          real *y, const stats *t, double eps) {
+    const int64_t examples = examples_of(s, ghost), index = ghost * s->channels + c;
+    const double n = (double)examples * s->places;
+    double sum = 0, squares = 0;
+    for (int64_t e = 0; e < examples; e++) {
+        const real *restrict row = at(s, x, ghost, e, c);
+        real part = 0;
+#pragma omp simd reduction(+ : part)
+        for (int64_t i = 0; i < s->places; i++) part += row[i];
+        sum += part;
+    }
+    const real mean = (real)(sum / n);
+    for (int64_t e = 0; e < examples; e++) {
+        const real *restrict row = at(s, x, ghost, e, c);
+        real part = 0;
+#pragma omp simd reduction(+ : part)
+        for (int64_t i = 0; i < s->places; i++) part += (row[i] - mean) * (row[i] - mean);
+        squares += part;
+    }
+    settle(t, index, mean, squares, n, eps);
+    const real scale = (real)t->invstd[index] * (weight ? weight[c] : 1), shift = bias ? bias[c] : 0;
+    for (int64_t e = 0; e < examples; e++) {
+        const real *restrict row = at(s, x, ghost, e, c);
+        real *restrict out = (real *)at(s, y, ghost, e, c);
+#pragma omp simd
+        for (int64_t i = 0; i < s->places; i++) out[i] = (row[i] - mean) * scale + shift;
+    }
+}
+
+/* Channels c to c + count of one ghost, side by side. */
+static void forward_beside(const shape *s, int64_t ghost, int64_t c, int64_t count, const real *x, const real *weight,
+                           const real *bias, real *y, const stats *t, double eps) {
+    const int64_t rows = examples_of(s, ghost) * s->places, begin = ghost * s->size * s->places;
+    double sum[SIDE] = {0}, squares[SIDE] = {0};
+    real mean[SIDE], scale[SIDE], shift[SIDE];
+    for (int64_t first = 0; first < rows; first += RUN) {
+        real part[SIDE] = {0};
+        for (int64_t r = first; r < rows && r < first + RUN; r++) {
+            const real *restrict row = x + (begin + r) * s->channels + c;
+#pragma omp simd
+            for (int64_t j = 0; j < count; j++) part[j] += row[j];
+        }
+        for (int64_t j = 0; j < count; j++) sum[j] += part[j];
+    }
+    for (int64_t j = 0; j < count; j++) mean[j] = (real)(sum[j] / rows);
+    for (int64_t first = 0; first < rows; first += RUN) {
+        real part[SIDE] = {0};
+        for (int64_t r = first; r < rows && r < first + RUN; r++) {
+            const real *restrict row = x + (begin + r) * s->channels + c;
+#pragma omp simd
+            for (int64_t j = 0; j < count; j++) part[j] += (row[j] - mean[j]) * (row[j] - mean[j]);
+        }
+        for (int64_t j = 0; j < count; j++) squares[j] += part[j];
+    }
+    for (int64_t j = 0; j < count; j++) {
+        const int64_t index = ghost * s->channels + c + j;
+        settle(t, index, mean[j], squares[j], (double)rows, eps);
+        scale[j] = (real)t->invstd[index] * (weight ? weight[c + j] : 1);
+        shift[j] = bias ? bias[c + j] : 0;
+    }
+    for (int64_t r = 0; r < rows; r++) {
+        const real *restrict row = x + (begin + r) * s->channels + c;
+        real *restrict out = y + (begin + r) * s->channels + c;
+#pragma omp simd
+        for (int64_t j = 0; j < count; j++) out[j] = (row[j] - mean[j]) * scale[j] + shift[j];
+    }
+}
+
+/* run_mean, run_var: (channels), moved by one ghost after another with its momentum; NULL without. */
+void ghosts_forward(const shape *s, int threads, const real *x, const real *weight, const real *bias, real *y,
+                    const stats *t, real *run_mean, real *run_var, const double *momenta, double eps) {
+    const int64_t width = s->last ? SIDE : 1, across = (s->channels + width - 1) / width;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t unit = 0; unit < s->ghosts * across; unit++) {
+        const int64_t ghost = unit / across, c = unit % across * width, left = s->channels - c;
+        if (s->last)
+            forward_beside(s, ghost, c, left < SIDE ? left : SIDE, x, weight, bias, y, t, eps);
+        else
+            forward_apart(s, ghost, c, x, weight, bias, y, t, eps);
+    }
+    for (int64_t c = 0; run_mean && c < s->channels; c++) {
+        double mean = run_mean[c], var = run_var[c];
+        for (int64_t ghost = 0; ghost < s->ghosts; ghost++) {
+            mean += momenta[ghost] * (t->mean[ghost * s->channels + c] - mean);
+            var += momenta[ghost] * (t->spread[ghost * s->channels + c] - var);
+        }
+        run_mean[c] = (real)mean;
+        run_var[c] = (real)var;
+    }
+}
+
+/* slopes, totals: (ghosts, channels), sums of (x - mean)dy and of dy. dx: NULL where it is not wanted. */
+typedef struct {
+    double *slopes, *totals;
+} sums;
+
+static void backward_apart(const shape *s, int64_t ghost, int64_t c, const real *x, const real *dy, const real *weight,
+                           real *dx, const stats *t, const sums *found) {
+    const int64_t examples = examples_of(s, ghost), index = ghost * s->channels + c;
+    const double n = (double)examples * s->places, invstd = t->invstd[index];
+    const real mean = (real)t->mean[index];
+    double slope = 0, total = 0;
+    for (int64_t e = 0; e < examples; e++) {
+        const real *restrict row = at(s, x, ghost, e, c), *restrict back = at(s, dy, ghost, e, c);
+        real part = 0, plain = 0;
+#pragma omp simd reduction(+ : part, plain)
+        for (int64_t i = 0; i < s->places; i++) {
+            part += (row[i] - mean) * back[i];
+            plain += back[i];
+        }
+        slope += part;
+        total += plain;
+    }
+    found->slopes[index] = slope;
+    found->totals[index] = total;
+    if (!dx) return;
+    const real scale = (real)(invstd * (weight ? weight[c] : 1)), level = (real)(total / n);
+    const real pull = (real)(slope * invstd * invstd / n);
+    for (int64_t e = 0; e < examples; e++) {
+        const real *restrict row = at(s, x, ghost, e, c), *restrict back = at(s, dy, ghost, e, c);
+        real *restrict out = (real *)at(s, dx, ghost, e, c);
+#pragma omp simd
+        for (int64_t i = 0; i < s->places; i++) out[i] = scale * (back[i] - level - (row[i] - mean) * pull);
+    }
+}
+
+static void backward_beside(const shape *s, int64_t ghost, int64_t c, int64_t count, const real *x, const real *dy,
+                            const real *weight, real *dx, const stats *t, const sums *found) {
+    const int64_t rows = examples_of(s, ghost) * s->places, begin = ghost * s->size * s->places;
+    const int64_t index = ghost * s->channels + c;
+    double slope[SIDE] = {0}, total[SIDE] = {0};
+    real mean[SIDE], scale[SIDE], level[SIDE], pull[SIDE];
+    for (int64_t j = 0; j < count; j++) mean[j] = (real)t->mean[index + j];
+    for (int64_t first = 0; first < rows; first += RUN) {
+        real part[SIDE] = {0}, plain[SIDE] = {0};
+        for (int64_t r = first; r < rows && r < first + RUN; r++) {
+            const real *restrict row = x + (begin + r) * s->channels + c;
+            const real *restrict back = dy + (begin + r) * s->channels + c;
+#pragma omp simd
+            for (int64_t j = 0; j < count; j++) {
+                part[j] += (row[j] - mean[j]) * back[j];
+                plain[j] += back[j];
+            }
+        }
+        for (int64_t j = 0; j < count; j++) {
+            slope[j] += part[j];
+            total[j] += plain[j];
+        }
+    }
+    for (int64_t j = 0; j < count; j++) {
+        const double invstd = t->invstd[index + j];
+        found->slopes[index + j] = slope[j];
+        found->totals[index + j] = total[j];
+        scale[j] = (real)(invstd * (weight ? weight[c + j] : 1));
+        level[j] = (real)(total[j] / rows);
+        pull[j] = (real)(slope[j] * invstd * invstd / rows);
+    }
+    for (int64_t r = 0; dx && r < rows; r++) {
+        const real *restrict row = x + (begin + r) * s->channels + c;
+        const real *restrict back = dy + (begin + r) * s->channels + c;
+        real *restrict out = dx + (begin + r) * s->channels + c;
+#pragma omp simd
+        for (int64_t j = 0; j < count; j++) out[j] = scale[j] * (back[j] - level[j] - (row[j] - mean[j]) * pull[j]);
+    }
+}
+
+/* dweight, dbias: (channels), sums over the ghosts. */
+void ghosts_backward(const shape *s, int threads, const real *x, const real *dy, const real *weight, real *dx,
+                     const stats *t, const sums *found, real *dweight, real *dbias) {
+    const int64_t width = s->last ? SIDE : 1, across = (s->channels + width - 1) / width;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t unit = 0; unit < s->ghosts * across; unit++) {
+        const int64_t ghost = unit / across, c = unit % across * width, left = s->channels - c;
+        if (s->last)
+            backward_beside(s, ghost, c, left < SIDE ? left : SIDE, x, dy, weight, dx, t, found);
+        else
+            backward_apart(s, ghost, c, x, dy, weight, dx, t, found);
+    }
+    for (int64_t c = 0; c < s->channels; c++) {
+        double by_weight = 0, by_bias = 0;
+        for (int64_t i = c; i < s->ghosts * s->channels; i += s->channels) {
+            by_weight += found->slopes[i] * t->invstd[i];
+            by_bias += found->totals[i];
+        }
+        dweight[c] = (real)by_weight;
+        dbias[c] = (real)by_bias;
+    }
+}
