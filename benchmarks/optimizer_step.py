@@ -1,7 +1,7 @@
-"""Claim: a step of LAMB or LARS is no slower than the fastest peer's, and with `fused` takes at most twice the time of
-torch's fused AdamW, on a CPU and on a GPU. By default that holds on a GPU, where both take kernels of batchlab's own; on
-a CPU LARS takes torch's fused SGD for its second half and LAMB torch's fused Adam for its first, with which it takes
-three times as long as AdamW, and nothing is compiled.
+"""Claim: a step of LAMB or LARS is no slower than the fastest peer's, and with `fused` takes at most twice the time
+of torch's fused AdamW, on a CPU and on a GPU. By default that holds on a GPU, where both take kernels of batchlab's
+own; on a CPU LARS takes torch's fused SGD for its second half and LAMB torch's fused Adam for its first, with which it
+takes three times as long as AdamW, and nothing is compiled.
 
 Parameter lists by shape alone, random gradients, a rate of 0, so that the work stays the same: a ResNet-50 (161
 tensors, 25.6 million weights) and a GPT-2 of width 512 with 6 layers (76 tensors, 27 million). Peers as they are by

@@ -55,6 +55,7 @@ myst_substitutions = {
     "five_jobs_plain": prose.result_table((p for p in VERIFIED if p.stem.endswith("_plain")), FIVE_JOBS),
     "optimizers": prose.optimizer_tables(RESULTS / "optimizers.json"),
     "optimizer_steps": prose.step_table(RESULTS / "optimizer_step.json"),
+    "optimizer_steps_gpu": prose.step_table(RESULTS / "optimizer_step_gpu.json"),
     "estimators": prose.result_table(RESULTS.glob("estimators.json"), ESTIMATORS),
 }
 

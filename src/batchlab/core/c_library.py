@@ -1,4 +1,4 @@
-"""C code that comes with batchlab, compiled for this machine when something first asks for it: a third of a second."""
+"""C code that comes with batchlab, compiled for this machine when something first asks for it: a second."""
 
 from __future__ import annotations
 

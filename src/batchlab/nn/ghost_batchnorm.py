@@ -27,6 +27,7 @@ from batchlab.nn.ghost_cpu import ghosts_on_cpu, takes
 from batchlab.nn.parts import OfParts, change_kind, parts_at_once
 
 Ragged = Literal["own", "merge", "refuse"]
+_RAGGED = get_args(Ragged)
 
 # Numbers in a ghost from which a call for each beats two copies: measured on a CPU with PyTorch's layouts (32 x 64 and
 # 8 x 16 x 8 x 8 below or at it, 32 x 16 x 4 x 4 above); on accelerators reckoned from 40 µs a call and 2 TB/s.
@@ -61,8 +62,8 @@ def ghost_batch_norm(
     it is the same in distribution, and inputs in PyTorch's plain layout are then not copied. Not for channels_last.
     loop: a call for each ghost, or one call for all; None takes the faster way by size and device, on a CPU one that
     copies less (`ghost_cpu`). The results differ by rounding. Under `torch.compile` it is one call.
-    fused: on a CPU, for ghosts in order, all of them by one call of C code, which is compiled at the first: a third of a
-    second, and a C compiler; without one, as if not asked for. It takes half the time where ghosts are small.
+    fused: on a CPU, for ghosts in order, all by one call of C code, which is compiled at the first: a second,
+    and a C compiler; without one, as if not asked for. It takes half the time of the other ways.
 
     >>> x = torch.arange(8.0).reshape(8, 1)
     >>> ghost_batch_norm(x, None, None, 4, training=True).flatten().round(decimals=2)
@@ -79,9 +80,9 @@ def ghost_batch_norm(
     k, tracked = full + (rest > 0), num_batches_tracked
     again = partial(_by_calls, full=full, ghost_size=ghost_size, rest=rest, eps=eps, interleaved=interleaved, loop=loop)
     if loop is None and not interleaved and k > 1 and takes(input, weight, bias, running_mean, running_var):
-        sizes = [ghost_size] * full + [rest] * (rest > 0)
+        sizes = (ghost_size,) * full + (rest,) * (rest > 0)
         since = 1 if tracked is None or momentum is not None else int(tracked) + 1
-        momenta = [1 / (since + i) if momentum is None else momentum for i in range(k)]
+        momenta = (momentum,) * k if momentum is not None else tuple([1 / (since + i) for i in range(k)])
         way = ghosts_in_c if fused and compiler() else ghosts_on_cpu
         output = way(input, weight, bias, running_mean, running_var, sizes, momenta, eps, again)
     else:
@@ -147,8 +148,8 @@ def ghosts(batch: int, ghost_size: int, values: int, ragged: Ragged = "own") -> 
 
 def _check(ghost_size: int, ragged: Ragged) -> None:
     check_count(ghost_size=ghost_size)
-    if ragged not in get_args(Ragged):
-        raise InputError(f"ragged must be one of {list(get_args(Ragged))}, got {ragged!r}")
+    if ragged not in _RAGGED:
+        raise InputError(f"ragged must be one of {list(_RAGGED)}, got {ragged!r}")
 
 
 def _loops(x: Tensor, ghost_size: int) -> bool:

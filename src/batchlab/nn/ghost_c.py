@@ -5,9 +5,9 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -21,14 +21,6 @@ PARALLEL_FROM = 2**15  # numbers from which on more threads than one pay
 
 class _Shape(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in ("ghosts", "size", "rest", "channels", "places", "last")]
-
-
-class _Stats(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("mean", "invstd", "spread")]
-
-
-class _Sums(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("slopes", "totals")]
 
 
 def ghosts_in_c(
@@ -60,13 +52,10 @@ class _GhostsInC(torch.autograd.Function):
         eps: float,
         again: Callable[[Tensor, Tensor | None, Tensor | None], Tensor],
     ) -> Tensor:
-        shape, threads = _shape(tuple(x.shape), is_channels_last(x), sizes), _threads(x)
         y, stats = torch.empty_like(x), x.new_empty(3, len(sizes), x.shape[1], dtype=torch.float64)
-        call = library(_SOURCE, x.dtype).ghosts_forward
-        weight_at, bias_at, mean_at, var_at = map(_at, (weight, bias, *running))
-        call(
-            ctypes.byref(shape), threads, _at(x), weight_at, bias_at, _at(y), ctypes.byref(_stats(stats)), mean_at,
-            var_at, _doubles(momenta), ctypes.c_double(eps),
+        _functions(x.dtype).forward(
+            _shape(x.shape, is_channels_last(x), sizes), _threads(x), x.data_ptr(), _at(weight), _at(bias),
+            y.data_ptr(), stats.data_ptr(), _at(running[0]), _at(running[1]), _doubles(momenta), eps,
         )  # fmt: skip
         ctx.save_for_backward(x, weight, bias, stats)
         ctx.sizes, ctx.again = sizes, again
@@ -84,40 +73,40 @@ class _GhostsInC(torch.autograd.Function):
             return *(next(found) if need else None for need in needs), *(None,) * 5
         if dy.stride() != x.stride():
             dy = torch.empty_like(x).copy_(dy)
-        shape, threads = _shape(tuple(x.shape), is_channels_last(x), ctx.sizes), _threads(x)
-        dx, both, sums = (
-            torch.empty_like(x) if needs[0] else None,
-            x.new_empty(2, x.shape[1]),
-            torch.empty_like(stats[:2]),
-        )
-        call = library(_SOURCE, x.dtype).ghosts_backward
-        step = sums.numel() * 4  # bytes of one of its two
-        held = _Sums(sums.data_ptr(), sums.data_ptr() + step)
-        dweight, dbias = both.unbind()
-        call(
-            ctypes.byref(shape), threads, _at(x), _at(dy), _at(weight), _at(dx), ctypes.byref(_stats(stats)),
-            ctypes.byref(held), _at(dweight), _at(dbias),
+        dx, both, room = torch.empty_like(x) if needs[0] else None, x.new_empty(2, x.shape[1]), torch.empty_like(stats)
+        _functions(x.dtype).backward(
+            _shape(x.shape, is_channels_last(x), ctx.sizes), _threads(x), x.data_ptr(), dy.data_ptr(), _at(weight),
+            _at(dx), stats.data_ptr(), room.data_ptr(), both.data_ptr(),
         )  # fmt: skip
-        return dx, dweight if needs[1] else None, dbias if needs[2] else None, *(None,) * 5
+        return dx, both[0] if needs[1] else None, both[1] if needs[2] else None, *(None,) * 5
 
 
-def _at(tensor: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+class _Functions(NamedTuple):
+    forward: Callable[..., None]
+    backward: Callable[..., None]
 
 
-def _stats(stats: Tensor) -> _Stats:
-    first, step = stats.data_ptr(), 8 * stats[0].numel()
-    return _Stats(first, first + step, first + 2 * step)
+@cache
+def _functions(dtype: torch.dtype) -> _Functions:
+    """With their arguments declared, so that plain integers are addresses."""
+    made, place = library(_SOURCE, dtype), ctypes.c_void_p
+    made.ghosts_forward.argtypes = [place, ctypes.c_int, *[place] * 8, ctypes.c_double]
+    made.ghosts_backward.argtypes = [place, ctypes.c_int, *[place] * 7]
+    return _Functions(made.ghosts_forward, made.ghosts_backward)
 
 
-def _threads(x: Tensor) -> ctypes.c_int:
-    return ctypes.c_int(torch.get_num_threads() if x.numel() >= PARALLEL_FROM else 1)
+def _at(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _threads(x: Tensor) -> int:
+    return torch.get_num_threads() if x.numel() >= PARALLEL_FROM else 1
 
 
 @lru_cache(maxsize=256)
-def _shape(shape: tuple[int, ...], last: bool, sizes: tuple[int, ...]) -> _Shape:
+def _shape(shape: tuple[int, ...], last: bool, sizes: tuple[int, ...]) -> Any:
     places = math.prod(shape[2:])
-    return _Shape(len(sizes), sizes[0], sizes[-1], shape[1], places, int(last or places == 1))
+    return ctypes.byref(_Shape(len(sizes), sizes[0], sizes[-1], shape[1], places, int(last or places == 1)))
 
 
 @lru_cache(maxsize=256)

@@ -8,16 +8,34 @@ typedef REAL real;
 
 enum { SIDE = 64, RUN = 64 };
 
+/* Loops over channels side by side are far shorter where the compiler knows how many there are. */
+#define KNOWN(call, count) \
+    do { \
+        if ((count) == 64) call(64); \
+        else if ((count) == 16) call(16); \
+        else call(count); \
+    } while (0)
+#ifdef __GNUC__
+#define INLINE static inline __attribute__((always_inline))
+#else
+#define INLINE static inline
+#endif
+
 /* last: whether channels lie side by side, (examples, places, channels), else (examples, channels, places). The last
    ghost has `rest` examples, all others `size`. */
 typedef struct {
     int64_t ghosts, size, rest, channels, places, last;
 } shape;
 
-/* mean, invstd, spread: (ghosts, channels); spread is the variance with the divisor n - 1. */
+/* mean, invstd, spread: (ghosts, channels); spread is the variance with the divisor n - 1. One after another in memory. */
 typedef struct {
     double *mean, *invstd, *spread;
 } stats;
+
+static stats stats_at(const shape *s, double *first) {
+    const int64_t each = s->ghosts * s->channels;
+    return (stats){first, first + each, first + 2 * each};
+}
 
 static int64_t examples_of(const shape *s, int64_t ghost) { return ghost + 1 < s->ghosts ? s->size : s->rest; }
 
@@ -62,7 +80,7 @@ static void forward_apart(const shape *s, int64_t ghost, int64_t c, const real *
 }
 
 /* Channels c to c + count of one ghost, side by side. */
-static void forward_beside(const shape *s, int64_t ghost, int64_t c, int64_t count, const real *x, const real *weight,
+INLINE void forward_beside(const shape *s, int64_t ghost, int64_t c, int64_t count, const real *x, const real *weight,
                            const real *bias, real *y, const stats *t, double eps) {
     const int64_t rows = examples_of(s, ghost) * s->places, begin = ghost * s->size * s->places;
     double sum[SIDE] = {0}, squares[SIDE] = {0};
@@ -100,15 +118,17 @@ static void forward_beside(const shape *s, int64_t ghost, int64_t c, int64_t cou
     }
 }
 
-/* run_mean, run_var: (channels), moved by one ghost after another with its momentum; NULL without. */
+/* kept: (3, ghosts, channels), see stats. run_mean, run_var: (channels), moved by one ghost after another with its momentum; NULL without. */
 void ghosts_forward(const shape *s, int threads, const real *x, const real *weight, const real *bias, real *y,
-                    const stats *t, real *run_mean, real *run_var, const double *momenta, double eps) {
+                    double *kept, real *run_mean, real *run_var, const double *momenta, double eps) {
+    const stats of = stats_at(s, kept), *t = &of;
     const int64_t width = s->last ? SIDE : 1, across = (s->channels + width - 1) / width;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t unit = 0; unit < s->ghosts * across; unit++) {
         const int64_t ghost = unit / across, c = unit % across * width, left = s->channels - c;
+#define FORWARD(count) forward_beside(s, ghost, c, count, x, weight, bias, y, t, eps)
         if (s->last)
-            forward_beside(s, ghost, c, left < SIDE ? left : SIDE, x, weight, bias, y, t, eps);
+            KNOWN(FORWARD, left < SIDE ? left : SIDE);
         else
             forward_apart(s, ghost, c, x, weight, bias, y, t, eps);
     }
@@ -123,7 +143,7 @@ void ghosts_forward(const shape *s, int threads, const real *x, const real *weig
     }
 }
 
-/* slopes, totals: (ghosts, channels), sums of (x - mean)dy and of dy. dx: NULL where it is not wanted. */
+/* slopes, totals: (ghosts, channels), sums of (x - mean)dy and of dy. */
 typedef struct {
     double *slopes, *totals;
 } sums;
@@ -158,7 +178,7 @@ static void backward_apart(const shape *s, int64_t ghost, int64_t c, const real 
     }
 }
 
-static void backward_beside(const shape *s, int64_t ghost, int64_t c, int64_t count, const real *x, const real *dy,
+INLINE void backward_beside(const shape *s, int64_t ghost, int64_t c, int64_t count, const real *x, const real *dy,
                             const real *weight, real *dx, const stats *t, const sums *found) {
     const int64_t rows = examples_of(s, ghost) * s->places, begin = ghost * s->size * s->places;
     const int64_t index = ghost * s->channels + c;
@@ -198,15 +218,19 @@ static void backward_beside(const shape *s, int64_t ghost, int64_t c, int64_t co
     }
 }
 
-/* dweight, dbias: (channels), sums over the ghosts. */
+/* kept: as it was filled. room: (2, ghosts, channels). dx: NULL where it is not wanted. dboth: (2, channels), of weight
+   and bias, sums over the ghosts. */
 void ghosts_backward(const shape *s, int threads, const real *x, const real *dy, const real *weight, real *dx,
-                     const stats *t, const sums *found, real *dweight, real *dbias) {
+                     double *kept, double *room, real *dboth) {
+    const stats of = stats_at(s, kept), *t = &of;
+    const sums in = {room, room + s->ghosts * s->channels}, *found = &in;
     const int64_t width = s->last ? SIDE : 1, across = (s->channels + width - 1) / width;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t unit = 0; unit < s->ghosts * across; unit++) {
         const int64_t ghost = unit / across, c = unit % across * width, left = s->channels - c;
+#define BACKWARD(count) backward_beside(s, ghost, c, count, x, dy, weight, dx, t, found)
         if (s->last)
-            backward_beside(s, ghost, c, left < SIDE ? left : SIDE, x, dy, weight, dx, t, found);
+            KNOWN(BACKWARD, left < SIDE ? left : SIDE);
         else
             backward_apart(s, ghost, c, x, dy, weight, dx, t, found);
     }
@@ -216,7 +240,7 @@ void ghosts_backward(const shape *s, int threads, const real *x, const real *dy,
             by_weight += found->slopes[i] * t->invstd[i];
             by_bias += found->totals[i];
         }
-        dweight[c] = (real)by_weight;
-        dbias[c] = (real)by_bias;
+        dboth[c] = (real)by_weight;
+        dboth[s->channels + c] = (real)by_bias;
     }
 }
