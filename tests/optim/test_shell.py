@@ -1,8 +1,10 @@
 """What all rules share: names, options, what is told of a step, loaded states, autocast, FSDP1's flat buffers."""
 
 import copy
+import gc
 import pickle  # noqa: TID251 - as users' trainers do to spawn ranks
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -176,3 +178,39 @@ def _flat_buffers():
 
 def test_pieces_of_a_flat_buffer_are_refused_where_norms_are_taken(tmp_path):
     assert in_ranks(2, tmp_path, _flat_buffers) == [0, 0]
+
+
+@pytest.mark.parametrize("make", [LAMB, LARS, Lion])
+def test_nothing_is_kept_alive_between_steps(make):
+    """Gradients, states and weights that are taken away after a step, to free memory, are free then."""
+    w = torch.nn.Parameter(torch.ones(4, 4))
+    optimizer = make([w], lr=0.1)
+    for _ in range(2):
+        w.grad = torch.ones(4, 4)
+        optimizer.step()
+    (name,) = [key for key in optimizer.state[w] if key in ("exp_avg", "momentum_buffer")]
+    state, gradient, weights = optimizer.state[w][name], w.grad, w.data.untyped_storage()
+    gone = [weakref.ref(each) for each in (state, gradient)]
+    before = weights._weak_ref()
+    optimizer.state[w][name], w.grad, w.data = state.clone(), None, w.data.clone()
+    del state, gradient, weights
+    gc.collect()
+    assert [each() for each in gone] == [None, None]
+    assert torch.UntypedStorage._expired(before)
+    w.grad = torch.ones(4, 4)
+    optimizer.step()
+
+
+def test_states_and_weights_that_are_exchanged_are_the_ones_that_move():
+    ends = []
+    for exchanged in (False, True):
+        w = torch.nn.Parameter(torch.linspace(1, 2, 16).view(4, 4))
+        optimizer = LAMB([w], lr=0.1)
+        for step in range(4):
+            if exchanged and step == 2:
+                w.data = w.data.clone()
+                optimizer.state[w]["exp_avg"] = optimizer.state[w]["exp_avg"].clone()
+            w.grad = torch.full((4, 4), 1.0 + step)
+            optimizer.step()
+        ends += [w.detach(), optimizer.state[w]["exp_avg"]]
+    assert torch.equal(ends[0], ends[2]) and torch.equal(ends[1], ends[3])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -16,6 +17,8 @@ from batchlab.optim.state_dtype import in_dtype
 from batchlab.parallel.shards import is_spread, share
 from batchlab.parallel.sums import PLAIN, Layout, layout_of, sums_over
 
+_NO_GRADIENT = torch.empty(0, device="cpu")
+
 
 @dataclass(slots=True)
 class Leaf:
@@ -24,7 +27,8 @@ class Leaf:
     given_name, place: see `name`. w, g: weights and gradient (its negative under `maximize`). state: by the names of
     `RuleOptimizer.STATE`. t: the steps this parameter has taken, this one included. shape: of the whole tensor. layout:
     how it is spread. rounded: what is kept in another dtype, beside its value here, which is rounded to it after the
-    step. kind: a number of the shell's for leaves alike in all but their step. address: of the weights.
+    step. kind: a number of the shell's for leaves alike in all but their step. address, kept: where the weights are
+    and which tensors the state was of, to tell whether it `goes_on`.
     """
 
     given_name: str | None
@@ -39,22 +43,28 @@ class Leaf:
     rounded: list[tuple[Tensor, Tensor]]
     kind: int = -1
     address: int = 0
+    kept: tuple[tuple[str, weakref.ref[Tensor]], ...] = ()
 
-    def stands(self, parameter: Tensor, gradient: Tensor, state: Mapping[str, Any]) -> bool:
-        """Whether `leaf_of` would make the same of these but for gradient and step."""
+    def goes_on(self, parameter: Tensor, gradient: Tensor, state: Mapping[str, Any], *, maximize: bool) -> bool:
+        """Takes in another step, where `leaf_of` would make the same of these but for it; False where not."""
         if self.parameter is not parameter or self.rounded or self.layout is not PLAIN:
             return False
         if gradient.dtype != self.w.dtype or parameter.data_ptr() != self.address:
             return False
-        for key, value in self.state.items():  # not `all` of a generator, which takes three times as long
-            if state.get(key) is not value:
+        found: dict[str, Tensor] = {}
+        for key, known in self.kept:
+            value: Any = state.get(key)
+            if value is None or known() is not value:
                 return False
-        return len(self.state) == len(state) - 1
+            found[key] = value
+        if len(found) != len(state) - 1:
+            return False
+        self.state, self.g, self.t = found, gradient.neg() if maximize else gradient, int(state["step"].item())
+        return True
 
-    def again(self, gradient: Tensor, state: Mapping[str, Any], *, maximize: bool) -> Leaf:
-        """Itself at another step, for what it `stands` for."""
-        self.g, self.t = gradient.neg() if maximize else gradient, int(state["step"].item())
-        return self
+    def rest(self) -> None:
+        """Between steps it keeps neither a gradient nor a state alive, which others may take away to free memory."""
+        self.g, self.state = _NO_GRADIENT, {}
 
     @property
     def name(self) -> str:
@@ -72,10 +82,10 @@ def leaf_of(
     maximize: bool,
 ) -> Leaf:
     """A parameter and its gradient, which the layout of the parameter is given."""
-    held, layout = parameter.detach(), PLAIN
+    held, layout = parameter, PLAIN
     spread = is_spread(parameter)
     if spread:
-        layout = layout_of(parameter)
+        held, layout = parameter.detach(), layout_of(parameter)
         if cast(Any, gradient).placements != cast(Any, parameter).placements:
             gradient = cast(Any, gradient).redistribute(placements=cast(Any, parameter).placements)
         held, gradient = share(held).part, share(gradient).part
@@ -92,7 +102,7 @@ def leaf_of(
     step = int(state["step"].item())
     g = g.neg() if maximize else g
     leaf = Leaf(given_name, place, parameter, w, g, fine, step, parameter.shape, layout, rounded)
-    leaf.address = w.data_ptr()
+    leaf.address, leaf.kept = parameter.data_ptr(), tuple((key, weakref.ref(value)) for key, value in fine.items())
     return leaf
 
 

@@ -165,7 +165,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             else:
                 self._update(leaves)
         for leaf in [leaf for _, each in leaves for leaf in each]:
-            leaf.g = _NO_GRADIENT  # what is kept for the next step must not keep gradients
+            leaf.rest()
         return loss
 
     def _update(self, leaves: Sequence[tuple[dict[str, Any], list[Leaf]]]) -> None:
@@ -244,9 +244,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         leaves = []
         for name, place, parameter, gradient, state in found:
             leaf = self._known.get(place)
-            if leaf is not None and leaf.stands(parameter, gradient, state):
-                leaf.again(gradient, state, maximize=group["maximize"])
-            else:
+            if leaf is None or not leaf.goes_on(parameter, gradient, state, maximize=group["maximize"]):
                 leaf = leaf_of(name, place, parameter, gradient, state, maximize=group["maximize"])
                 alike = (leaf.shape, leaf.w.dtype, leaf.w.device, leaf.layout)
                 leaf.kind = self._kinds.setdefault(alike, len(self._kinds))
@@ -310,7 +308,6 @@ class RuleOptimizer(torch.optim.Optimizer):
         self._known, self._kinds = {}, {}
 
 
-_NO_GRADIENT = torch.empty(0, device="cpu")
 _ONE = torch.ones((), device="cpu")  # with alpha: a number would be made a tensor of for each step counter
 
 
