@@ -53,10 +53,10 @@ class Leaf:
             return False
         found: dict[str, Tensor] = {}
         for key, known in self.kept:
-            value: Any = state.get(key)
+            value = state.get(key)
             if value is None or known() is not value:
                 return False
-            found[key] = value
+            found[key] = cast(Tensor, value)
         if len(found) != len(state) - 1:
             return False
         self.state, self.g, self.t = found, gradient.neg() if maximize else gradient, int(state["step"].item())
