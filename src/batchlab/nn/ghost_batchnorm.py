@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from batchlab.core.c_library import compiler
 from batchlab.core.checks import check_count
 from batchlab.core.errors import InputError
-from batchlab.nn.ghost_c import ghosts_in_c
+from batchlab.nn.ghost_c import ghosts_in_c, may_be_c
 from batchlab.nn.ghost_cpu import ghosts_on_cpu, takes
 from batchlab.nn.parts import OfParts, change_kind, parts_at_once
 
@@ -71,6 +71,7 @@ def ghost_batch_norm(
     """
     if not training:
         return F.batch_norm(input, running_mean, running_var, weight, bias, False, eps=eps)
+    _check_channels(input, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
     if (running_mean is None) != (running_var is None):
         raise InputError("running_mean and running_var must both be given or both be None")
     if running_mean is not None and momentum is None and num_batches_tracked is None:
@@ -83,7 +84,8 @@ def ghost_batch_norm(
         sizes = (ghost_size,) * full + (rest,) * (rest > 0)
         since = 1 if tracked is None or momentum is not None else int(tracked) + 1
         momenta = (momentum,) * k if momentum is not None else tuple([1 / (since + i) for i in range(k)])
-        way = ghosts_in_c if fused and compiler() else ghosts_on_cpu
+        in_c = fused and may_be_c(input, weight, bias, running_mean, running_var) and compiler()
+        way = ghosts_in_c if in_c else ghosts_on_cpu
         output = way(input, weight, bias, running_mean, running_var, sizes, momenta, eps, again)
     else:
         runs = (running_mean, running_var)
@@ -146,6 +148,16 @@ def ghosts(batch: int, ghost_size: int, values: int, ragged: Ragged = "own") -> 
     return full, rest
 
 
+def _check_channels(input: Tensor, **others: Tensor | None) -> None:
+    """Refuses what PyTorch's kernels would read beyond the end of."""
+    if input.ndim < 2:
+        raise InputError(f"input must be (B, C, ...), got shape {tuple(input.shape)}")
+    for name, given in others.items():
+        if given is not None and given.shape != input.shape[1:2]:
+            expected = tuple(input.shape[1:2])
+            raise InputError(f"{name} must be of shape {expected}, as the input has channels, got {tuple(given.shape)}")
+
+
 def _check(ghost_size: int, ragged: Ragged) -> None:
     check_count(ghost_size=ghost_size)
     if ragged not in _RAGGED:
@@ -173,7 +185,7 @@ class _GhostBatchNorm(OfParts):
     ghost_size: int
     ragged: Ragged
     interleaved: bool
-    fused: bool
+    fused: bool = False  # of layers that were pickled before there was one
 
     def __init__(
         self,
@@ -198,7 +210,8 @@ class _GhostBatchNorm(OfParts):
         self.ghost_size, self.ragged, self.interleaved, self.fused = ghost_size, ragged, interleaved, fused
 
     def _leave(self) -> None:
-        del self.ghost_size, self.ragged, self.interleaved, self.fused
+        for name in ("ghost_size", "ragged", "interleaved", "fused"):
+            self.__dict__.pop(name, None)
 
     def forward(self, input: Tensor) -> Tensor:
         """Of the input's shape: by the ghosts' statistics in training, as `nn.BatchNorm` in evaluation."""

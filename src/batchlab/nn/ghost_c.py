@@ -39,6 +39,12 @@ def ghosts_in_c(
     return apply(x, weight, bias, (running_mean, running_var), tuple(sizes), tuple(momenta), eps, again)
 
 
+def may_be_c(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether `ghosts_in_c` is for what `ghost_cpu.takes` takes: it reads memory itself, and no mode may look on."""
+    plain = all(t is None or t.is_contiguous() for t in others) and not x._is_zerotensor()
+    return plain and not torch._C._len_torch_dispatch_stack()
+
+
 class _GhostsInC(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -65,13 +71,13 @@ class _GhostsInC(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, stats = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
-        if (twice := torch.is_grad_enabled()) or is_batched(dy):
+        if (twice := torch.is_grad_enabled()) or is_batched(dy) or not _as_they_were(x, dy, weight, stats):
             wanted = [t for t, need in zip((x, weight, bias), needs, strict=True) if need]
             with torch.enable_grad():
                 y = ctx.again(x, weight, bias)
             found = iter(torch.autograd.grad(y, wanted, dy, create_graph=twice))
             return *(next(found) if need else None for need in needs), *(None,) * 5
-        if dy.stride() != x.stride():
+        if dy.stride() != x.stride() or dy.is_neg() or dy._is_zerotensor():
             dy = torch.empty_like(x).copy_(dy)
         dx, both, room = torch.empty_like(x) if needs[0] else None, x.new_empty(2, x.shape[1]), torch.empty_like(stats)
         _functions(x.dtype).backward(
@@ -79,6 +85,14 @@ class _GhostsInC(torch.autograd.Function):
             _at(dx), stats.data_ptr(), room.data_ptr(), both.data_ptr(),
         )  # fmt: skip
         return dx, both[0] if needs[1] else None, both[1] if needs[2] else None, *(None,) * 5
+
+
+def _as_they_were(x: Tensor, dy: Tensor, weight: Tensor | None, stats: Tensor) -> bool:
+    """Whether what was saved can be read by its address: hooks may have put it away and brought back something else."""
+    dense = x.is_contiguous() or is_channels_last(x)
+    plain = type(dy) is Tensor and dy.dtype is x.dtype and dense and stats.is_contiguous()
+    whole = weight is None or (weight.dtype is x.dtype and weight.is_contiguous())
+    return plain and whole and stats.dtype is torch.float64 and x.is_cpu and stats.is_cpu
 
 
 class _Functions(NamedTuple):

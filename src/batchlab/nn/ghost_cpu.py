@@ -40,7 +40,7 @@ def takes(x: Tensor, *others: Tensor | None) -> bool:
     if forward_ad._current_level >= 0:
         return False
     for t in (x, *others):
-        if t is not None and not (type(t) in _PLAIN and t.is_cpu and t.dtype is x.dtype):
+        if t is not None and not (type(t) in _PLAIN and t.is_cpu and t.dtype is x.dtype and not t.is_neg()):
             return False
     dense = x.layout is torch.strided and (x.is_contiguous() or is_channels_last(x))
     return dense and x.dtype in (torch.float32, torch.float64)

@@ -6,7 +6,7 @@
 
 typedef REAL real;
 
-enum { SIDE = 64, RUN = 64 };
+enum { SIDE = 64, RUN = 64, PLACES = 4096 };
 
 /* Loops over channels side by side are far shorter where the compiler knows how many there are. */
 #define KNOWN(call, count) \
@@ -56,18 +56,24 @@ static void forward_apart(const shape *s, int64_t ghost, int64_t c, const real *
     double sum = 0, squares = 0;
     for (int64_t e = 0; e < examples; e++) {
         const real *restrict row = at(s, x, ghost, e, c);
-        real part = 0;
+        for (int64_t first = 0; first < s->places; first += PLACES) {
+            const int64_t end = first + PLACES < s->places ? first + PLACES : s->places;
+            real part = 0;
 #pragma omp simd reduction(+ : part)
-        for (int64_t i = 0; i < s->places; i++) part += row[i];
-        sum += part;
+            for (int64_t i = first; i < end; i++) part += row[i];
+            sum += part;
+        }
     }
     const real mean = (real)(sum / n);
     for (int64_t e = 0; e < examples; e++) {
         const real *restrict row = at(s, x, ghost, e, c);
-        real part = 0;
+        for (int64_t first = 0; first < s->places; first += PLACES) {
+            const int64_t end = first + PLACES < s->places ? first + PLACES : s->places;
+            real part = 0;
 #pragma omp simd reduction(+ : part)
-        for (int64_t i = 0; i < s->places; i++) part += (row[i] - mean) * (row[i] - mean);
-        squares += part;
+            for (int64_t i = first; i < end; i++) part += (row[i] - mean) * (row[i] - mean);
+            squares += part;
+        }
     }
     settle(t, index, mean, squares, n, eps);
     const real scale = (real)t->invstd[index] * (weight ? weight[c] : 1), shift = bias ? bias[c] : 0;
@@ -156,14 +162,17 @@ static void backward_apart(const shape *s, int64_t ghost, int64_t c, const real 
     double slope = 0, total = 0;
     for (int64_t e = 0; e < examples; e++) {
         const real *restrict row = at(s, x, ghost, e, c), *restrict back = at(s, dy, ghost, e, c);
-        real part = 0, plain = 0;
+        for (int64_t first = 0; first < s->places; first += PLACES) {
+            const int64_t end = first + PLACES < s->places ? first + PLACES : s->places;
+            real part = 0, plain = 0;
 #pragma omp simd reduction(+ : part, plain)
-        for (int64_t i = 0; i < s->places; i++) {
-            part += (row[i] - mean) * back[i];
-            plain += back[i];
+            for (int64_t i = first; i < end; i++) {
+                part += (row[i] - mean) * back[i];
+                plain += back[i];
+            }
+            slope += part;
+            total += plain;
         }
-        slope += part;
-        total += plain;
     }
     found->slopes[index] = slope;
     found->totals[index] = total;

@@ -51,6 +51,8 @@ def parts_at_once(
     split = rows.reshape(-1, k, *shape) if interleaved else rows.reshape(k, -1, *shape).transpose(0, 1)
     spread = split.movedim(1, -2) if last else split
     folded = spread.reshape(-1, k * x.shape[1]) if last else spread.flatten(1, 2)
+    if len(folded) == 1:
+        folded = folded.contiguous()  # PyTorch's gradient is wrong where the stride of a single example is odd
     mean, var = (None if s is None else s.view(-1) for s in (mean, var))
     weight, bias = (None if p is None else p.repeat(k) for p in (weight, bias))
     output = F.batch_norm(folded, mean, var, weight, bias, True, momentum, eps).view(spread.shape)

@@ -47,6 +47,21 @@ def test_what_was_seen_before_clearing_is_forgotten():
     assert norms.squares() == {}
 
 
+def test_a_gradient_that_waits_does_not_become_that_of_another_leaf():
+    """Two leaves may be handed one tensor, which autograd gives away as `.grad` where nobody else holds it."""
+    a, b = (torch.nn.Parameter(torch.zeros(3)) for _ in range(2))
+    b.grad, norms = torch.zeros(3), DeviceNorms()
+    a.register_hook(lambda g: norms.see(0, g, keeps=a.grad is not None))
+    b.register_hook(lambda g: norms.see(1, g, keeps=b.grad is not None))
+
+    def taken(leaf):
+        leaf.grad.zero_()
+
+    a.register_post_accumulate_grad_hook(taken)
+    ((a + b) * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
+    assert {place: float(square) for place, square in norms.squares().items()} == {0: 14.0, 1: 14.0}
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("merged", [False, True])
 def test_hooks_see_the_norms_of_each_piece_or_of_their_sum(accelerator, merged):

@@ -31,7 +31,7 @@ class DeviceNorms:
         if not keeps or gradient.nbytes > HELD:
             self._norms.append((place, torch.linalg.vector_norm(gradient.detach(), dtype=wide(gradient))))
             return
-        self._held.append((place, gradient.detach()))
+        self._held.append((place, gradient))  # itself: beside a detached one `.grad` of another leaf could become it
         self._bytes += gradient.nbytes
         if self._bytes > HELD:
             self._measure()
@@ -50,10 +50,10 @@ class DeviceNorms:
         return found
 
     def _measure(self) -> None:
+        held, self._held, self._bytes = self._held, [], 0  # at once: each device has a thread of its own
         together: dict[tuple[torch.device, torch.dtype], list[tuple[int, Tensor]]] = {}
-        for place, gradient in self._held:
-            together.setdefault((gradient.device, gradient.dtype), []).append((place, gradient))
+        for place, gradient in held:
+            together.setdefault((gradient.device, gradient.dtype), []).append((place, gradient.detach()))
         for each in together.values():
             norms = torch._foreach_norm([gradient for _, gradient in each], dtype=wide(each[0][1]))
             self._norms += zip([place for place, _ in each], norms, strict=True)
-        self._held, self._bytes = [], 0
