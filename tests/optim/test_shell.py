@@ -214,3 +214,55 @@ def test_states_and_weights_that_are_exchanged_are_the_ones_that_move():
             optimizer.step()
         ends += [w.detach(), optimizer.state[w]["exp_avg"]]
     assert torch.equal(ends[0], ends[2]) and torch.equal(ends[1], ends[3])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_copies_in_the_dtype_of_the_arithmetic_are_gone_after_a_step(dtype):
+    w = torch.nn.Parameter(torch.ones(4, 4, dtype=dtype))
+    optimizer = LAMB([w], lr=0.1, state_dtype=torch.bfloat16)
+    for _ in range(2):
+        w.grad = torch.ones_like(w)
+        optimizer.step()
+    assert not optimizer._known
+
+
+def test_a_parameter_that_is_taken_away_is_forgotten():
+    first, second = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    optimizer = Lion([{"params": [first]}, {"params": [second]}], lr=0.1)
+    for _ in range(2):
+        first.grad, second.grad = torch.ones(2), torch.ones(2)
+        optimizer.step()
+    optimizer.param_groups.pop()
+    optimizer.state.pop(second)
+    gone = weakref.ref(second)
+    optimizer.step()
+    del second
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_model_that_takes_another_dtype_goes_on_in_it():
+    """Empty parameters all have one address, and one that is exchanged may get the address of the one before."""
+    model = nn.ParameterList([torch.ones(3, 3), torch.empty(0)])
+    optimizer = LAMB(model.parameters(), lr=0.1)
+    for dtype in (torch.float32, torch.float64):
+        model.to(dtype)
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+            for key in ("exp_avg", "exp_avg_sq"):
+                if key in optimizer.state[parameter]:
+                    optimizer.state[parameter][key] = optimizer.state[parameter][key].to(dtype)
+        optimizer.step()
+    assert model[0].dtype == torch.float64
+
+
+def test_a_step_that_fails_keeps_no_gradient(monkeypatch):
+    w = torch.nn.Parameter(torch.ones(2))
+    optimizer = Lion([w], lr=0.1)
+    w.grad = torch.ones(2)
+    monkeypatch.setattr(optimizer, "_update", lambda leaves: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step()
+    gone, w.grad = weakref.ref(w.grad), None
+    gc.collect()
+    assert gone() is None

@@ -5,6 +5,8 @@ from functools import partial
 import pytest
 import torch
 
+from batchlab.core import c_library
+from batchlab.optim import on_cpu, shell
 from batchlab.testing.optimizers import same
 from batchlab.testing.optimizers_spread import HOW, model_to_spread, spread, spread_equals_whole, take_steps
 from tests.optim.cases import CASES, LISTED
@@ -49,6 +51,16 @@ def _fused_equal(names, how):
 
 def test_kernels_over_lists_sum_over_ranks_too(tmp_path):
     assert in_ranks(4, tmp_path, _fused_equal, ["lamb", "lars"], "fsdp_tp") == [0] * 4
+
+
+def _with_a_compiler_on_some(names, how):
+    if torch.distributed.get_rank() % 2:
+        c_library.compiler = shell.compiler = on_cpu.compiler = lambda: None
+    _fused_equal(names, how)
+
+
+def test_ranks_with_and_without_a_compiler_take_the_same_way(tmp_path):
+    assert in_ranks(4, tmp_path, _with_a_compiler_on_some, ["lamb", "lars"], "fsdp") == [0] * 4
 
 
 def test_ranks_with_unlike_parts_take_the_same_way(tmp_path, monkeypatch):

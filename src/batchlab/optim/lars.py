@@ -26,6 +26,7 @@ from batchlab.optim.moments import rate_of, scalar
 from batchlab.optim.rule import Form, Numbers, Rule, squares, squares_of_lists
 from batchlab.optim.shell import RuleOptimizer
 from batchlab.optim.state_dtype import StateDtype
+from batchlab.optim.tables import moved
 
 LEAST = 2.0**-29  # the share of a gradient from which on 1 - (1 - share) in float64 is as exact as float32
 
@@ -83,6 +84,7 @@ def lars_by_sgd_(w: Tensor, g: Tensor, v: Tensor, **numbers: Any) -> Rule:
         return (yield from lars_(w, g, v, **numbers) or ())
     settings = {"weight_decay": decay, "momentum": numbers["momentum"].item(), "lr": lr, "dampening": 1 - share}
     sgd([w], [g], [v], fused=True, nesterov=False, maximize=False, **settings)
+    moved([w, v])
     return {"trust_ratio": torch.tensor(ratio, device="cpu")}
 
 

@@ -27,8 +27,8 @@ class Leaf:
     given_name, place: see `name`. w, g: weights and gradient (its negative under `maximize`). state: by the names of
     `RuleOptimizer.STATE`. t: the steps this parameter has taken, this one included. shape: of the whole tensor. layout:
     how it is spread. rounded: what is kept in another dtype, beside its value here, which is rounded to it after the
-    step. kind: a number of the shell's for leaves alike in all but their step. address, kept: where the weights are
-    and which tensors the state was of, to tell whether it `goes_on`.
+    step. kind: a number of the shell's for leaves alike in all but their step. dtype, address, kept: of the
+    weights, where they are, and which tensors the state was of, to tell whether it `goes_on`.
     """
 
     given_name: str | None
@@ -42,6 +42,7 @@ class Leaf:
     layout: Layout
     rounded: list[tuple[Tensor, Tensor]]
     kind: int = -1
+    dtype: torch.dtype = torch.float32
     address: int = 0
     kept: tuple[tuple[str, weakref.ref[Tensor]], ...] = ()
 
@@ -49,14 +50,17 @@ class Leaf:
         """Takes in another step, where `leaf_of` would make the same of these but for it; False where not."""
         if self.parameter is not parameter or self.rounded or self.layout is not PLAIN:
             return False
-        if gradient.dtype != self.w.dtype or parameter.data_ptr() != self.address:
+        dtype = self.dtype
+        if parameter.dtype is not dtype or gradient.dtype is not dtype or parameter.data_ptr() != self.address:
+            return False
+        if parameter.shape != self.shape:
             return False
         found: dict[str, Tensor] = {}
         for key, known in self.kept:
-            value = state.get(key)
-            if value is None or known() is not value:
+            value = cast(Tensor, state.get(key))
+            if value is None or known() is not value or value.dtype is not dtype:
                 return False
-            found[key] = cast(Tensor, value)
+            found[key] = value
         if len(found) != len(state) - 1:
             return False
         self.state, self.g, self.t = found, gradient.neg() if maximize else gradient, int(state["step"].item())
@@ -102,7 +106,8 @@ def leaf_of(
     step = int(state["step"].item())
     g = g.neg() if maximize else g
     leaf = Leaf(given_name, place, parameter, w, g, fine, step, parameter.shape, layout, rounded)
-    leaf.address, leaf.kept = parameter.data_ptr(), tuple((key, weakref.ref(value)) for key, value in fine.items())
+    leaf.dtype, leaf.address = dtype, 0 if spread else parameter.data_ptr()
+    leaf.kept = tuple((key, weakref.ref(value)) for key, value in fine.items())
     return leaf
 
 
@@ -113,12 +118,13 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def plain(tensors: Sequence[Tensor]) -> bool:
-    """Whether torch's fused kernels take what a rule takes of a leaf: one dtype and one memory order, on a CPU.
+    """Whether torch's fused kernels take what a rule takes of a leaf: one size, dtype and memory order, on a CPU.
 
-    They want numbers, for which a GPU would have to be waited for.
+    They want numbers, for which a GPU would have to be waited for; and sizes that differ they do not refuse.
     """
-    dtype = tensors[0].dtype
-    return all(each.is_cpu and each.dtype == dtype and each.is_contiguous() for each in tensors)
+    w = tensors[0]
+    alike = all(each.is_cpu and each.dtype == w.dtype and each.shape == w.shape for each in tensors)
+    return alike and all(each.is_contiguous() for each in tensors)
 
 
 def total_norm(leaves: Sequence[Leaf]) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from batchlab.core.checks import holds
 from batchlab.core.errors import InputError
+from batchlab.optim.tables import stream_of
 
 
 def bias_corrections(betas: Sequence[float], t: int) -> tuple[float, ...]:
@@ -40,13 +41,20 @@ def adam_numbers(
     a compiled rule would be compiled anew for numbers, or take 20 µs for each to make a tensor of it. decays: whether λ
     is not 0.
     """
-    k, numbers = _shared(like.dtype, like.device, tuple(betas), eps, weight_decay, t if bias_correction else None)
+    known = (tuple(betas), eps, weight_decay, t if bias_correction else None)
+    k, numbers = _shared(like.dtype, like.device, stream_of(like.device), *known)
     return numbers | {"rate": rate_of(lr, like, by=k)}
 
 
 @lru_cache(maxsize=256)
 def _shared(
-    dtype: torch.dtype, device: torch.device, betas: tuple[float, float], eps: float, weight_decay: float, t: int | None
+    dtype: torch.dtype,
+    device: torch.device,
+    stream: int,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    t: int | None,
 ) -> tuple[float, dict[str, Any]]:
     """k, and what is one for all tensors of a group at step t (None: without a correction): nobody may change it."""
     c1, c2 = (1.0, 1.0) if t is None else bias_corrections(betas, t)
@@ -63,9 +71,13 @@ def rate_of(lr: float | Tensor, like: Tensor, *, by: float = 1.0) -> Tensor:
     return scalar(lr / by, like.dtype, like.device)
 
 
-@lru_cache(maxsize=256)
 def scalar(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A number as a tensor without dimensions, the same one for the same number: nobody may change it."""
+    """A number as a tensor without dimensions, the same one for the same number and stream: nobody may change it."""
+    return _scalar(value, dtype, device, stream_of(device))
+
+
+@lru_cache(maxsize=256)
+def _scalar(value: float, dtype: torch.dtype, device: torch.device, stream: int) -> Tensor:
     return torch.full((), value, dtype=dtype, device=device)  # torch.tensor would wait for a GPU to take it
 
 

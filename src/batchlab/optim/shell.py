@@ -14,11 +14,12 @@ from torch import Tensor
 
 from batchlab.core.c_library import compiler
 from batchlab.core.errors import InputError
+from batchlab.optim import on_cpu
 from batchlab.optim.leaf import Leaf, asks_for_state, is_flattened, leaf_of, name_at, names_of
 from batchlab.optim.rule import Form, Numbers, Rule, alone, compiled, side_by_side, squares
 from batchlab.optim.state_dtype import StateDtype, checked_state_dtype, in_dtype, state_like
 from batchlab.parallel.shards import share
-from batchlab.parallel.sums import Layout, sums_over
+from batchlab.parallel.sums import PLAIN, Layout, sums_over
 
 SMALL = 16384  # elements up to which a CPU takes a list of tensors faster than one by one
 
@@ -32,10 +33,10 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     foreach: the form for lists; by default on GPUs, and on CPUs for tensors of up to 16,384 elements: for larger ones
     it is slower there than the plain loop. fused: compiles the rule at the first step (seconds; needs a C++ compiler)
-    where tensors go one by one: the larger ones on CPUs; kernels in C where `on_cpu` has them. Lists are not compiled:
-    on GPUs that took 15 s for 76 tensors, was no faster, and torch 2.11 compiled Lion's wrongly. Where a rule has a
-    `kernel`, that is taken by default and for fused; foreach=False is the plain loop and foreach=True the form for
-    lists, as they are written.
+    where tensors go one by one: the larger ones on CPUs; at once, kernels in C, where `on_cpu` has them. Lists are not
+    compiled: on GPUs that took 15 s for 76 tensors, was no faster, and torch 2.11 compiled Lion's wrongly. Where a rule
+    has a `kernel`, that is taken by default and for fused; foreach=False is the plain loop and foreach=True the form
+    for lists, as they are written.
     state_dtype: see `batchlab.optim.state_dtype`. differentiable: refused if true.
     """
 
@@ -81,6 +82,8 @@ class RuleOptimizer(torch.optim.Optimizer):
             first = sum(len(each["params"]) for each in self.param_groups[:-1])
             for name, parameter in zip(names_of(group, first), group["params"], strict=True):
                 self.check_parameter(name, parameter, group)
+            if group["fused"] and self.C_KERNELS and compiler():
+                on_cpu.prepare(group["params"])
         except InputError:
             self.param_groups.pop()
             raise
@@ -159,14 +162,22 @@ class RuleOptimizer(torch.optim.Optimizer):
                 loss = closure()
         self._noted = []
         leaves = [(group, self._leaves(group, first)) for group, first in self._numbered()]
-        with _no_autocast({device.type for _, _, device, _ in self._kinds}):
-            if self.before(leaves) is False or asked:
-                self.uncount(leaves)
-            else:
-                self._update(leaves)
-        for leaf in [leaf for _, each in leaves for leaf in each]:
-            leaf.rest()
+        try:
+            with _no_autocast({device.type for _, _, device, _ in self._kinds}):
+                if self.before(leaves) is False or asked:
+                    self.uncount(leaves)
+                else:
+                    self._update(leaves)
+        finally:
+            for leaf in [leaf for _, each in leaves for leaf in each]:
+                leaf.rest()
+        self._forget_beyond(sum(len(group["params"]) for group in self.param_groups))
         return loss
+
+    def _forget_beyond(self, count: int) -> None:
+        """Forgets the leaves of parameters that were taken away."""
+        if len(self._known) > count:
+            self._known = {place: leaf for place, leaf in self._known.items() if place < count}
 
     def _update(self, leaves: Sequence[tuple[dict[str, Any], list[Leaf]]]) -> None:
         """Runs the rules of all leaves, rounds what is kept in other dtypes, and notes what is to be told."""
@@ -192,12 +203,13 @@ class RuleOptimizer(torch.optim.Optimizer):
         """Whether a tensor goes by the form for lists: as asked, else on GPUs, and on CPUs where it is small.
 
         There a call's own time counts and not the memory that lists take. The whole tensor's size decides, not that of
-        this rank's part: ranks that part ways would sum one tensor's squares with another's.
+        this rank's part, nor what compiler this rank has: ranks that part ways would sum one tensor's squares with
+        another's.
         """
         if self.forms(group)[1] is None:
             return False
         on_gpu = leaf.w.device.type == "cuda"
-        if group["fused"] and self.C_KERNELS and leaf.w.is_cpu and compiler():
+        if group["fused"] and self.C_KERNELS and leaf.w.is_cpu and (leaf.layout.mesh is not None or compiler()):
             return True
         if group["foreach"] is not None and not (group["fused"] and not on_gpu):
             return bool(group["foreach"])
@@ -231,6 +243,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         for place, (name, parameter) in enumerate(zip(names, group["params"], strict=True), first):
             gradient = self.gradient_of(parameter)
             if gradient is None:
+                self._known.pop(place, None)
                 continue
             if gradient.is_sparse:
                 raise InputError(
@@ -248,7 +261,10 @@ class RuleOptimizer(torch.optim.Optimizer):
                 leaf = leaf_of(name, place, parameter, gradient, state, maximize=group["maximize"])
                 alike = (leaf.shape, leaf.w.dtype, leaf.w.device, leaf.layout)
                 leaf.kind = self._kinds.setdefault(alike, len(self._kinds))
-                self._known[place] = leaf
+                if leaf.rounded or leaf.layout is not PLAIN:  # made anew at each step, and must not outlive it
+                    self._known.pop(place, None)
+                else:
+                    self._known[place] = leaf
             leaves.append(leaf)
         return leaves
 

@@ -14,7 +14,9 @@ from itertools import accumulate
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+_PLAIN = (Tensor, nn.Parameter)  # and not what stands for others
 
 
 @dataclass(frozen=True)
@@ -41,14 +43,28 @@ def blocks_of(tensors: Sequence[Tensor], block: int) -> Blocks:
     return _blocks(tuple([each.numel() for each in tensors]), block, tensors[0].device)
 
 
-def in_one_order(*lists: Sequence[Tensor]) -> bool:
-    """Whether each row of the lists has one dense order of memory."""
+def walkable(ws: Sequence[Tensor], gs: Sequence[Tensor], *states: Sequence[Tensor]) -> bool:
+    """Whether kernels may walk these by their addresses: plain tensors, each row of one size, dtype and device and in
+    one dense order of memory, the gradients as they stand there.
+    """
+    dtype, device = ws[0].dtype, ws[0].device
+    sizes = [each.numel() for each in ws]
+    for row in (ws, gs, *states):
+        if [each.numel() for each in row] != sizes:
+            return False
+        if not all([type(each) in _PLAIN and each.dtype is dtype and each.device == device for each in row]):
+            return False
+    if any([g.is_neg() or g._is_zerotensor() for g in gs]):  # what is in memory is not what they are
+        return False
+    lists = (ws, gs, *states)
     if all([each.is_contiguous() for row in lists for each in row]):
         return True
-    return all(map(_alike, zip(*lists, strict=True)))
+    return all(map(_in_one_order, zip(*lists, strict=True)))
 
 
-def _alike(row: Sequence[Tensor]) -> bool:
+def _in_one_order(row: Sequence[Tensor]) -> bool:
+    if any(each.shape != row[0].shape for each in row):
+        return False
     if all(each.is_contiguous() for each in row):
         return True
     return all(each.ndim == 4 and each.is_contiguous(memory_format=torch.channels_last) for each in row)
@@ -76,11 +92,23 @@ class Addresses(NamedTuple):
 
 
 def addresses(*lists: Sequence[Tensor]) -> Addresses:
-    """Of lists of tensors; kept for the same places."""
-    return _addresses(tuple([each.data_ptr() for row in lists for each in row]), len(lists), lists[0][0].device)
+    """Of lists of tensors; kept for the same places, on each stream of a GPU apart."""
+    device = lists[0][0].device
+    places = tuple([each.data_ptr() for row in lists for each in row])
+    return _addresses(places, len(lists), device, stream_of(device))
+
+
+def stream_of(device: torch.device) -> int:
+    """The stream that work for a GPU goes to now: what one makes another may not read yet. 0 for other devices."""
+    return int(torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else 0
 
 
 @lru_cache(maxsize=64)
-def _addresses(places: tuple[int, ...], rows: int, device: torch.device) -> Addresses:
+def _addresses(places: tuple[int, ...], rows: int, device: torch.device, stream: int) -> Addresses:
     made = torch.tensor(places, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda").view(rows, -1)
     return Addresses(made.to(device, non_blocking=True), all(each % 16 == 0 for each in places))
+
+
+def moved(tensors: Sequence[Tensor]) -> None:
+    """Tells autograd of what a kernel has written: a graph that holds a tensor must not be gone back through."""
+    torch.autograd.graph.increment_version([each for each in tensors if not each.is_inference()])

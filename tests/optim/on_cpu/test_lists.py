@@ -88,6 +88,8 @@ def test_fused_equals_the_loop(name):
 
 
 def test_nothing_is_compiled_unless_it_is_asked_for(monkeypatch):
+    """And where it is, before any step."""
+    monkeypatch.setattr(on_cpu, "library", lambda source, dtype: pytest.fail("compiled"))
     monkeypatch.setattr(c_lists, "library", lambda source, dtype: pytest.fail("compiled"))
     for make in (LAMB, LARS):
         w = torch.nn.Parameter(torch.ones(200, 200))
@@ -95,7 +97,43 @@ def test_nothing_is_compiled_unless_it_is_asked_for(monkeypatch):
         make([w], lr=0.1).step()
         make([w], lr=0.1, foreach=True).step()
         with pytest.raises(pytest.fail.Exception, match="compiled"):
-            make([w], lr=0.1, fused=True).step()
+            make([w], lr=0.1, fused=True)
+
+
+@pytest.mark.parametrize("fused", [True, None])
+@pytest.mark.parametrize("make", [LAMB, LARS])
+def test_a_state_of_another_size_is_an_error_and_no_walk_past_its_end(make, fused):
+    small, large = (torch.nn.Parameter(torch.ones(rows, 64)) for rows in (4, 2000))
+    saved = make([small], lr=0.1)
+    small.grad = torch.ones_like(small)
+    saved.step()
+    optimizer = make([large], lr=0.1, fused=fused)
+    optimizer.load_state_dict(saved.state_dict() | {"param_groups": optimizer.state_dict()["param_groups"]})
+    large.grad = torch.ones_like(large)
+    with pytest.raises(RuntimeError, match="size"):
+        optimizer.step()
+
+
+def test_what_is_in_memory_otherwise_than_it_is_goes_another_way():
+    ends = []
+    for fused in (True, False):
+        w = torch.nn.Parameter(torch.linspace(1, 2, 40_000).view(200, 200))
+        optimizer = LAMB([w], lr=0.1, fused=fused, foreach=None if fused else False)
+        for g in (torch._neg_view(torch.ones(200, 200)), torch._efficientzerotensor(200, 200)):
+            w.grad = g
+            optimizer.step()
+        ends.append(w.detach())
+    torch.testing.assert_close(*ends)
+
+
+@pytest.mark.parametrize("make", [LAMB, LARS])
+def test_autograd_is_told_that_weights_moved(make):
+    w = torch.nn.Parameter(torch.ones(200, 200))
+    loss = (w**2).sum()
+    loss.backward(retain_graph=True)
+    make([w], lr=0.1, fused=True).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def test_other_memory_orders_go_by_the_form_for_lists():
@@ -111,9 +149,15 @@ def test_other_memory_orders_go_by_the_form_for_lists():
     torch.testing.assert_close(*ends)
 
 
+class Other(torch.Tensor):
+    pass
+
+
 def test_what_the_kernels_take():
     assert on_cpu.takes([torch.ones(2)], [torch.ones(2)])
-    assert not on_cpu.takes([])
+    assert not on_cpu.takes([], [])
+    assert not on_cpu.takes([torch.ones(2)], [torch.ones(3)])
+    assert not on_cpu.takes([torch.ones(2)], [torch.ones(2).as_subclass(Other)])
     assert not on_cpu.takes([torch.ones(2)], [torch.ones(2).double()])
-    assert not on_cpu.takes([torch.ones(2).bfloat16()])
-    assert not on_cpu.takes([torch.ones(3, 2).t()])
+    assert not on_cpu.takes(*[[torch.ones(2).bfloat16()]] * 2)
+    assert not on_cpu.takes(*[[torch.ones(3, 2).t()]] * 2)

@@ -90,5 +90,16 @@ def test_addresses_tell_where_four_numbers_may_be_read_at_once():
 
 
 def test_what_the_kernels_take():
-    assert not on_gpu.takes([torch.ones(2)])
-    assert not on_gpu.takes([])
+    assert not on_gpu.takes([torch.ones(2)], [torch.ones(2)])
+    assert not on_gpu.takes([], [])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_is_not_that_of_the_sums(dtype):
+    rows = drawn(1, 2)
+    expected = squares(*rows)
+    torch.set_default_dtype(dtype)
+    try:
+        assert torch.equal(squares(*rows), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from batchlab.optim.on_cpu.lists import Lists
 from batchlab.optim.rule import Rule, Sum
+from batchlab.optim.tables import moved
 
 
 def lamb_lists_(
@@ -35,6 +36,7 @@ def lamb_lists_(
     lists, numbers = Lists(ws, gs, ms, vs), (rate, share1, keep2, share2, eps, decay)
     parts = lists.parts(2) if adapt else None
     lists.run("lamb_averages", parts, numbers)
+    moved([*ws, *ms, *vs])
     if parts is None:
         return None
     norms = yield Sum(lists.summed(parts))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from batchlab.optim.on_cpu.lists import Lists
 from batchlab.optim.rule import Rule, Sum
+from batchlab.optim.tables import moved
 
 
 def lars_lists_(
@@ -39,4 +40,5 @@ def lars_lists_(
     scales = scales * rate if lr_in_momentum else scales
     decay = weight_decay if decays and adapt else 0.0
     lists.run("lars_step", scales, (momentum, decay, 1.0 if lr_in_momentum else rate))
+    moved([*ws, *vs])
     return None if ratios is None else {"trust_ratio": ratios}

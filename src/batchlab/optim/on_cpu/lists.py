@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from batchlab.core.c_library import REAL, library
+from batchlab.optim.on_cpu import KERNELS
 from batchlab.optim.tables import Blocks, addresses, blocks_of
 
 BLOCK = 2**14  # elements: a thread's turn, in its cache; sums of float32 over as many are exact to 1e-6
-_KERNELS = Path(__file__).with_name("kernels.c")
 
 
 class _Lists(ctypes.Structure):
@@ -34,7 +33,7 @@ class Lists:
 
     def run(self, function: str, tensor: Tensor | None, numbers: Sequence[float | Tensor] = ()) -> None:
         """Runs a kernel over all blocks: its tensor, or none, and its numbers, in the order of its structure."""
-        call, real = getattr(library(_KERNELS, self.dtype), function), REAL[self.dtype][2]
+        call, real = getattr(library(KERNELS, self.dtype), function), REAL[self.dtype][2]
         given = (real * len(numbers))(*map(float, numbers))
         end = [ctypes.byref(given)] if numbers else []
         threads = max(1, min(torch.get_num_threads(), self.cut.blocks))

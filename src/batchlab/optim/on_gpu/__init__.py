@@ -12,17 +12,14 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from batchlab.optim.tables import in_one_order
+from batchlab.optim.tables import walkable
 
 
-def takes(*lists: Sequence[Tensor]) -> bool:
-    """Whether the kernels take these: float32 on one GPU, each row of the lists in one dense order of memory.
-
-    The tensors of a list are alike in dtype and device, as those of a bucket are.
-    """
-    if not lists[0] or any(not each[0].is_cuda or each[0].dtype != torch.float32 for each in lists):
+def takes(ws: Sequence[Tensor], gs: Sequence[Tensor], *states: Sequence[Tensor]) -> bool:
+    """Whether the kernels take these: float32 on one GPU, and `walkable`."""
+    if not ws or not ws[0].is_cuda or ws[0].dtype != torch.float32 or not _has_triton():
         return False
-    return _has_triton() and in_one_order(*lists)
+    return walkable(ws, gs, *states)
 
 
 @cache

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from batchlab.optim.on_gpu.lists import BLOCK, PROGRAM, load, start_of, store, summed
 from batchlab.optim.rule import Rule, Sum
-from batchlab.optim.tables import addresses, blocks_of
+from batchlab.optim.tables import addresses, blocks_of, moved
 
 
 def lamb_lists_(
@@ -37,12 +37,13 @@ def lamb_lists_(
 ) -> Rule:
     """`lamb_foreach_` of tensors that `takes` takes. ratio_of: of |w|, |u| and the limits."""
     cut, (where, aligned) = blocks_of(ws, BLOCK), addresses(ws, gs, ms, vs)
-    parts = torch.empty(2, cut.blocks, device=where.device)
+    parts = torch.empty(2, cut.blocks, dtype=torch.float32, device=where.device)
     how = PROGRAM | {"ALIGNED": aligned, "DECAYS": decays}
     if cut.blocks:
         with torch.cuda.device_of(where):
             numbers = (rate, keep2, eps, decay, share1, share2)
             _averages[(cut.blocks,)](where, *cut.arrays, parts, cut.blocks, *numbers, ADAPT=adapt, **how)
+    moved([*ws, *ms, *vs])
     if not adapt:
         return None
     norms = yield Sum(summed(parts, cut))

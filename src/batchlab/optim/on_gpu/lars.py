@@ -11,7 +11,7 @@ from torch import Tensor
 
 from batchlab.optim.on_gpu.lists import BLOCK, PROGRAM, load, squares, start_of, store
 from batchlab.optim.rule import Rule, Sum
-from batchlab.optim.tables import addresses, blocks_of
+from batchlab.optim.tables import addresses, blocks_of, moved
 
 
 def lars_lists_(
@@ -37,12 +37,13 @@ def lars_lists_(
         limit = rate if clip else None
         ratios = ratio_of(*norms.sqrt(), weight_decay=weight_decay, trust=trust, eps=eps, limit=limit)
     cut, (where, aligned) = blocks_of(ws, BLOCK), addresses(ws, gs, vs)
-    scales = torch.ones(cut.tensors, device=where.device) if ratios is None else ratios
+    scales = torch.ones(cut.tensors, dtype=torch.float32, device=where.device) if ratios is None else ratios
     scales = scales * rate if lr_in_momentum else scales
     if cut.blocks:
         how = PROGRAM | {"ALIGNED": aligned, "DECAYS": decays and adapt, "INSIDE": lr_in_momentum}
         with torch.cuda.device_of(where):
             _step[(cut.blocks,)](where, *cut.arrays, scales, rate, momentum, weight_decay, **how)
+    moved([*ws, *vs])
     return None if ratios is None else {"trust_ratio": ratios}
 
 

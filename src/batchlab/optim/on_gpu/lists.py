@@ -18,7 +18,7 @@ PROGRAM = {"BLOCK": BLOCK, "num_warps": 8}
 def squares(*lists: Sequence[Tensor]) -> Tensor:
     """(lists, tensors): Σx² of each tensor."""
     cut, (where, aligned) = blocks_of(lists[0], BLOCK), addresses(*lists)
-    parts = torch.empty(len(lists), cut.blocks, device=where.device)
+    parts = torch.empty(len(lists), cut.blocks, dtype=torch.float32, device=where.device)
     if cut.blocks:
         with torch.cuda.device_of(where):
             _squares[(cut.blocks, len(lists))](where, *cut.arrays, parts, cut.blocks, ALIGNED=aligned, **PROGRAM)
@@ -27,7 +27,7 @@ def squares(*lists: Sequence[Tensor]) -> Tensor:
 
 def summed(parts: Tensor, cut: Blocks) -> Tensor:
     """(rows, tensors) from (rows, blocks): the sums over the blocks of each tensor."""
-    sums = torch.empty(len(parts), cut.tensors, device=parts.device)
+    sums = torch.empty(len(parts), cut.tensors, dtype=torch.float32, device=parts.device)
     with torch.cuda.device_of(parts):
         _summed[(cut.tensors, len(parts))](parts, cut.firsts, sums, cut.tensors, cut.blocks, WIDE=1024)
     return sums
