@@ -47,12 +47,12 @@ def walkable(ws: Sequence[Tensor], gs: Sequence[Tensor], *states: Sequence[Tenso
     """Whether kernels may walk these by their addresses: plain tensors, each row of one size, dtype and device and in
     one dense order of memory, the gradients as they stand there.
     """
-    dtype, device = ws[0].dtype, ws[0].device
+    dtype, device = ws[0].dtype, ws[0].get_device()
     sizes = [each.numel() for each in ws]
     for row in (ws, gs, *states):
         if [each.numel() for each in row] != sizes:
             return False
-        if not all([type(each) in _PLAIN and each.dtype is dtype and each.device == device for each in row]):
+        if not all([type(each) in _PLAIN and each.dtype is dtype and each.get_device() == device for each in row]):
             return False
     if any([g.is_neg() or g._is_zerotensor() for g in gs]):  # what is in memory is not what they are
         return False
