@@ -251,4 +251,4 @@ def _ratio(
     ratio = k * length / u_norm
     if max_ratio is not None:
         ratio = ratio.clamp(max=max_ratio)
-    return torch.where((w_norm == 0) | (u_norm == 0), torch.ones_like(ratio), ratio)
+    return torch.where((w_norm == 0) | (u_norm == 0), 1.0, ratio)

@@ -84,7 +84,7 @@ def lars_by_sgd_(w: Tensor, g: Tensor, v: Tensor, **numbers: Any) -> Rule:
         return (yield from lars_(w, g, v, **numbers) or ())
     settings = {"weight_decay": decay, "momentum": numbers["momentum"].item(), "lr": lr, "dampening": 1 - share}
     sgd([w], [g], [v], fused=True, nesterov=False, maximize=False, **settings)
-    moved([w, v])
+    moved([w])
     return {"trust_ratio": torch.tensor(ratio, device="cpu")}
 
 
@@ -214,4 +214,4 @@ def _ratio(
     ratio = trust * w_norm / (g_norm + weight_decay * w_norm + eps)
     if limit is not None:
         ratio = (ratio / limit).clamp(max=1.0)
-    return torch.where((w_norm == 0) | (g_norm == 0), torch.ones_like(ratio), ratio)
+    return torch.where((w_norm == 0) | (g_norm == 0), 1.0, ratio)

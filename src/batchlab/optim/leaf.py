@@ -53,8 +53,6 @@ class Leaf:
         dtype = self.dtype
         if parameter.dtype is not dtype or gradient.dtype is not dtype or parameter.data_ptr() != self.address:
             return False
-        if parameter.shape != self.shape:
-            return False
         found: dict[str, Tensor] = {}
         for key, known in self.kept:
             value = cast(Tensor, state.get(key))

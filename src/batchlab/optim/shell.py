@@ -44,7 +44,7 @@ class RuleOptimizer(torch.optim.Optimizer):
     SQUARES: ClassVar[tuple[str, ...]] = ()  # of STATE: averages of squares, never negative
     LOW_BITS: ClassVar[bool] = True  # whether the rule allows a state in fewer than 32 bits
     OWN: ClassVar[tuple[str, ...]] = ()  # attributes of a subclass that a copy of the optimizer has too
-    FLAT: ClassVar[bool] = True  # whether the rule is blind to a tensor's shape
+    FLAT: ClassVar[bool] = True  # whether the rule is blind to a tensor's shape, but for being a matrix or more
     C_KERNELS: ClassVar[bool] = False  # whether `on_cpu` has the form for lists
     BY_ELEMENT: ClassVar[bool] = False  # whether the rule moves each element by its own past alone
 
@@ -113,7 +113,9 @@ class RuleOptimizer(torch.optim.Optimizer):
         return (leaf.w, leaf.g, *[leaf.state[name] for name in self.STATE])
 
     def numbers(self, leaf: Leaf, group: dict[str, Any]) -> Numbers:
-        """The numbers that the rule takes, by name: the same for leaves alike in shape, step, dtype and device."""
+        """The numbers that the rule takes, by name: the same for leaves alike in step, dtype, device and shape; of
+        that the rules which are `FLAT` look at nothing but whether there is more than one dimension.
+        """
         raise NotImplementedError
 
     def kernel(self, form: Form, tensors: Sequence[Any], numbers: Numbers, group: dict[str, Any]) -> Form | None:
@@ -259,7 +261,8 @@ class RuleOptimizer(torch.optim.Optimizer):
             leaf = self._known.get(place)
             if leaf is None or not leaf.goes_on(parameter, gradient, state, maximize=group["maximize"]):
                 leaf = leaf_of(name, place, parameter, gradient, state, maximize=group["maximize"])
-                alike = (leaf.shape, leaf.w.dtype, leaf.w.device, leaf.layout)
+                shape = (leaf.shape.numel() <= SMALL, len(leaf.shape) > 1) if self.FLAT else leaf.shape
+                alike = (shape, leaf.w.dtype, leaf.w.device, leaf.layout)
                 leaf.kind = self._kinds.setdefault(alike, len(self._kinds))
                 if leaf.rounded or leaf.layout is not PLAIN:  # made anew at each step, and must not outlive it
                     self._known.pop(place, None)

@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-_PLAIN = (Tensor, nn.Parameter)  # and not what stands for others
+_PLAIN = frozenset((Tensor, nn.Parameter))  # and not what stands for others
 
 
 @dataclass(frozen=True)
@@ -44,20 +44,18 @@ def blocks_of(tensors: Sequence[Tensor], block: int) -> Blocks:
 
 
 def walkable(ws: Sequence[Tensor], gs: Sequence[Tensor], *states: Sequence[Tensor]) -> bool:
-    """Whether kernels may walk these by their addresses: plain tensors, each row of one size, dtype and device and in
-    one dense order of memory, the gradients as they stand there.
+    """Whether kernels may walk these by their addresses: plain tensors, each row of one size, on one device and in one
+    dense order of memory, the gradients as they stand there. A list is of one dtype, as that of a bucket is.
     """
-    dtype, device = ws[0].dtype, ws[0].get_device()
-    sizes = [each.numel() for each in ws]
-    for row in (ws, gs, *states):
-        if [each.numel() for each in row] != sizes:
+    lists, sizes, device = (ws, gs, *states), list(map(Tensor.numel, ws)), ws[0].get_device()
+    for row in lists:  # by `map`, which takes half the time of a loop
+        if row[0].dtype is not ws[0].dtype or not _PLAIN.issuperset(map(type, row)):
             return False
-        if not all([type(each) in _PLAIN and each.dtype is dtype and each.get_device() == device for each in row]):
+        if list(map(Tensor.numel, row)) != sizes or set(map(Tensor.get_device, row)) != {device}:
             return False
-    if any([g.is_neg() or g._is_zerotensor() for g in gs]):  # what is in memory is not what they are
+    if any(map(Tensor.is_neg, gs)) or any(map(Tensor._is_zerotensor, gs)):  # what is in memory is not what they are
         return False
-    lists = (ws, gs, *states)
-    if all([each.is_contiguous() for row in lists for each in row]):
+    if all(map(Tensor.is_contiguous, chain(*lists))):
         return True
     return all(map(_in_one_order, zip(*lists, strict=True)))
 
@@ -110,5 +108,5 @@ def _addresses(places: tuple[int, ...], rows: int, device: torch.device, stream:
 
 
 def moved(tensors: Sequence[Tensor]) -> None:
-    """Tells autograd of what a kernel has written: a graph that holds a tensor must not be gone back through."""
+    """Tells autograd of weights that a kernel has written: a graph that holds one must not be gone back through."""
     torch.autograd.graph.increment_version([each for each in tensors if not each.is_inference()])

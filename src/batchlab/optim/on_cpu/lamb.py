@@ -36,7 +36,7 @@ def lamb_lists_(
     lists, numbers = Lists(ws, gs, ms, vs), (rate, share1, keep2, share2, eps, decay)
     parts = lists.parts(2) if adapt else None
     lists.run("lamb_averages", parts, numbers)
-    moved([*ws, *ms, *vs])
+    moved(ws)
     if parts is None:
         return None
     norms = yield Sum(lists.summed(parts))

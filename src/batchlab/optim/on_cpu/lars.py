@@ -40,5 +40,5 @@ def lars_lists_(
     scales = scales * rate if lr_in_momentum else scales
     decay = weight_decay if decays and adapt else 0.0
     lists.run("lars_step", scales, (momentum, decay, 1.0 if lr_in_momentum else rate))
-    moved([*ws, *vs])
+    moved(ws)
     return None if ratios is None else {"trust_ratio": ratios}

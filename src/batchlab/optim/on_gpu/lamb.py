@@ -43,7 +43,7 @@ def lamb_lists_(
         with torch.cuda.device_of(where):
             numbers = (rate, keep2, eps, decay, share1, share2)
             _averages[(cut.blocks,)](where, *cut.arrays, parts, cut.blocks, *numbers, ADAPT=adapt, **how)
-    moved([*ws, *ms, *vs])
+    moved(ws)
     if not adapt:
         return None
     norms = yield Sum(summed(parts, cut))

@@ -43,7 +43,7 @@ def lars_lists_(
         how = PROGRAM | {"ALIGNED": aligned, "DECAYS": decays and adapt, "INSIDE": lr_in_momentum}
         with torch.cuda.device_of(where):
             _step[(cut.blocks,)](where, *cut.arrays, scales, rate, momentum, weight_decay, **how)
-    moved([*ws, *vs])
+    moved(ws)
     return None if ratios is None else {"trust_ratio": ratios}
 
 
