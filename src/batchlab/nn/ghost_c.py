@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from batchlab.core.c_library import library
+from batchlab.nn.ghost_cpu import Differentiable, gradients_of
 from batchlab.nn.parts import is_batched, is_channels_last
 
 _SOURCE = Path(__file__).with_name("ghosts.c")
@@ -32,7 +33,7 @@ def ghosts_in_c(
     sizes: Sequence[int],
     momenta: Sequence[float],
     eps: float,
-    again: Callable[[Tensor, Tensor | None, Tensor | None], Tensor],
+    again: Differentiable,
 ) -> Tensor:
     """As `ghost_cpu.ghosts_on_cpu`, for what `ghost_cpu.takes` takes."""
     apply = cast(Callable[..., Tensor], _GhostsInC.apply)
@@ -56,7 +57,7 @@ class _GhostsInC(torch.autograd.Function):
         sizes: tuple[int, ...],
         momenta: tuple[float, ...],
         eps: float,
-        again: Callable[[Tensor, Tensor | None, Tensor | None], Tensor],
+        again: Differentiable,
     ) -> Tensor:
         y, stats = torch.empty_like(x), x.new_empty(3, len(sizes), x.shape[1], dtype=torch.float64)
         _functions(x.dtype).forward(
@@ -72,11 +73,7 @@ class _GhostsInC(torch.autograd.Function):
         x, weight, bias, stats = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         if (twice := torch.is_grad_enabled()) or is_batched(dy) or not _as_they_were(x, dy, weight, stats):
-            wanted = [t for t, need in zip((x, weight, bias), needs, strict=True) if need]
-            with torch.enable_grad():
-                y = ctx.again(x, weight, bias)
-            found = iter(torch.autograd.grad(y, wanted, dy, create_graph=twice))
-            return *(next(found) if need else None for need in needs), *(None,) * 5
+            return *gradients_of(ctx.again, (x, weight, bias), needs, dy, twice=twice), *(None,) * 5
         if dy.stride() != x.stride() or dy.is_neg() or dy._is_zerotensor():
             dy = torch.empty_like(x).copy_(dy)
         dx, both, room = torch.empty_like(x) if needs[0] else None, x.new_empty(2, x.shape[1]), torch.empty_like(stats)

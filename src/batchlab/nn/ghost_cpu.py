@@ -9,7 +9,7 @@ at a time through the formulas. For n values x of a channel in a ghost, with s =
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -69,6 +69,17 @@ def ghosts_on_cpu(
     return apply(x, weight, bias, (running_mean, running_var), cut, momenta, eps, again)
 
 
+def gradients_of(
+    again: Differentiable, given: tuple[Tensor | None, ...], needs: Sequence[bool], dy: Tensor, *, twice: bool
+) -> Iterator[Tensor | None]:
+    """Those of x, weight and bias that are needed, by a graph that has second derivatives too, if `twice`."""
+    wanted = [t for t, need in zip(given, needs, strict=True) if need]
+    with torch.enable_grad():
+        y = again(*given)  # type: ignore[arg-type]
+    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=twice))  # type: ignore[arg-type]
+    return (next(found) if need else None for need in needs)
+
+
 class _Ghosts(torch.autograd.Function):
     """cut: how many ghosts are computed in one go, and the examples in each of them."""
 
@@ -106,11 +117,7 @@ class _Ghosts(torch.autograd.Function):
         x, weight, bias, *stats = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         if (twice := torch.is_grad_enabled()) or is_batched(dy):
-            wanted = [t for t, need in zip((x, weight, bias), needs, strict=True) if need]
-            with torch.enable_grad():
-                y = ctx.again(x, weight, bias)
-            found = iter(torch.autograd.grad(y, wanted, dy, create_graph=twice))
-            return *(next(found) if need else None for need in needs), *(None,) * 5
+            return *gradients_of(ctx.again, (x, weight, bias), needs, dy, twice=twice), *(None,) * 5
         if dy.stride() != x.stride():
             dy = torch.empty_like(x).copy_(dy)
         dx, sums = torch.empty_like(x), []
