@@ -152,9 +152,10 @@ def _check_channels(input: Tensor, **others: Tensor | None) -> None:
     """Refuses what PyTorch's kernels would read beyond the end of."""
     if input.ndim < 2:
         raise InputError(f"input must be (B, C, ...), got shape {tuple(input.shape)}")
+    channels = input.shape[1]
     for name, given in others.items():
-        if given is not None and given.shape != input.shape[1:2]:
-            expected = tuple(input.shape[1:2])
+        if given is not None and (given.ndim != 1 or given.numel() != channels):
+            expected = (channels,)
             raise InputError(f"{name} must be of shape {expected}, as the input has channels, got {tuple(given.shape)}")
 
 

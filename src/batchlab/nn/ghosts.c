@@ -8,7 +8,7 @@ typedef REAL real;
 
 enum { SIDE = 64, RUN = 64, PLACES = 4096 };
 
-/* Loops over channels side by side are far shorter where the compiler knows how many there are. */
+/* Loops over channels side by side, or over few places, are far shorter where the compiler knows how many. */
 #define KNOWN(call, count) \
     do { \
         if ((count) == 64) call(64); \
@@ -49,15 +49,15 @@ static void settle(const stats *t, int64_t index, double mean, double squares, d
     t->spread[index] = squares / (n - 1);
 }
 
-static void forward_apart(const shape *s, int64_t ghost, int64_t c, const real *x, const real *weight, const real *bias,
-                          real *y, const stats *t, double eps) {
+INLINE void forward_apart(const shape *s, int64_t ghost, int64_t c, int64_t places, const real *x, const real *weight,
+                          const real *bias, real *y, const stats *t, double eps) {
     const int64_t examples = examples_of(s, ghost), index = ghost * s->channels + c;
-    const double n = (double)examples * s->places;
+    const double n = (double)examples * places;
     double sum = 0, squares = 0;
     for (int64_t e = 0; e < examples; e++) {
         const real *restrict row = at(s, x, ghost, e, c);
-        for (int64_t first = 0; first < s->places; first += PLACES) {
-            const int64_t end = first + PLACES < s->places ? first + PLACES : s->places;
+        for (int64_t first = 0; first < places; first += PLACES) {
+            const int64_t end = first + PLACES < places ? first + PLACES : places;
             real part = 0;
 #pragma omp simd reduction(+ : part)
             for (int64_t i = first; i < end; i++) part += row[i];
@@ -67,8 +67,8 @@ static void forward_apart(const shape *s, int64_t ghost, int64_t c, const real *
     const real mean = (real)(sum / n);
     for (int64_t e = 0; e < examples; e++) {
         const real *restrict row = at(s, x, ghost, e, c);
-        for (int64_t first = 0; first < s->places; first += PLACES) {
-            const int64_t end = first + PLACES < s->places ? first + PLACES : s->places;
+        for (int64_t first = 0; first < places; first += PLACES) {
+            const int64_t end = first + PLACES < places ? first + PLACES : places;
             real part = 0;
 #pragma omp simd reduction(+ : part)
             for (int64_t i = first; i < end; i++) part += (row[i] - mean) * (row[i] - mean);
@@ -81,7 +81,7 @@ static void forward_apart(const shape *s, int64_t ghost, int64_t c, const real *
         const real *restrict row = at(s, x, ghost, e, c);
         real *restrict out = (real *)at(s, y, ghost, e, c);
 #pragma omp simd
-        for (int64_t i = 0; i < s->places; i++) out[i] = (row[i] - mean) * scale + shift;
+        for (int64_t i = 0; i < places; i++) out[i] = (row[i] - mean) * scale + shift;
     }
 }
 
@@ -133,10 +133,11 @@ void ghosts_forward(const shape *s, int threads, const real *x, const real *weig
     for (int64_t unit = 0; unit < s->ghosts * across; unit++) {
         const int64_t ghost = unit / across, c = unit % across * width, left = s->channels - c;
 #define FORWARD(count) forward_beside(s, ghost, c, count, x, weight, bias, y, t, eps)
+#define FORWARD_APART(places) forward_apart(s, ghost, c, places, x, weight, bias, y, t, eps)
         if (s->last)
             KNOWN(FORWARD, left < SIDE ? left : SIDE);
         else
-            forward_apart(s, ghost, c, x, weight, bias, y, t, eps);
+            KNOWN(FORWARD_APART, s->places);
     }
     for (int64_t c = 0; run_mean && c < s->channels; c++) {
         double mean = run_mean[c], var = run_var[c];
@@ -154,16 +155,16 @@ typedef struct {
     double *slopes, *totals;
 } sums;
 
-static void backward_apart(const shape *s, int64_t ghost, int64_t c, const real *x, const real *dy, const real *weight,
-                           real *dx, const stats *t, const sums *found) {
+INLINE void backward_apart(const shape *s, int64_t ghost, int64_t c, int64_t places, const real *x, const real *dy,
+                           const real *weight, real *dx, const stats *t, const sums *found) {
     const int64_t examples = examples_of(s, ghost), index = ghost * s->channels + c;
-    const double n = (double)examples * s->places, invstd = t->invstd[index];
+    const double n = (double)examples * places, invstd = t->invstd[index];
     const real mean = (real)t->mean[index];
     double slope = 0, total = 0;
     for (int64_t e = 0; e < examples; e++) {
         const real *restrict row = at(s, x, ghost, e, c), *restrict back = at(s, dy, ghost, e, c);
-        for (int64_t first = 0; first < s->places; first += PLACES) {
-            const int64_t end = first + PLACES < s->places ? first + PLACES : s->places;
+        for (int64_t first = 0; first < places; first += PLACES) {
+            const int64_t end = first + PLACES < places ? first + PLACES : places;
             real part = 0, plain = 0;
 #pragma omp simd reduction(+ : part, plain)
             for (int64_t i = first; i < end; i++) {
@@ -183,7 +184,7 @@ static void backward_apart(const shape *s, int64_t ghost, int64_t c, const real 
         const real *restrict row = at(s, x, ghost, e, c), *restrict back = at(s, dy, ghost, e, c);
         real *restrict out = (real *)at(s, dx, ghost, e, c);
 #pragma omp simd
-        for (int64_t i = 0; i < s->places; i++) out[i] = scale * (back[i] - level - (row[i] - mean) * pull);
+        for (int64_t i = 0; i < places; i++) out[i] = scale * (back[i] - level - (row[i] - mean) * pull);
     }
 }
 
@@ -238,10 +239,11 @@ void ghosts_backward(const shape *s, int threads, const real *x, const real *dy,
     for (int64_t unit = 0; unit < s->ghosts * across; unit++) {
         const int64_t ghost = unit / across, c = unit % across * width, left = s->channels - c;
 #define BACKWARD(count) backward_beside(s, ghost, c, count, x, dy, weight, dx, t, found)
+#define BACKWARD_APART(places) backward_apart(s, ghost, c, places, x, dy, weight, dx, t, found)
         if (s->last)
             KNOWN(BACKWARD, left < SIDE ? left : SIDE);
         else
-            backward_apart(s, ghost, c, x, dy, weight, dx, t, found);
+            KNOWN(BACKWARD_APART, s->places);
     }
     for (int64_t c = 0; c < s->channels; c++) {
         double by_weight = 0, by_bias = 0;
