@@ -71,7 +71,7 @@ def ghost_batch_norm(
     """
     if not training:
         return F.batch_norm(input, running_mean, running_var, weight, bias, False, eps=eps)
-    _check_channels(input, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
+    _check_channels(input, weight, bias, running_mean, running_var)
     if (running_mean is None) != (running_var is None):
         raise InputError("running_mean and running_var must both be given or both be None")
     if running_mean is not None and momentum is None and num_batches_tracked is None:
@@ -148,15 +148,16 @@ def ghosts(batch: int, ghost_size: int, values: int, ragged: Ragged = "own") -> 
     return full, rest
 
 
-def _check_channels(input: Tensor, **others: Tensor | None) -> None:
-    """Refuses what PyTorch's kernels would read beyond the end of."""
+def _check_channels(input: Tensor, *others: Tensor | None) -> None:
+    """Refuses what PyTorch's kernels would read beyond the end of. others: weight, bias, running_mean, running_var."""
     if input.ndim < 2:
         raise InputError(f"input must be (B, C, ...), got shape {tuple(input.shape)}")
     channels = input.shape[1]
-    for name, given in others.items():
+    for place, given in enumerate(others):
         if given is not None and (given.ndim != 1 or given.numel() != channels):
-            expected = (channels,)
-            raise InputError(f"{name} must be of shape {expected}, as the input has channels, got {tuple(given.shape)}")
+            name = ("weight", "bias", "running_mean", "running_var")[place]
+            expected, found = (channels,), tuple(given.shape)
+            raise InputError(f"{name} must be of shape {expected}, as the input has channels, got {found}")
 
 
 def _check(ghost_size: int, ragged: Ragged) -> None:

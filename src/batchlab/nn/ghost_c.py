@@ -42,8 +42,10 @@ def ghosts_in_c(
 
 def may_be_c(x: Tensor, *others: Tensor | None) -> bool:
     """Whether `ghosts_in_c` is for what `ghost_cpu.takes` takes: it reads memory itself, and no mode may look on."""
-    plain = all(t is None or t.is_contiguous() for t in others) and not x._is_zerotensor()
-    return plain and not torch._C._len_torch_dispatch_stack()
+    for t in others:
+        if t is not None and not t.is_contiguous():
+            return False
+    return not x._is_zerotensor() and not torch._C._len_torch_dispatch_stack()
 
 
 class _GhostsInC(torch.autograd.Function):
