@@ -152,11 +152,11 @@ def _check_channels(input: Tensor, *others: Tensor | None) -> None:
     """Refuses what PyTorch's kernels would read beyond the end of. others: weight, bias, running_mean, running_var."""
     if input.ndim < 2:
         raise InputError(f"input must be (B, C, ...), got shape {tuple(input.shape)}")
-    channels = input.shape[1]
+    channels = input.shape[1:2]
     for place, given in enumerate(others):
-        if given is not None and (given.ndim != 1 or given.numel() != channels):
+        if given is not None and given.shape != channels:
             name = ("weight", "bias", "running_mean", "running_var")[place]
-            expected, found = (channels,), tuple(given.shape)
+            expected, found = tuple(channels), tuple(given.shape)
             raise InputError(f"{name} must be of shape {expected}, as the input has channels, got {found}")
 
 

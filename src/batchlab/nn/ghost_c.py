@@ -78,12 +78,13 @@ class _GhostsInC(torch.autograd.Function):
             return *gradients_of(ctx.again, (x, weight, bias), needs, dy, twice=twice), *(None,) * 5
         if dy.stride() != x.stride() or dy.is_neg() or dy._is_zerotensor():
             dy = torch.empty_like(x).copy_(dy)
-        dx, both, room = torch.empty_like(x) if needs[0] else None, x.new_empty(2, x.shape[1]), torch.empty_like(stats)
+        dx, room = torch.empty_like(x) if needs[0] else None, torch.empty_like(stats)
+        dweight, dbias = (x.new_empty(x.shape[1]) if need else None for need in needs[1:])
         _functions(x.dtype).backward(
             _shape(x.shape, is_channels_last(x), ctx.sizes), _threads(x), x.data_ptr(), dy.data_ptr(), _at(weight),
-            _at(dx), stats.data_ptr(), room.data_ptr(), both.data_ptr(),
+            _at(dx), stats.data_ptr(), room.data_ptr(), _at(dweight), _at(dbias),
         )  # fmt: skip
-        return dx, both[0] if needs[1] else None, both[1] if needs[2] else None, *(None,) * 5
+        return dx, dweight, dbias, *(None,) * 5
 
 
 def _as_they_were(x: Tensor, dy: Tensor, weight: Tensor | None, stats: Tensor) -> bool:
@@ -104,7 +105,7 @@ def _functions(dtype: torch.dtype) -> _Functions:
     """With their arguments declared, so that plain integers are addresses."""
     made, place = library(_SOURCE, dtype), ctypes.c_void_p
     made.ghosts_forward.argtypes = [place, ctypes.c_int, *[place] * 8, ctypes.c_double]
-    made.ghosts_backward.argtypes = [place, ctypes.c_int, *[place] * 7]
+    made.ghosts_backward.argtypes = [place, ctypes.c_int, *[place] * 8]
     return _Functions(made.ghosts_forward, made.ghosts_backward)
 
 

@@ -43,10 +43,11 @@ static const real *at(const shape *s, const real *x, int64_t ghost, int64_t exam
     return x + ((ghost * s->size + example) * s->channels + channel) * s->places;
 }
 
-static void settle(const stats *t, int64_t index, double mean, double squares, double n, double eps) {
+/* of, of_one_less: 1/n and 1/(n - 1), worked out once for all channels: divisions are dear. */
+INLINE void settle(const stats *t, int64_t index, double mean, double squares, double of, double of_one_less, double eps) {
     t->mean[index] = mean;
-    t->invstd[index] = 1 / sqrt(squares / n + eps);
-    t->spread[index] = squares / (n - 1);
+    t->invstd[index] = 1 / sqrt(squares * of + eps);
+    t->spread[index] = squares * of_one_less;
 }
 
 INLINE void forward_apart(const shape *s, int64_t ghost, int64_t c, int64_t places, const real *x, const real *weight,
@@ -75,7 +76,7 @@ INLINE void forward_apart(const shape *s, int64_t ghost, int64_t c, int64_t plac
             squares += part;
         }
     }
-    settle(t, index, mean, squares, n, eps);
+    settle(t, index, mean, squares, 1 / n, 1 / (n - 1), eps);
     const real scale = (real)t->invstd[index] * (weight ? weight[c] : 1), shift = bias ? bias[c] : 0;
     for (int64_t e = 0; e < examples; e++) {
         const real *restrict row = at(s, x, ghost, e, c);
@@ -89,6 +90,8 @@ INLINE void forward_apart(const shape *s, int64_t ghost, int64_t c, int64_t plac
 INLINE void forward_beside(const shape *s, int64_t ghost, int64_t c, int64_t count, const real *x, const real *weight,
                            const real *bias, real *y, const stats *t, double eps) {
     const int64_t rows = examples_of(s, ghost) * s->places, begin = ghost * s->size * s->places;
+    const int64_t index = ghost * s->channels + c;
+    const double of = 1 / (double)rows, of_one_less = 1 / (double)(rows - 1);
     double sum[SIDE] = {0}, squares[SIDE] = {0};
     real mean[SIDE], scale[SIDE], shift[SIDE];
     for (int64_t first = 0; first < rows; first += RUN) {
@@ -100,7 +103,7 @@ INLINE void forward_beside(const shape *s, int64_t ghost, int64_t c, int64_t cou
         }
         for (int64_t j = 0; j < count; j++) sum[j] += part[j];
     }
-    for (int64_t j = 0; j < count; j++) mean[j] = (real)(sum[j] / rows);
+    for (int64_t j = 0; j < count; j++) mean[j] = (real)(sum[j] * of);
     for (int64_t first = 0; first < rows; first += RUN) {
         real part[SIDE] = {0};
         for (int64_t r = first; r < rows && r < first + RUN; r++) {
@@ -110,10 +113,10 @@ INLINE void forward_beside(const shape *s, int64_t ghost, int64_t c, int64_t cou
         }
         for (int64_t j = 0; j < count; j++) squares[j] += part[j];
     }
+#pragma omp simd
+    for (int64_t j = 0; j < count; j++) settle(t, index + j, mean[j], squares[j], of, of_one_less, eps);
     for (int64_t j = 0; j < count; j++) {
-        const int64_t index = ghost * s->channels + c + j;
-        settle(t, index, mean[j], squares[j], (double)rows, eps);
-        scale[j] = (real)t->invstd[index] * (weight ? weight[c + j] : 1);
+        scale[j] = (real)t->invstd[index + j] * (weight ? weight[c + j] : 1);
         shift[j] = bias ? bias[c + j] : 0;
     }
     for (int64_t r = 0; r < rows; r++) {
@@ -121,6 +124,21 @@ INLINE void forward_beside(const shape *s, int64_t ghost, int64_t c, int64_t cou
         real *restrict out = y + (begin + r) * s->channels + c;
 #pragma omp simd
         for (int64_t j = 0; j < count; j++) out[j] = (row[j] - mean[j]) * scale[j] + shift[j];
+    }
+}
+
+/* A running statistic, (channels), after one ghost after another, each with its momentum. stat: (ghosts, channels). */
+static void advance(const shape *s, const double *stat, const double *momenta, real *run) {
+    for (int64_t c = 0; c < s->channels; c += SIDE) {
+        const int64_t count = s->channels - c < SIDE ? s->channels - c : SIDE;
+        double kept[SIDE];
+        for (int64_t j = 0; j < count; j++) kept[j] = run[c + j];
+        for (int64_t ghost = 0; ghost < s->ghosts; ghost++) {
+            const double *restrict own = stat + ghost * s->channels + c;
+#pragma omp simd
+            for (int64_t j = 0; j < count; j++) kept[j] += momenta[ghost] * (own[j] - kept[j]);
+        }
+        for (int64_t j = 0; j < count; j++) run[c + j] = (real)kept[j];
     }
 }
 
@@ -139,15 +157,8 @@ void ghosts_forward(const shape *s, int threads, const real *x, const real *weig
         else
             KNOWN(FORWARD_APART, s->places);
     }
-    for (int64_t c = 0; run_mean && c < s->channels; c++) {
-        double mean = run_mean[c], var = run_var[c];
-        for (int64_t ghost = 0; ghost < s->ghosts; ghost++) {
-            mean += momenta[ghost] * (t->mean[ghost * s->channels + c] - mean);
-            var += momenta[ghost] * (t->spread[ghost * s->channels + c] - var);
-        }
-        run_mean[c] = (real)mean;
-        run_var[c] = (real)var;
-    }
+    if (run_mean) advance(s, t->mean, momenta, run_mean);
+    if (run_var) advance(s, t->spread, momenta, run_var);
 }
 
 /* slopes, totals: (ghosts, channels), sums of (x - mean)dy and of dy. */
@@ -228,10 +239,10 @@ INLINE void backward_beside(const shape *s, int64_t ghost, int64_t c, int64_t co
     }
 }
 
-/* kept: as it was filled. room: (2, ghosts, channels). dx: NULL where it is not wanted. dboth: (2, channels), of weight
-   and bias, sums over the ghosts. */
+/* kept: as it was filled. room: (2, ghosts, channels). dx; dweight, dbias, (channels), sums over the ghosts: NULL where
+   they are not wanted. */
 void ghosts_backward(const shape *s, int threads, const real *x, const real *dy, const real *weight, real *dx,
-                     double *kept, double *room, real *dboth) {
+                     double *kept, double *room, real *dweight, real *dbias) {
     const stats of = stats_at(s, kept), *t = &of;
     const sums in = {room, room + s->ghosts * s->channels}, *found = &in;
     const int64_t width = s->last ? SIDE : 1, across = (s->channels + width - 1) / width;
@@ -245,13 +256,21 @@ void ghosts_backward(const shape *s, int threads, const real *x, const real *dy,
         else
             KNOWN(BACKWARD_APART, s->places);
     }
-    for (int64_t c = 0; c < s->channels; c++) {
-        double by_weight = 0, by_bias = 0;
-        for (int64_t i = c; i < s->ghosts * s->channels; i += s->channels) {
-            by_weight += found->slopes[i] * t->invstd[i];
-            by_bias += found->totals[i];
+    for (int64_t c = 0; (dweight || dbias) && c < s->channels; c += SIDE) {
+        const int64_t count = s->channels - c < SIDE ? s->channels - c : SIDE;
+        double by_weight[SIDE] = {0}, by_bias[SIDE] = {0};
+        for (int64_t first = c; first < s->ghosts * s->channels; first += s->channels) {
+            const double *restrict slopes = found->slopes + first, *restrict totals = found->totals + first;
+            const double *restrict invstd = t->invstd + first;
+#pragma omp simd
+            for (int64_t j = 0; j < count; j++) {
+                by_weight[j] += slopes[j] * invstd[j];
+                by_bias[j] += totals[j];
+            }
         }
-        dboth[c] = (real)by_weight;
-        dboth[s->channels + c] = (real)by_bias;
+        for (int64_t j = 0; j < count; j++) {
+            if (dweight) dweight[c + j] = (real)by_weight[j];
+            if (dbias) dbias[c + j] = (real)by_bias[j];
+        }
     }
 }
