@@ -201,7 +201,7 @@ class LAMB(RuleOptimizer):
         if form is lamb_foreach_ and on_gpu.takes(*tensors):
             from batchlab.optim.on_gpu.lamb import lamb_lists_ as on_gpus
 
-            return partial(on_gpus, ratio_of=_ratio)
+            return on_gpus
         if form is lamb_foreach_ and group["fused"] and on_cpu.takes(*tensors):
             from batchlab.optim.on_cpu.lamb import lamb_lists_ as on_cpus
 

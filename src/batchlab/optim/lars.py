@@ -194,7 +194,7 @@ class LARS(RuleOptimizer):
         if form is lars_foreach_ and on_gpu.takes(*tensors):
             from batchlab.optim.on_gpu.lars import lars_lists_ as on_gpus
 
-            return partial(on_gpus, ratio_of=_ratio)
+            return on_gpus
         if form is lars_foreach_ and group["fused"] and on_cpu.takes(*tensors):
             from batchlab.optim.on_cpu.lars import lars_lists_ as on_cpus
 

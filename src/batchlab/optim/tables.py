@@ -39,7 +39,9 @@ class Blocks:
 
 
 def blocks_of(tensors: Sequence[Tensor], block: int) -> Blocks:
-    """Of the tensors of one list, of `block` elements each but the last; kept for lists of the same sizes."""
+    """Of the tensors of one list, of `block` elements each but the last; kept for lists of the same sizes. An empty one
+    has a block too, of none.
+    """
     return _blocks(tuple([each.numel() for each in tensors]), block, tensors[0].device)
 
 
@@ -70,7 +72,7 @@ def _in_one_order(row: Sequence[Tensor]) -> bool:
 
 @lru_cache(maxsize=64)
 def _blocks(sizes: tuple[int, ...], block: int, device: torch.device) -> Blocks:
-    counts = [-(-size // block) for size in sizes]
+    counts = [max(1, -(-size // block)) for size in sizes]
     with torch.device("cpu"):
         firsts = torch.tensor(list(accumulate(counts, initial=0)), dtype=torch.int32)
         of = torch.repeat_interleave(torch.arange(len(sizes), dtype=torch.int32), torch.tensor(counts))

@@ -45,7 +45,7 @@ def test_lamb(adapt, decay, shift):
     ours, theirs = drawn(4, 0, shift=shift), drawn(4, 0, shift=shift)
     given = {"lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": decay, "t": 3}
     numbers = adam_numbers(ours[0][0], **given) | {"clamp": (0.0, 2.0), "max_ratio": None, "adapt": adapt}
-    found = alone(lamb_lists_, *ours, ratio_of=lamb._ratio, **numbers)
+    found = alone(lamb_lists_, *ours, **numbers)
     told = alone(lamb.lamb_foreach_, *theirs, **numbers)
     for one, other in zip(ours, theirs, strict=True):
         agree(one, other)
@@ -58,9 +58,41 @@ def test_lamb(adapt, decay, shift):
 def test_without_epsilon_places_beyond_the_end_count_for_nothing():
     (w, g, m, v), numbers = [[torch.ones(3, device=DEVICE)] for _ in range(4)], {}
     numbers = adam_numbers(w[0], lr=0.1, betas=(0.9, 0.9), eps=0.0, weight_decay=0.0, t=2)
-    found = alone(lamb_lists_, w, g, m, v, ratio_of=lamb._ratio, **numbers, clamp=None, max_ratio=None, adapt=True)
+    found = alone(lamb_lists_, w, g, m, v, **numbers, clamp=None, max_ratio=None, adapt=True)
     assert found["trust_ratio"].isfinite().all()
     torch.testing.assert_close(w[0], torch.full((3,), 0.9, device=DEVICE))
+
+
+@pytest.mark.parametrize(("clamp", "most"), [(None, None), ((0.5, 2.0), None), (None, 0.5), ((0.01, 0.5), 3.0)])
+def test_limits_of_lambs_ratio_where_norms_are_zero_and_none(clamp, most):
+    ours, theirs = odd(4), odd(4)
+    given = {"lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.0, "t": 3}
+    numbers = adam_numbers(ours[0][0], **given) | {"clamp": clamp, "max_ratio": most, "adapt": True}
+    found, told = alone(lamb_lists_, *ours, **numbers), alone(lamb.lamb_foreach_, *theirs, **numbers)
+    torch.testing.assert_close(found["trust_ratio"], told["trust_ratio"], equal_nan=True)
+    assert found["trust_ratio"].isnan().tolist() == [False, False, False, True]
+    assert all(torch.allclose(*pair, rtol=2e-5, equal_nan=True) for pair in zip(ours[0], theirs[0], strict=True))
+
+
+@pytest.mark.parametrize("clip", [True, False])
+def test_larss_ratio_where_norms_are_zero_and_none(clip):
+    ours, theirs = odd(3), odd(3)
+    values = {"rate": 0.3, "momentum": 0.9, "weight_decay": 0.01, "trust": 0.01, "eps": 0.0}
+    numbers = {name: scalar(value, torch.float32, ours[0][0].device) for name, value in values.items()}
+    numbers |= {"clip": clip, "adapt": True, "decays": True, "lr_in_momentum": False}
+    found, told = alone(lars_lists_, *ours, **numbers), alone(lars.lars_foreach_, *theirs, **numbers)
+    torch.testing.assert_close(found["trust_ratio"], told["trust_ratio"], equal_nan=True)
+    assert found["trust_ratio"].isnan().tolist() == [False, False, False, True]
+
+
+def odd(count):
+    """Four tensors a list: the weights of the second are zeros, the gradient of the third, of the fourth it is NaN."""
+    lists = [[torch.full((70,), 0.1 + index, device=DEVICE) for _ in range(4)] for index in range(count)]
+    lists[0][1].zero_()
+    for row in lists[1:]:
+        row[2].zero_()
+    lists[1][3][5] = torch.nan
+    return lists
 
 
 @pytest.mark.parametrize("shift", [0, 1])
@@ -72,7 +104,7 @@ def test_lars(adapt, clip, decay, inside, shift):
     values = {"rate": 0.3, "momentum": 0.9, "weight_decay": decay, "trust": 0.01, "eps": 1e-8}
     numbers = {name: scalar(value, *kind) for name, value in values.items()}
     numbers |= {"clip": clip, "adapt": adapt, "decays": decay != 0, "lr_in_momentum": inside}
-    alone(lars_lists_, *ours, ratio_of=lars._ratio, **numbers)
+    alone(lars_lists_, *ours, **numbers)
     alone(lars.lars_foreach_, *theirs, **numbers)
     for one, other in zip(ours, theirs, strict=True):
         agree(one, other)

@@ -5,8 +5,8 @@ Ten passes over memory, where torch's fused AdamW makes seven and `lamb_foreach_
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import math
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -31,26 +31,26 @@ def lamb_lists_(
     eps: Tensor,
     decay: Tensor,
     decays: bool,
+    k: Tensor,
+    clamp: tuple[float, float] | None,
+    max_ratio: float | None,
     adapt: bool,
-    ratio_of: Callable[..., Tensor],
-    **limits: Any,
 ) -> Rule:
-    """`lamb_foreach_` of tensors that `takes` takes. ratio_of: of |w|, |u| and the limits."""
+    """`lamb_foreach_` of tensors that `takes` takes."""
     cut, (where, aligned) = blocks_of(ws, BLOCK), addresses(ws, gs, ms, vs)
     parts = torch.empty(2, cut.blocks, dtype=torch.float32, device=where.device)
     how = PROGRAM | {"ALIGNED": aligned, "DECAYS": decays}
-    if cut.blocks:
-        with torch.cuda.device_of(where):
-            numbers = (rate, keep2, eps, decay, share1, share2)
-            _averages[(cut.blocks,)](where, *cut.arrays, parts, cut.blocks, *numbers, ADAPT=adapt, **how)
+    with torch.cuda.device_of(where):
+        numbers = (rate, keep2, eps, decay, share1, share2)
+        _averages[(cut.blocks,)](where, *cut.arrays, parts, cut.blocks, *numbers, ADAPT=adapt, **how)
     moved(ws)
     if not adapt:
         return None
-    norms = yield Sum(summed(parts, cut))
-    ratios = ratio_of(*norms.sqrt(), **limits)
-    if cut.blocks:
-        with torch.cuda.device_of(where):
-            _step[(cut.blocks,)](where, *cut.arrays, ratios * rate, eps, decay, **how)
+    sums = (yield Sum(summed(parts, cut))).contiguous()
+    ratios, (low, high) = torch.empty_like(sums[0]), clamp or (0.0, math.inf)
+    limits = (k, low, high, math.inf if max_ratio is None else max_ratio)
+    with torch.cuda.device_of(where):
+        _step[(cut.blocks,)](where, *cut.arrays, sums, ratios, rate, eps, decay, *limits, **how)
     return {"trust_ratio": ratios}
 
 
@@ -96,21 +96,34 @@ def _averages_of(
 
 @triton.jit
 def _step(
-    where, of, at, sizes, tensors, rates, eps, decay,
+    where, of, at, sizes, tensors, sums, ratios, rate, eps, decay, k, low, high, most,
     DECAYS: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
     tensor, first = tl.load(of + block), tl.load(at + block) * BLOCK
     size, places = tl.load(sizes + tensor), first + tl.arange(0, BLOCK)
+    ratio = _ratio(sums, tensor, tensors, k, low, high, most)
+    if first == 0:
+        tl.store(ratios + tensor, ratio)
+    rate = ratio * tl.load(rate)
     if first + BLOCK <= size:
-        _step_of(where, tensor, tensors, size, places, rates, eps, decay, DECAYS, ALIGNED, FULL=True)
+        _step_of(where, tensor, tensors, size, places, rate, eps, decay, DECAYS, ALIGNED, FULL=True)
     else:
-        _step_of(where, tensor, tensors, size, places, rates, eps, decay, DECAYS, ALIGNED, FULL=False)
+        _step_of(where, tensor, tensors, size, places, rate, eps, decay, DECAYS, ALIGNED, FULL=False)
+
+
+@triton.jit
+def _ratio(sums, tensor, tensors, k, low, high, most):
+    """k·φ(|w|)/|u|, from the sums of squares of w and u; most: its upper limit."""
+    w_norm, u_norm = tl.sqrt_rn(tl.load(sums + tensor)), tl.sqrt_rn(tl.load(sums + tensors + tensor))
+    length = tl.clamp(w_norm, low, high, propagate_nan=tl.PropagateNan.ALL)
+    ratio = tl.minimum(tl.div_rn(tl.load(k) * length, u_norm), most, propagate_nan=tl.PropagateNan.ALL)
+    return tl.where((w_norm == 0) | (u_norm == 0), 1.0, ratio)
 
 
 @triton.jit
 def _step_of(
-    where, tensor, tensors, size, places, rates, eps, decay,
+    where, tensor, tensors, size, places, rate, eps, decay,
     DECAYS: tl.constexpr, ALIGNED: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     w_start = start_of(where, 0, tensor, tensors, ALIGNED)
@@ -118,7 +131,7 @@ def _step_of(
     m = load(start_of(where, 2, tensor, tensors, ALIGNED), places, size, FULL)
     v = load(start_of(where, 3, tensor, tensors, ALIGNED), places, size, FULL)
     u = _u(w, m, v, places, size, eps, decay, DECAYS)
-    store(w_start, places, size, w - tl.load(rates + tensor) * u, FULL)
+    store(w_start, places, size, w - rate * u, FULL)
 
 
 @triton.jit

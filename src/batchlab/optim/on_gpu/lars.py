@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -28,44 +28,58 @@ def lars_lists_(
     adapt: bool,
     decays: bool,
     lr_in_momentum: bool,
-    ratio_of: Callable[..., Tensor],
 ) -> Rule:
-    """`lars_foreach_` of tensors that `takes` takes. ratio_of: of |w|, |g| and the numbers."""
-    ratios = None
+    """`lars_foreach_` of tensors that `takes` takes."""
+    sums = ratios = rate  # not looked at without `adapt`
     if adapt:
-        norms = yield Sum(squares(ws, gs))
-        limit = rate if clip else None
-        ratios = ratio_of(*norms.sqrt(), weight_decay=weight_decay, trust=trust, eps=eps, limit=limit)
+        sums = (yield Sum(squares(ws, gs))).contiguous()
+        ratios = torch.empty_like(sums[0])
     cut, (where, aligned) = blocks_of(ws, BLOCK), addresses(ws, gs, vs)
-    scales = torch.ones(cut.tensors, dtype=torch.float32, device=where.device) if ratios is None else ratios
-    scales = scales * rate if lr_in_momentum else scales
-    if cut.blocks:
-        how = PROGRAM | {"ALIGNED": aligned, "DECAYS": decays and adapt, "INSIDE": lr_in_momentum}
-        with torch.cuda.device_of(where):
-            _step[(cut.blocks,)](where, *cut.arrays, scales, rate, momentum, weight_decay, **how)
+    how = PROGRAM | {"ALIGNED": aligned, "DECAYS": decays and adapt, "INSIDE": lr_in_momentum}
+    numbers = (sums, ratios, rate, momentum, weight_decay, trust, eps)
+    with torch.cuda.device_of(where):
+        _step[(cut.blocks,)](where, *cut.arrays, *numbers, ADAPT=adapt, CLIP=clip, **how)
     moved(ws)
-    return None if ratios is None else {"trust_ratio": ratios}
+    return {"trust_ratio": ratios} if adapt else None
 
 
 @triton.jit
 def _step(
-    where, of, at, sizes, tensors, scales, rate, momentum, weight_decay,
+    where, of, at, sizes, tensors, sums, ratios, rate, momentum, weight_decay, trust, eps,
+    ADAPT: tl.constexpr, CLIP: tl.constexpr,
     DECAYS: tl.constexpr, INSIDE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
     tensor, first = tl.load(of + block), tl.load(at + block) * BLOCK
     size, places = tl.load(sizes + tensor), first + tl.arange(0, BLOCK)
+    rate, scale = tl.load(rate), 1.0
+    if ADAPT:
+        scale = _ratio(sums, tensor, tensors, weight_decay, trust, eps, rate, CLIP)
+        if first == 0:
+            tl.store(ratios + tensor, scale)
+    if INSIDE:
+        scale *= rate
     if first + BLOCK <= size:
-        _step_of(where, tensor, tensors, size, places, scales, rate, momentum, weight_decay, DECAYS, INSIDE, ALIGNED,
+        _step_of(where, tensor, tensors, size, places, scale, rate, momentum, weight_decay, DECAYS, INSIDE, ALIGNED,
                  FULL=True)  # fmt: skip
     else:
-        _step_of(where, tensor, tensors, size, places, scales, rate, momentum, weight_decay, DECAYS, INSIDE, ALIGNED,
+        _step_of(where, tensor, tensors, size, places, scale, rate, momentum, weight_decay, DECAYS, INSIDE, ALIGNED,
                  FULL=False)  # fmt: skip
 
 
 @triton.jit
+def _ratio(sums, tensor, tensors, weight_decay, trust, eps, rate, CLIP: tl.constexpr):
+    """η|w| / (|g| + β|w| + ε), from the sums of squares of w and g."""
+    w_norm, g_norm = tl.sqrt_rn(tl.load(sums + tensor)), tl.sqrt_rn(tl.load(sums + tensors + tensor))
+    ratio = tl.div_rn(tl.load(trust) * w_norm, g_norm + tl.load(weight_decay) * w_norm + tl.load(eps))
+    if CLIP:
+        ratio = tl.minimum(tl.div_rn(ratio, rate), 1.0, propagate_nan=tl.PropagateNan.ALL)
+    return tl.where((w_norm == 0) | (g_norm == 0), 1.0, ratio)
+
+
+@triton.jit
 def _step_of(
-    where, tensor, tensors, size, places, scales, rate, momentum, weight_decay,
+    where, tensor, tensors, size, places, scale, rate, momentum, weight_decay,
     DECAYS: tl.constexpr, INSIDE: tl.constexpr, ALIGNED: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     w_start = start_of(where, 0, tensor, tensors, ALIGNED)
@@ -75,10 +89,10 @@ def _step_of(
     v = load(v_start, places, size, FULL)
     if DECAYS:
         g += tl.load(weight_decay) * w
-    v = v * tl.load(momentum) + tl.load(scales + tensor) * g
+    v = v * tl.load(momentum) + scale * g
     store(v_start, places, size, v, FULL)
     if INSIDE:
         w -= v
     else:
-        w -= tl.load(rate) * v
+        w -= rate * v
     store(w_start, places, size, w, FULL)

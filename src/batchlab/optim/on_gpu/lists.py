@@ -19,9 +19,8 @@ def squares(*lists: Sequence[Tensor]) -> Tensor:
     """(lists, tensors): Σx² of each tensor."""
     cut, (where, aligned) = blocks_of(lists[0], BLOCK), addresses(*lists)
     parts = torch.empty(len(lists), cut.blocks, dtype=torch.float32, device=where.device)
-    if cut.blocks:
-        with torch.cuda.device_of(where):
-            _squares[(cut.blocks, len(lists))](where, *cut.arrays, parts, cut.blocks, ALIGNED=aligned, **PROGRAM)
+    with torch.cuda.device_of(where):
+        _squares[(cut.blocks, len(lists))](where, *cut.arrays, parts, cut.blocks, ALIGNED=aligned, **PROGRAM)
     return summed(parts, cut)
 
 
