@@ -47,3 +47,8 @@ def test_a_batch_without_one_number_of_examples_is_refused(batch):
 def test_what_cannot_be_cut_is_named():
     with pytest.raises(InputError, match="examples cannot be drawn out of a batch that holds a str"):
         take_rows((torch.zeros(2), "ab"), [0])
+
+
+def test_pieces_with_a_tensor_that_has_no_examples_stay_apart():
+    pieces = [{"x": torch.arange(2), "scale": torch.tensor(0.5)}, {"x": torch.arange(3), "scale": torch.tensor(0.5)}]
+    assert join(pieces) == pieces

@@ -50,7 +50,8 @@ def take_rows(batch: Any, rows: Sequence[int]) -> Any:
 
 def join(pieces: Sequence[Any]) -> list[Any]:
     """The pieces as one batch, if they differ in their examples only; else as they are."""
-    if len({_form(piece) for piece in pieces}) != 1:
+    alone = any(tensor.ndim == 0 for piece in pieces for tensor in _tensors(piece))
+    if alone or len({_form(piece) for piece in pieces}) != 1:
         return list(pieces)
     columns = iter(list(zip(*map(_tensors, pieces), strict=True)))
     return [_mapped(lambda _: torch.cat(next(columns)), pieces[0])]

@@ -164,3 +164,8 @@ def test_a_bad_table_is_named():
         best_values([Measurement(0, 8, 1, 0.1)], example_budget=math.nan)
     with pytest.raises(InputError, match='direction must be "min" or "max", got \'up\''):
         best_values([Measurement(0, 8, 1, 0.1)], "up")
+
+
+def test_a_goal_that_is_no_target_is_refused():
+    with pytest.raises(InputError, match="target must be a batchlab.Target, got 0.5"):
+        fewest_steps([Measurement(0, 8, 1, 0.4)], 0.5)

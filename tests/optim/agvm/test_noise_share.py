@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from batchlab.core.errors import InputError
 from batchlab.optim.agvm.agvm import noise_share, rate_targets
 from batchlab.optim.agvm.half_gradients import CHUNK, dot_products
 from tests.optim.agvm.given_gradients import F64, give, halves_of, pair
@@ -98,3 +99,9 @@ def test_half_precision_is_compared_in_float64():
     give(agvm, modules, [[[1e-20, 0, 0], [1.0, 0, 0]], [[1e-20, 1e-20, 0], [1.0, 0, 0]]])
     assert agvm.phis == pytest.approx((1 - 0.5**0.5, 0.0), abs=1e-12)
     assert agvm.factors[1] == math.sqrt(10)
+
+
+@pytest.mark.parametrize(("anchor", "words"), [(5, "a place among the 2 phis, from 0, got 5"), (-1, "an integer")])
+def test_an_anchor_that_is_no_group_is_refused(anchor, words):
+    with pytest.raises(InputError, match=f"anchor must be {words}"):
+        rate_targets([0.1, 0.2], anchor=anchor)

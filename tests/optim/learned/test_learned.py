@@ -249,6 +249,16 @@ def test_refusals(options, word):
         LearnedOptimizer(parameters([(2,)]), weights=fresh_weights(0), **options)
 
 
+def test_a_rate_that_rises_too_far_beside_weight_decay_is_refused_before_anything_moves():
+    (w,) = parameters([(2,)])
+    optimizer = LearnedOptimizer([w], weights=fresh_weights(0), lr=0.1, weight_decay=0.5)
+    w.grad, before = torch.ones_like(w), w.detach().clone()
+    optimizer.param_groups[0]["lr"] = 2.0
+    with pytest.raises(InputError, match="weight_decay must be below 1/lr.* got weight_decay=0.5 with lr=2.0"):
+        optimizer.step()
+    assert torch.equal(w, before) and optimizer.state[w]["step"] == 0
+
+
 @pytest.mark.slow
 def test_the_compiled_rule():
     compiled_equals_the_loop(partial(LearnedOptimizer, weights=fresh_weights(0)))

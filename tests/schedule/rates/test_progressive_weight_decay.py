@@ -222,3 +222,16 @@ def test_other_bad_input_is_named():
         ProgressiveWeightDecay(small_optimizer(), PHASES, batch=10).load_state_dict(state)
     with pytest.raises(InputError, match=r"learning_rate\*weight_decay must be < 1, or a weight changes sign, got 1.5"):
         decay_per_token(learning_rate=1.5, weight_decay=1.0, batch=1)
+
+
+def test_a_rate_at_which_weights_would_change_sign_is_refused_before_the_update():
+    w = nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.AdamW([w], lr=1.0)
+    schedule = ProgressiveWeightDecay(optimizer, [(10, 0.5), (10, 1.0)], batch=10)
+    w.grad = torch.zeros(1)
+    optimizer.step()
+    schedule.step()
+    with pytest.raises(InputError, match=r"lr\*weight_decay must be < 1.* got 1 of lr 1 and weight_decay 1"):
+        optimizer.step()
+    assert w.item() == 0.5
+    assert json.loads(json.dumps(schedule.state_dict(), allow_nan=False)) == schedule.state_dict()

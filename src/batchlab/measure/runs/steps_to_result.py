@@ -55,8 +55,8 @@ def steps_to_target(
     >>> steps_to_target([(10, 0.9), (20, 0.6), (30, 0.4), (40, 0.3)], Target("loss", 0.5))
     StepsToTarget(steps=30, resolution=10, reached_at_start=False, censored_at=None, diverged=False)
     """
-    evaluations = _evaluations(run, target)
     reached = _goal(target, strict)
+    evaluations = _evaluations(run, target)
     if not all(math.isfinite(value) for _, value in evaluations):
         return StepsToTarget(None, None, censored_at=evaluations[-1][0], diverged=True)
     before = 0
@@ -68,13 +68,13 @@ def steps_to_target(
 
 
 def _goal(target: Target, strict: bool) -> Callable[[float], bool]:
+    if not isinstance(target, Target):
+        raise InputError(f"target must be a batchlab.Target, got {target!r}")
     return lambda value: target.reached(value) and not (strict and value == target.value)
 
 
 def _evaluations(run: Any, target: Target) -> list[tuple[int, float]]:
     """(updates, value), checked to ascend."""
-    if not isinstance(target, Target):
-        raise InputError(f"target must be a batchlab.Target, got {target!r}")
     if isinstance(run, Run):
         pairs: Iterable[Any] = _of_run(run, target)
     elif isinstance(run, Mapping):

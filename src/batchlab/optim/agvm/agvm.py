@@ -55,11 +55,14 @@ def noise_share(aa: float, ab: float, bb: float) -> float:
 def rate_targets(
     phis: Sequence[float], anchor: int = 0, clamp: tuple[float, float] = (0.5, 10.0), eps: float = 1e-6
 ) -> list[float]:
-    """μ_i = √clamp((φ_anchor + ε)/(φ_i + ε), low, high); NaN where φ_i is.
+    """μ_i = √clamp((φ_anchor + ε)/(φ_i + ε), low, high); NaN where φ_i is. anchor: a place among phis, from 0.
 
     >>> rate_targets([0.2, 0.2, 0.3, 0.9])
     [1.0, 1.0, 0.816497261338992, 0.7071067811865476]
     """
+    check_count(0, anchor=anchor)
+    if anchor >= len(phis):
+        raise InputError(f"anchor must be a place among the {len(phis)} phis, from 0, got {anchor}")
     low, high = clamp
     ratios = [(phis[anchor] + eps) / (phi + eps) for phi in phis]
     return [math.nan if math.isnan(ratio) else math.sqrt(min(max(ratio, low), high)) for ratio in ratios]

@@ -173,25 +173,29 @@ class LearnedOptimizer(RuleOptimizer):
         """Refuses what is out of range."""
         check_not_negative(**{name: float(group[name]) for name in ("lr", "exp_mult", "weight_decay")})
         check_positive(step_mult=group["step_mult"])
-        if float(group["lr"]) * group["weight_decay"] >= 1:
-            raise InputError(
-                f"weight_decay must be below 1/lr, for lr·weight_decay of each weight goes at each step: got "
-                f"weight_decay={group['weight_decay']!r} with lr={group['lr']!r}; 1e-5 is a usual order"
-            )
+        _check_decay(float(group["lr"]), group)
         if group["max_grad_norm"] is not None:
             check_positive(max_grad_norm=group["max_grad_norm"])
         if group["chunk"] is not None:
             check_count(chunk=group["chunk"])
 
     def before(self, leaves: Sequence[tuple[dict[str, Any], list[Leaf]]]) -> None:
-        """Refuses gradients that are not finite, and clips each tensor's own where that is asked for."""
+        """Refuses gradients that are not finite, and clips each tensor's own where that is asked for. A rate that has
+        risen too far beside weight_decay is refused too, but for one that is a tensor, which would be waited for.
+        """
+        for group, _ in leaves:
+            if not isinstance(group["lr"], Tensor):
+                try:
+                    _check_decay(group["lr"], group)
+                except InputError:
+                    self.uncount(leaves)
+                    raise
         every = [(leaf, group["max_grad_norm"]) for group, each in leaves for leaf in each]
         norms = _norms([leaf for leaf, _ in every])
         finite = torch.stack([norm.to(norms[0].device) for norm in norms]).isfinite().tolist() if norms else []
         for (leaf, _), fine in zip(every, finite, strict=True):
             if not fine:
-                for each, _ in every:
-                    self.state[each.parameter]["step"] -= 1
+                self.uncount(leaves)
                 raise InputError(
                     f"the gradient of {leaf.name} must be finite, and so must the sum of its squares in "
                     f"{leaf.g.dtype}: skip such steps, as torch.amp.GradScaler does; nothing has moved"
@@ -269,6 +273,14 @@ def _time(t: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 def _average(average: Tensor, beta: Tensor, new: Tensor) -> None:
     """β·average + (1 - β)·new, in place."""
     average.lerp_(new, 1 - beta)
+
+
+def _check_decay(lr: float, group: Mapping[str, Any]) -> None:
+    if lr * group["weight_decay"] >= 1:
+        raise InputError(
+            "weight_decay must be below 1/lr, for lr·weight_decay of each weight goes at each step: got "
+            f"weight_decay={group['weight_decay']!r} with lr={group['lr']!r}; 1e-5 is a usual order"
+        )
 
 
 def _norms(leaves: Sequence[Leaf]) -> list[Tensor]:

@@ -96,7 +96,8 @@ class ProgressiveWeightDecay(Counting):
     as biases and norms have it; at least one must decay. The scale is kept in the group, and so in the optimizer's
     state. Call `step` once after each update, beside that of a learning-rate schedule. No schedule of λ may run on
     top, and nothing that scales λ by η/η₀. Not with a step that is captured in a CUDA graph: that keeps the λ it was
-    captured with.
+    captured with. An update at ηλ >= 1 is refused before it is taken, and parameters of an unknown decay at the start:
+    `InputError`.
 
     State: tokens seen, batch and the report, plain numbers. Loading writes λ of that place at once.
 
@@ -206,7 +207,14 @@ class ProgressiveWeightDecay(Counting):
         """Notes ln(1 - ηλ) of the step that follows: by the time of `step` a rate may have moved on."""
         groups = self.optimizer.param_groups
         products = [float(group["lr"]) * float(group["weight_decay"]) for group in groups]
-        self._per_update = [math.log1p(-each) if each < 1 else -math.inf for each in products]
+        for group, product in zip(groups, products, strict=True):
+            if not product < 1:
+                lr, decay = float(group["lr"]), float(group["weight_decay"])
+                raise InputError(
+                    f"lr*weight_decay must be < 1, or a weight changes sign, got {product:g} of lr {lr:g} and "
+                    f"weight_decay {decay:g}: nothing has moved"
+                )
+        self._per_update = [math.log1p(-each) for each in products]
 
 
 def _checked(phases: Iterable[Phase | tuple[int, float]]) -> tuple[Phase, ...]:
