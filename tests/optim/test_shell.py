@@ -223,7 +223,7 @@ def test_copies_in_the_dtype_of_the_arithmetic_are_gone_after_a_step(dtype):
     for _ in range(2):
         w.grad = torch.ones_like(w)
         optimizer.step()
-    assert not optimizer._known
+    assert not optimizer._steady
 
 
 def test_a_parameter_that_is_taken_away_is_forgotten():
@@ -266,3 +266,35 @@ def test_a_step_that_fails_keeps_no_gradient(monkeypatch):
     gone, w.grad = weakref.ref(w.grad), None
     gc.collect()
     assert gone() is None
+
+
+def test_a_state_that_is_taken_away_is_missed_by_name():
+    w = torch.nn.Parameter(torch.ones(2, 2))
+    optimizer = LAMB([w], lr=0.1)
+    w.grad = torch.ones(2, 2)
+    optimizer.step()
+    optimizer.state[w]["exp_avg"] = None
+    with pytest.raises(KeyError, match="exp_avg"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("absent", [[], [0], [1, 2], [0, 1, 2]])
+def test_tensors_that_come_and_go_are_moved_by_their_own_past(absent):
+    """Beside optimizers of one tensor each."""
+    names = ["a", "b", "c"]
+    together, apart = ([torch.nn.Parameter(torch.linspace(1, 2, 4 + i).view(1, -1)) for i in range(3)] for _ in "12")
+    one = LAMB(list(zip(names, together, strict=True)), lr=0.1)
+    each = [LAMB([w], lr=0.1) for w in apart]
+    for step in range(6):
+        for place, (w, v) in enumerate(zip(together, apart, strict=True)):
+            gone = step in (2, 3) and place in absent
+            w.grad = None if gone else torch.full_like(w, 1.0 + step)
+            v.grad = None if gone else torch.full_like(v, 1.0 + step)
+        one.step()
+        for optimizer in each:
+            optimizer.step()
+        assert list(one.report()) == [
+            name for place, name in enumerate(names) if step not in (2, 3) or place not in absent
+        ]
+    for w, v in zip(together, apart, strict=True):
+        torch.testing.assert_close(w, v)

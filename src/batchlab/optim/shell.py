@@ -15,11 +15,11 @@ from torch import Tensor
 from batchlab.core.c_library import compiler
 from batchlab.core.errors import InputError
 from batchlab.optim import on_cpu
-from batchlab.optim.leaf import Leaf, asks_for_state, is_flattened, leaf_of, name_at, names_of
+from batchlab.optim.leaf import Leaf, Steady, asks_for_state, is_flattened, leaf_of, name_at, names_of
 from batchlab.optim.rule import Form, Numbers, Rule, alone, compiled, side_by_side, squares
 from batchlab.optim.state_dtype import StateDtype, checked_state_dtype, in_dtype, state_like
 from batchlab.parallel.shards import share
-from batchlab.parallel.sums import PLAIN, Layout, sums_over
+from batchlab.parallel.sums import Layout, sums_over
 
 SMALL = 16384  # elements up to which a CPU takes a list of tensors faster than one by one
 
@@ -66,7 +66,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         self._watched = False
         self._noted: list[tuple[list[tuple[str | None, int, torch.Size]], dict[str, Tensor]]] = []
         self._compiled: dict[Form, Callable[..., Any]] = {}
-        self._known: dict[int, Leaf] = {}
+        self._steady: dict[int, Steady] = {}  # of groups, by their first parameters' places
         self._kinds: dict[Any, int] = {}
         options = {"foreach": foreach, "fused": fused, "maximize": maximize, "state_dtype": state_dtype}
         super().__init__(params, defaults | options)
@@ -163,7 +163,9 @@ class RuleOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._noted = []
-        leaves = [(group, self._leaves(group, first)) for group, first in self._numbered()]
+        numbered = list(self._numbered())
+        self._steady = {first: self._steady[first] for _, first in numbered if first in self._steady}
+        leaves = [(group, self._leaves(group, first)) for group, first in numbered]
         try:
             with _no_autocast({device.type for _, _, device, _ in self._kinds}):
                 if self.before(leaves) is False or asked:
@@ -173,13 +175,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         finally:
             for leaf in [leaf for _, each in leaves for leaf in each]:
                 leaf.rest()
-        self._forget_beyond(sum(len(group["params"]) for group in self.param_groups))
         return loss
-
-    def _forget_beyond(self, count: int) -> None:
-        """Forgets the leaves of parameters that were taken away."""
-        if len(self._known) > count:
-            self._known = {place: leaf for place, leaf in self._known.items() if place < count}
 
     def _update(self, leaves: Sequence[tuple[dict[str, Any], list[Leaf]]]) -> None:
         """Runs the rules of all leaves, rounds what is kept in other dtypes, and notes what is to be told."""
@@ -240,36 +236,37 @@ class RuleOptimizer(torch.optim.Optimizer):
         return self._compiled[form]
 
     def _leaves(self, group: dict[str, Any], first: int) -> list[Leaf]:
-        found = []
-        names: Sequence[str | None] = group.get("param_names") or [None] * len(group["params"])
-        for place, (name, parameter) in enumerate(zip(names, group["params"], strict=True), first):
-            gradient = self.gradient_of(parameter)
-            if gradient is None:
-                self._known.pop(place, None)
-                continue
-            if gradient.is_sparse:
-                raise InputError(
-                    f"{type(self).__name__} takes dense gradients, got a sparse one of "
-                    f"{name_at(name, place, parameter.shape)}: build its embedding with sparse=False, or give it to "
-                    "torch.optim.SparseAdam"
-                )
-            found.append((name, place, parameter, gradient, self.state_of(parameter, group)))
-        if found:
-            torch._foreach_add_([state["step"] for *_, state in found], _ONE, alpha=1.0)
-        leaves = []
-        for name, place, parameter, gradient, state in found:
-            leaf = self._known.get(place)
-            if leaf is None or not leaf.goes_on(parameter, gradient, state, maximize=group["maximize"]):
-                leaf = leaf_of(name, place, parameter, gradient, state, maximize=group["maximize"])
-                shape = (leaf.shape.numel() <= SMALL, len(leaf.shape) > 1) if self.FLAT else leaf.shape
-                alike = (shape, leaf.w.dtype, leaf.w.device, leaf.layout)
-                leaf.kind = self._kinds.setdefault(alike, len(self._kinds))
-                if leaf.rounded or leaf.layout is not PLAIN:  # made anew at each step, and must not outlive it
-                    self._known.pop(place, None)
-                else:
-                    self._known[place] = leaf
-            leaves.append(leaf)
+        parameters: Sequence[Tensor] = group["params"]
+        given, places = [self.gradient_of(parameter) for parameter in parameters], list(range(len(parameters)))
+        if type(None) in set(map(type, given)):
+            places = [place for place in places if given[place] is not None]
+            parameters, given = [parameters[place] for place in places], [given[place] for place in places]
+        gradients = cast("list[Tensor]", given)
+        for place in [place for place, each in zip(places, gradients, strict=True) if each.is_sparse]:
+            raise InputError(
+                f"{type(self).__name__} takes dense gradients, got a sparse one of {names_of(group, first)[place]}: "
+                "build its embedding with sparse=False, or give it to torch.optim.SparseAdam"
+            )
+        states = [self.state_of(parameter, group) for parameter in parameters]
+        if states:
+            torch._foreach_add_([state["step"] for state in states], _ONE, alpha=1.0)
+        steady = self._steady.get(first)
+        if steady is not None and steady.goes_on(parameters, gradients, states):
+            steady.take(gradients, states, maximize=group["maximize"])
+            return steady.leaves
+        names = group.get("param_names") or [None] * len(group["params"])
+        columns = ([names[place] for place in places], [first + place for place in places])
+        each = zip(*columns, parameters, gradients, states, strict=True)
+        leaves = [self._kept_kind(leaf_of(*one, maximize=group["maximize"])) for one in each]
+        self._steady.pop(first, None)
+        if Steady.fits(leaves, states):
+            self._steady[first] = Steady(leaves, states)
         return leaves
+
+    def _kept_kind(self, leaf: Leaf) -> Leaf:
+        shape = (leaf.shape.numel() <= SMALL, len(leaf.shape) > 1) if self.FLAT else leaf.shape
+        leaf.kind = self._kinds.setdefault((shape, leaf.w.dtype, leaf.w.device, leaf.layout), len(self._kinds))
+        return leaf
 
     def _note(self, leaves: list[Leaf], found: dict[str, Tensor] | None) -> None:
         if found:
@@ -324,7 +321,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             for name in self.defaults.keys() - {"differentiable"}:
                 group.setdefault(name, self.defaults[name])
         self._watched, self._noted, self._compiled = False, [], {}
-        self._known, self._kinds = {}, {}
+        self._steady, self._kinds = {}, {}
 
 
 _ONE = torch.ones((), device="cpu")  # with alpha: a number would be made a tensor of for each step counter

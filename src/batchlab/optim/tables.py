@@ -94,7 +94,7 @@ class Addresses(NamedTuple):
 def addresses(*lists: Sequence[Tensor]) -> Addresses:
     """Of lists of tensors; kept for the same places, on each stream of a GPU apart."""
     device = lists[0][0].device
-    places = tuple([each.data_ptr() for row in lists for each in row])
+    places = tuple(map(Tensor.data_ptr, chain.from_iterable(lists)))
     return _addresses(places, len(lists), device, stream_of(device))
 
 
