@@ -338,3 +338,24 @@ def test_a_noise_that_is_followed_and_never_measured_is_refused():
         adaptive.step()
     noise.skip()
     adaptive.step()
+
+
+def test_ranks_need_a_sampler_whose_batches_are_all_full():
+    """Else some size, which measurements decide, would be refused in mid-run."""
+    with pytest.raises(InputError, match="sampler must be endless with 2 ranks"):
+        AdaptiveBatch(Milestones(4, {50: 6}, multiple_of=2), StreamBatches(103, 4, rank=0, world_size=2))
+    endless = StreamBatches(103, 4, endless=True, rank=0, world_size=2)
+    with pytest.raises(InputError, match="the controller's minimum must be at least the 2 ranks, got 1"):
+        AdaptiveBatch(GoodputBatch(4, maximum=8), endless, noise=GradientNoise(Net()))
+    adaptive = AdaptiveBatch(Milestones(4, {50: 6}, multiple_of=2), endless)
+    for _ in itertools.islice(endless, 20):
+        adaptive.step()
+    assert adaptive.sampler.batch_size == adaptive.controller.batch_size == 6
+
+
+def test_a_micro_batch_is_never_empty():
+    with pytest.raises(InputError, match="batch_size must be at least accumulation 4 x world_size 1"):
+        MicroBatches(100, 2, accumulation=4)
+    batches = MicroBatches(100, 8, accumulation=4)
+    with pytest.raises(InputError, match="an example for each micro-batch, got 3"):
+        batches.batch_size = 3

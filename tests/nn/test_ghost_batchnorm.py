@@ -3,6 +3,7 @@
 import copy
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -384,3 +385,13 @@ def test_compiled():
             close(a.grad, b.grad, 1e-4)
         for a, b in zip(model.buffers(), other.buffers(), strict=True):
             close(a, b, 1e-5)
+
+
+@pytest.mark.parametrize("size", [np.int64(8), torch.tensor(8)])
+def test_other_libraries_integers_are_sizes(size):
+    x = torch.randn(20, 4, 2, 2)
+    layer = GhostBatchNorm2d(4, size)
+    assert type(layer.ghost_size) is int
+    expected = GhostBatchNorm2d(4, 8)(x)
+    assert torch.equal(layer(x), expected)
+    assert torch.equal(ghost_batch_norm(x, None, None, size, layer.weight, layer.bias, training=True), expected)

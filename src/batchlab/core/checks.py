@@ -52,6 +52,18 @@ def check_count(least: int = 1, /, **counts: int) -> None:
             raise InputError(f"{name} must be an integer of at least {least}, got {count!r}")
 
 
+def as_count(least: int = 1, /, **count: Any) -> int:
+    """The one number as Python's integer, which does not overflow as those of other libraries; see `check_count`.
+
+    >>> import torch
+    >>> as_count(batch_size=torch.tensor(8))
+    8
+    """
+    check_count(least, **count)
+    (value,) = count.values()
+    return operator.index(value)
+
+
 def is_whole(value: Any) -> bool:
     """Whether it is an integer, of any library; True is none.
 

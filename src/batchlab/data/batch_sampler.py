@@ -13,7 +13,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
-from batchlab.core.checks import check_count
+from batchlab.core.checks import as_count, check_count
 from batchlab.core.errors import InputError
 
 
@@ -124,7 +124,7 @@ class BatchSampler(Sampler[list[int]], ABC):
 
         `InputError` for an epoch so far back that its start is no longer known.
         """
-        check_count(0, epoch=epoch)
+        epoch = as_count(0, epoch=epoch)
         if epoch == self.epoch:
             return
         if self.epoch_length(self.epoch) is None:
@@ -136,9 +136,7 @@ class BatchSampler(Sampler[list[int]], ABC):
 
         batches: those that were trained on, where a `DataLoader`'s workers have fetched further.
         """
-        if batches is not None:
-            check_count(0, batches=batches)
-        taken = self._taken if batches is None else batches
+        taken = self._taken if batches is None else as_count(0, batches=batches)
         return {"sampler": type(self).__name__, "seed": self.seed, **self.identity(), "batches": taken}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:

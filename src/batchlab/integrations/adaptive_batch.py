@@ -228,6 +228,11 @@ def _check_sampler(controller: BatchController, sampler: StreamBatches, max_micr
         raise InputError(f"sampler must be a StreamBatches or a MicroBatches, got {type(sampler).__name__}")
     if sampler.drop_last:
         raise InputError("sampler must not have drop_last, by which the size says what is left out: use endless=True")
+    if sampler.world_size > 1 and not sampler.endless:
+        raise InputError(
+            f"sampler must be endless with {sampler.world_size} ranks, or some size would leave fewer examples than "
+            "ranks for the last batch of an epoch: use endless=True, or MicroBatches"
+        )
     if controller.maximum > sampler.n:
         raise InputError(f"the controller's maximum must be at most the {sampler.n} examples, got {controller.maximum}")
     pieces, unit = 1, sampler.world_size
@@ -238,6 +243,8 @@ def _check_sampler(controller: BatchController, sampler: StreamBatches, max_micr
                 f"the controller's multiple_of must be a multiple of accumulation {pieces} x ranks "
                 f"{sampler.world_size} = {unit}, so that micro-batches are equal, got {controller.multiple_of}"
             )
+    if controller.lowest < unit:
+        raise InputError(f"the controller's minimum must be at least the {unit} ranks, got {controller.minimum}")
     if max_micro_batch is None:
         return
     check_count(max_micro_batch=max_micro_batch)

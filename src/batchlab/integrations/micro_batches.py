@@ -52,8 +52,16 @@ class MicroBatches(StreamBatches):
         world_size: int | None = None,
     ) -> None:
         check_count(accumulation=accumulation)
-        super().__init__(n, batch_size, seed, endless=True, rank=rank, world_size=world_size)
         self.accumulation = int(accumulation)
+        super().__init__(n, batch_size, seed, endless=True, rank=rank, world_size=world_size)
+
+    def _check_size(self, size: int, position: int) -> None:
+        super()._check_size(size, position)
+        if size < self.accumulation * self.world_size:
+            raise InputError(
+                f"batch_size must be at least accumulation {self.accumulation} x world_size {self.world_size}, an "
+                f"example for each micro-batch, got {size}"
+            )
 
     def __iter__(self) -> Iterator[list[int]]:
         for batch in super().__iter__():

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from batchlab.core.c_library import compiler
-from batchlab.core.checks import check_count
+from batchlab.core.checks import as_count, check_count
 from batchlab.core.errors import InputError
 from batchlab.nn.ghost_c import ghosts_in_c, may_be_c
 from batchlab.nn.ghost_cpu import ghosts_on_cpu, takes
@@ -76,6 +76,8 @@ def ghost_batch_norm(
         raise InputError("running_mean and running_var must both be given or both be None")
     if running_mean is not None and momentum is None and num_batches_tracked is None:
         raise InputError("momentum None needs num_batches_tracked, the ghosts that the running statistics hold")
+    if type(ghost_size) is not int:
+        ghost_size = as_count(ghost_size=ghost_size)
     values = math.prod(input.shape[2:]) if input.numel() else 0
     full, rest = ghosts(len(input), ghost_size, values, ragged)
     k, tracked = full + (rest > 0), num_batches_tracked
@@ -209,7 +211,7 @@ class _GhostBatchNorm(OfParts):
 
     def _set(self, ghost_size: int, ragged: Ragged, interleaved: bool, fused: bool) -> None:
         _check(ghost_size, ragged)
-        self.ghost_size, self.ragged, self.interleaved, self.fused = ghost_size, ragged, interleaved, fused
+        self.ghost_size, self.ragged, self.interleaved, self.fused = int(ghost_size), ragged, interleaved, fused
 
     def _leave(self) -> None:
         for name in ("ghost_size", "ragged", "interleaved", "fused"):

@@ -17,7 +17,7 @@ from batchlab.schedule.batches.inner_product_test_batch import InnerProductTestB
 from batchlab.schedule.batches.milestones import Milestones
 from batchlab.schedule.batches.noise_scale_batch import NoiseScaleBatch
 from batchlab.schedule.batches.norm_test_batch import NormTestBatch
-from batchlab.schedule.batches.scheduled_batch import check_points
+from batchlab.schedule.batches.scheduled_batch import as_points
 from batchlab.schedule.rates.by_examples import lr_factor
 
 _EXPONENTS = {"linear": 1.0, "saturating": 1.0, "sqrt": 2.0, "saturating_sqrt": 2.0}
@@ -190,7 +190,7 @@ def _milestones(plan: Plan, given: dict[str, Any]) -> Milestones:
     listed = isinstance(sizes, (list, tuple)) and len(sizes) > 0
     if not listed or not all(isinstance(each, (list, tuple)) and len(each) == 2 for each in sizes):
         raise InputError(f'batch_settings["sizes"] must be [[examples, size], ...], got {sizes!r}')
-    check_points("sizes' points", [point for point, _ in sizes])
+    as_points("sizes' points", [point for point, _ in sizes])
     return Milestones(plan.batch_size, {point: size for point, size in sizes}, **given)
 
 

@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+import torch
 import torch.distributed as dist
 
 from batchlab.core.errors import InputError
@@ -109,6 +111,17 @@ def wishes_within_the_deadband_change_nothing(make: Make) -> None:
             ratio = min(max(wish, control.minimum), control.maximum) / size
             inside = 1 / control.deadband < ratio < control.deadband
             assert not inside or after == size, f"{wish:g} is within the deadband of {size}, and it went to {after}"
+
+
+def other_libraries_numbers_are_numbers(make: Make) -> None:
+    """NumPy's and torch's facts, whose integers overflow, give the sizes that Python's give, and a state of JSON."""
+    control, twin = make(), make()
+    for step, (_, facts, after) in enumerate(run(control), 1):
+        seen, batch = np.int32(facts.seen), np.int16(facts.batch)
+        loss, seconds = torch.tensor(facts.loss), np.float64(facts.seconds or 0.0)
+        told = replace(facts, seen=seen, batch=batch, loss=loss, seconds=seconds)  # type: ignore[arg-type]
+        assert twin.next_batch(step, told) == after, f"update {step}: another size"
+        json.dumps(twin.state_dict())
 
 
 def skipped_updates_change_nothing(make: Make) -> None:
@@ -251,6 +264,7 @@ CHECKS: tuple[Callable[[Make], None], ...] = (
     sizes_keep_the_limits,
     changes_are_patient,
     wishes_within_the_deadband_change_nothing,
+    other_libraries_numbers_are_numbers,
     skipped_updates_change_nothing,
     unknown_facts_change_nothing,
     other_facts_are_not_read,

@@ -18,6 +18,7 @@ from itertools import islice
 from typing import Any, Literal
 from unittest.mock import patch
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
@@ -127,6 +128,36 @@ def workers_change_nothing(subject: Subject) -> None:
         resumed = subject.make(subject.n)
         resumed.load_state_dict(state)
         assert following(resumed, len(whole) - 5) == whole[5:], f"state_dict(batches=5) with {workers} workers"
+
+
+def what_was_fetched_ahead_comes_back(subject: Subject) -> None:
+    """Where a loop breaks off, a state of the batches trained on gives back what workers had fetched ahead; they may
+    live on from loop to loop.
+    """
+    whole = following(subject.make(subject.n))
+    for persistent in (False, True):
+        sampler, numbers = subject.make(subject.n), Numbers(subject.n)
+        ahead: dict[str, Any] = {"num_workers": 1, "prefetch_factor": 3, "persistent_workers": persistent}
+        loader = DataLoader(numbers, batch_sampler=sampler, collate_fn=list, **ahead)
+        for trained in (0, 2):
+            found = list(islice(loader, 2))
+            assert found == whole[trained : trained + 2], f"persistent_workers={persistent}, after {trained} batches"
+            assert sampler.taken > trained + 2, "nothing was fetched ahead, and so nothing was tested"
+            sampler.load_state_dict(sampler.state_dict(batches=trained + 2))
+        assert list(islice(loader, len(whole) - 4)) == whole[4:], f"persistent_workers={persistent}, the rest"
+
+
+def other_libraries_integers_are_integers(subject: Subject) -> None:
+    """NumPy's and torch's, which overflow and are no JSON, give the same batches and states as Python's."""
+    for kind in (np.int16, torch.tensor):
+        one, plain = subject.make(subject.n), subject.make(subject.n)
+        for batches in (3, 1):
+            found = json.dumps(one.state_dict(batches=kind(batches)))  # type: ignore[arg-type]
+            assert found == json.dumps(plain.state_dict(batches=batches)), f"state_dict of {kind.__name__}"
+        if not endless(plain):
+            one.set_epoch(kind(1))  # type: ignore[arg-type]
+            plain.set_epoch(1)
+            assert json.dumps(one.state_dict()) == json.dumps(plain.state_dict()), f"set_epoch of {kind.__name__}"
 
 
 def state_goes_round(subject: Subject) -> None:
@@ -242,6 +273,8 @@ CHECKS: tuple[Callable[[Subject], None], ...] = (
     epochs_are_whole,
     seeds_and_epochs_differ,
     workers_change_nothing,
+    what_was_fetched_ahead_comes_back,
+    other_libraries_integers_are_integers,
     state_goes_round,
     leaving_is_no_loss,
     world_size_may_change,

@@ -134,3 +134,18 @@ def test_bad_input_is_refused():
         PieceDataset(Documents.of([range(9)]), decompose([9, 9], 1, 2))
     empty = decompose([], 1, 2)
     assert len(empty) == 0 and empty.counts == (0, 0) and decompose([0, 1, 2], 1, 2).dropped_tokens == 3
+
+
+def test_other_documents_than_those_that_were_cut_are_refused():
+    pieces = decompose([3, 9], 1, 3, randomize=False)
+    with pytest.raises(InputError, match="cut: document 1 had 9 tokens at least, got one of 3"):
+        PieceDataset(Documents.of([[1] * 9, [2] * 3]), pieces)
+    with pytest.raises(InputError, match="documents must be those that were cut, got 1 of them"):
+        PieceDataset(Documents.of([[1] * 9]), decompose([9, 3, 3], 1, 3, randomize=False))
+
+
+def test_other_libraries_integers_are_integers():
+    same = decompose([40] * 8, 2, 4)
+    for kind in (torch.tensor, np.uint8):
+        found = decompose([40] * 8, kind(2), kind(4))
+        assert (found.start == same.start).all() and found.i_max == 4

@@ -2,6 +2,7 @@ import bisect
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -123,3 +124,10 @@ def test_groups_of_equal_room_are_few(monkeypatch):
         counted.clear()
         best_fit(lengths[:many], 256)
         assert len(counted) < 256 * 8
+
+
+@pytest.mark.parametrize("given", [torch.tensor, np.uint8])
+@pytest.mark.parametrize("strategy", ["best_fit", "first_fit", "wrapped"])
+def test_other_libraries_integers_are_integers(strategy, given):
+    same, found = (pack([5, 2, 3, 1], capacity, strategy=strategy) for capacity in (4, given(4)))
+    assert found.document.tolist() == same.document.tolist() and type(found.capacity) is int

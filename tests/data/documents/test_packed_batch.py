@@ -172,3 +172,17 @@ def test_bad_input_is_refused(documents):
         PackedDocuments(Documents.of([[1]]), packing)
     with pytest.raises(InputError, match=r"document_ids must have shape \(sequences, length\), got \(3,\)"):
         document_mask(torch.zeros(3))
+
+
+def test_other_documents_than_those_that_were_packed_are_refused():
+    packing = pack([4, 2], 4)
+    with pytest.raises(InputError, match="packed: document 0 had 4 tokens at least, got one of 1"):
+        PackedDocuments(Documents.of([[1], [2], [3, 4, 5, 6]]), packing)
+    with pytest.raises(InputError, match="packed: document 0 had 4 tokens at least, got one of 1"):
+        packed_batch(Documents.of([[1], [2, 3]]), packing, [0])
+    with pytest.raises(InputError, match="documents must be those that were packed, got 1 of them"):
+        PackedDocuments(Documents.of([[1, 2, 3, 4]]), packing)
+
+
+def test_a_loop_over_the_examples_ends():
+    assert len(list(PackedDocuments(Documents.of([[1, 2, 3, 4], [5, 6]]), pack([4, 2], 4)))) == 2

@@ -219,3 +219,8 @@ def test_without_rensa_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "rensa", None)
     with pytest.raises(BatchlabError, match=r"pip install 'batchlab\[dedup\]'"):
         deduplicate(["a"])
+
+
+def test_the_header_holds_pythons_truths():
+    found = deduplicate(["one text that is long enough " * 9], verify=np.bool_(True), exact=np.bool_(True))
+    assert '"verify": true' in found.header.to_json()

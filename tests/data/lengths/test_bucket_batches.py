@@ -332,3 +332,10 @@ def test_a_damaged_state_is_refused_and_changes_nothing():
         with pytest.raises(InputError, match="state_dict must|world_size"):
             sampler.load_state_dict(state | wrong)
         assert sampler.state_dict() == state
+
+
+def test_ragged_tables_are_refused_by_name():
+    with pytest.raises(InputError, match="sizes must be 2 numbers, one for each bucket"):
+        BucketBatchSampler([3, 1], LengthBuckets([3.0, 4.0]), [[2], [1, 2]])
+    with pytest.raises(InputError, match="datasets must be an integer >= 0 for each of 2 examples"):
+        BucketBatchSampler([3, 1], LengthBuckets([3.0]), [2], datasets=[[0], [1, 2]])

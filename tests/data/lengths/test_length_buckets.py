@@ -163,7 +163,7 @@ def test_skewed_data_gives_the_merged_bin_the_sub_bins_of_its_parts():
         (lambda: LengthBuckets([(3, 2), (3, 1)]), "edges must ascend"),
         (lambda: LengthBuckets([]), "edges must have shape"),
         (lambda: LengthBuckets([3], max_ratio=[1]), "max_ratio is for strict buckets of two dimensions"),
-        (lambda: LengthBuckets(EDGES, [1, 2]), "max_ratio must be a number > 0 for each of 4 buckets"),
+        (lambda: LengthBuckets(EDGES, [1, 2]), "max_ratio must be a number >= 0 for each of 4 buckets"),
         (lambda: LengthBuckets(EDGES).choose([1, 2]), r"lengths must have shape \(n, 2\) as the buckets have"),
         (lambda: padding_share([1, 2], [[]]), r"batches must hold indices of the 2 lengths, got \[\]"),
         (lambda: padding_share([1, 2], [[2]]), r"batches must hold indices of the 2 lengths, got \[2\]"),
@@ -179,3 +179,9 @@ def test_padding_of_pairs_adds_both_sides():
     lengths = [(4, 1), (2, 3)]
     assert padding_share(lengths, [[0, 1]]) == 1 - 10 / (2 * 4 + 2 * 3)
     assert padding_share(lengths, [[0], [1]]) == 0
+
+
+def test_buckets_of_empty_outputs_take_empty_outputs_alone():
+    buckets = LengthBuckets.fitted([(1, 0), (2, 0), (3, 0), (4, 0)], buckets=2)
+    assert buckets.choose([(1, 0), (4, 0), (1, 1)]).tolist()[2] == -1
+    assert (buckets.choose([(1, 0), (4, 0)]) >= 0).all()

@@ -224,3 +224,14 @@ def test_bad_input():
         loss_gap(torch.ones(4, 4), [[0, 1], [2, 3]], 3)
     with pytest.raises(InputError, match="batches hold each of the N examples once"):
         loss_gap(torch.ones(4, 4), [[0, 1], [2, 2]], 1)
+
+
+def test_other_things_than_labels_places_and_indexes_are_refused():
+    x = torch.randn(64, 4)
+    with pytest.raises(InputError, match="labels must be 64 integers, one for each example"):
+        b3_batches(x, x, cluster_size=8, p=2, m=10, labels=["a"] * 64)
+    for group in ([0, 5], [0, -1], [0.0, 1.0]):
+        with pytest.raises(InputError, match="groups must hold places among the 2 labels, from 0"):
+            purity([group], [1, 1])
+    with pytest.raises(InputError, match="indexes must be a B3Index or several, got None"):
+        B3Batches(None, 14)

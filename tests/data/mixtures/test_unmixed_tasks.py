@@ -176,3 +176,16 @@ def test_ratios_that_do_not_sum_to_one_are_divided_with_a_warning():
     with pytest.warns(UserWarning, match="ratios sum to 2, not 1"):
         tasks = UnmixedTasks({"a": 9, "b": 9}, 2, ratios={"a": 1.5, "b": 0.5})
     assert tasks.ratios == {"a": 0.75, "b": 0.25}
+
+
+def test_examples_of_several_tasks_or_none_are_no_batch():
+    data = TaskData({"a": [1], "b": [3]})
+    for examples, tasks in (([data[0], data[1]], r"\['a', 'b'\]"), ([], r"\[\]")):
+        with pytest.raises(InputError, match=f"a batch must be of one task, got {tasks}: take batches from Unmixed"):
+            data.collate(examples)
+
+
+@pytest.mark.parametrize("mode", ["turn", "draw"])
+def test_steps_before_the_start_are_refused(mode):
+    with pytest.raises(InputError, match="got -5"):
+        UnmixedTasks({"a": 4, "b": 3}, 2, mode=mode).steps(-5)

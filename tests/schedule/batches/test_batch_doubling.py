@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -96,3 +97,9 @@ def test_the_equivalent_rate_has_the_larger_batchs_floor(lr, ratio, curvature):
 def test_bad_input_is_named(call, message):
     with pytest.raises(InputError, match=message):
         call()
+
+
+def test_other_libraries_integers_do_not_overflow():
+    assert BatchDoubling(np.uint8(100), np.array([10, 20])).changes() == [(0, 100), (10, 200), (20, 400)]
+    with pytest.raises(InputError, match="double_at must be several integers, one after the other, got 100"):
+        BatchDoubling(4, 100)

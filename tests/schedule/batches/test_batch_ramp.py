@@ -1,5 +1,8 @@
 """Sizes fixed beforehand: the ramp as Megatron counts it, any schedule in a loop, and the rate beside them."""
 
+import json
+
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -114,3 +117,11 @@ def test_rates_go_with_the_batch_by_a_stated_rule():
 def test_bad_input_is_named(call, message):
     with pytest.raises(InputError, match=message):
         call()
+
+
+def test_other_libraries_integers_do_not_overflow():
+    ramp = BatchRamp(np.int32(2), np.int16(200), over=10**10, increment=np.int8(2))
+    plain = BatchRamp(2, 200, over=10**10, increment=2)
+    assert ramp.changes() == plain.changes() and json.dumps(ramp.changes())
+    assert [ramp.at(np.int64(seen)) for seen in (5 * 10**9, 10**10)] == [plain.at(5 * 10**9), 200]
+    assert BatchRamp(2, 200, over=np.uint8(100), increment=2).at(np.uint8(50)) == 100

@@ -1,8 +1,10 @@
 """What the base of all batch controllers does with a wish; that each keeps it is in test_controller_contract.py."""
 
+import json
 import math
 import warnings
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -209,3 +211,26 @@ def test_a_test_that_is_no_longer_due_at_the_maximum_is_not_missed():
             moments = Moments(8, 1.0, 1e6, 1.0, 1e6) if control.due else None
             control.next_batch(step, StepFacts(16 * step, control.batch_size, batch_test=moments))
     assert control.batch_size == 16
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"loss": "x"}, "loss must be a number or None, got 'x'"),
+        ({"loss": [1.0, 2.0]}, r"loss must be a number or None, got \[1.0, 2.0\]"),
+        ({"seconds": "3"}, "seconds must be a number or None, got '3'"),
+        ({"batch_test": 3.0}, "batch_test must be Moments, CoordinateMoments or None, got 3.0"),
+    ],
+)
+def test_facts_that_are_none_are_refused(facts, message):
+    with pytest.raises(InputError, match=message):
+        StepFacts(64, 64, **facts)
+
+
+def test_a_wish_of_numpys_leaves_a_state_of_json():
+    control = Wishing(8, maximum=16, growth=10)
+    control.wish = np.float64(64.0)
+    control.next_batch(1, StepFacts(8, 8))
+    assert json.loads(json.dumps(control.state_dict()))["capped"] is True
+    with pytest.raises(InputError, match=r"the state must be what state_dict gave, got \[\]"):
+        control.load_state_dict([])

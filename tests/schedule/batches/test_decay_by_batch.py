@@ -89,3 +89,12 @@ def test_a_share_that_is_no_number_moves_nothing_and_one_next_to_0_all(share, si
 def test_bad_settings_are_named(settings, message):
     with pytest.raises(InputError, match=message):
         DecayByBatch(16, **{"share": linear_decay, "exponent": 1.0, "maximum": 64} | settings)
+
+
+def test_a_share_next_to_nothing_asks_for_the_maximum():
+    sizes = []
+    for share in (0.0, 1e-160, 1e-150):
+        limits = {"maximum": 1024, "headroom": None, "patience": 1, "growth": 1e9}
+        control = DecayByBatch(64, share=lambda seen, share=share: share, exponent=2.0, **limits)
+        sizes.append(control.next_batch(1, StepFacts(1, 64)))
+    assert sizes == [1024] * 3

@@ -148,3 +148,12 @@ def test_the_first_update_at_another_size_is_not_timed_and_old_times_go():
 def test_bad_input_is_named(call, message):
     with pytest.raises(InputError, match=message):
         call()
+
+
+@pytest.mark.parametrize("wrong", [{"times": [[1]]}, {"times": [[64, ["x"]]]}, {"before": "x"}, {"times": 3}])
+def test_a_state_of_something_else_is_refused_and_changes_nothing(wrong):
+    control = GoodputBatch(64, maximum=512)
+    before = control.state_dict()
+    with pytest.raises(InputError, match="times must be pairs of a size and its seconds, before a size"):
+        control.load_state_dict(before | wrong)
+    assert control.state_dict() == before

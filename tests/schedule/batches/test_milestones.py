@@ -1,5 +1,8 @@
 """Sizes at given points; in a loop they are tested in test_batch_ramp.py."""
 
+import json
+
+import numpy as np
 import pytest
 
 from batchlab.core.errors import InputError
@@ -24,3 +27,9 @@ def test_milestones_multiply_as_a_rate_would_be_divided():
 def test_bad_input_is_named(call, message):
     with pytest.raises(InputError, match=message):
         call()
+
+
+def test_sizes_that_are_no_mapping_are_refused():
+    with pytest.raises(InputError, match=r"sizes must be of the form {seen: size}, got \[\]"):
+        Milestones(4, [])
+    assert json.dumps(Milestones(np.int64(100), {10: np.int64(200)}).changes()) == "[[0, 100], [10, 200]]"

@@ -114,3 +114,8 @@ def test_a_stage_that_keeps_the_rate_moves_it_with_its_batch_all_the_same():
 def test_bad_input_is_named(call, message):
     with pytest.raises(InputError, match=message):
         call()
+
+
+def test_what_is_no_stage_is_refused():
+    with pytest.raises(InputError, match="stages must hold Stages, got {'tokens': 1}"):
+        Stages([{"tokens": 1}])

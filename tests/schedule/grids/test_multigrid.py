@@ -276,3 +276,10 @@ def test_bad_input():
         batch_norm_rule(0.0)
     with pytest.raises(InputError, match="^default must be an integer of at least 16, got 8$"):
         stride_range(2, 16, 8)
+
+
+def test_axes_that_are_none_are_refused_by_name():
+    with pytest.raises(InputError, match="sizes must be several integers, one after the other, got 16"):
+        Multigrid(16, batch=2, steps=[0, 4], epochs=6)
+    with pytest.raises(InputError, match="long_cycle must hold a factor for each axis of each of its shapes, got 0.5"):
+        Multigrid((8, 16, 16), batch=2, steps=[0, 4], epochs=6, long_cycle=[0.5])

@@ -145,3 +145,8 @@ def test_a_warm_up_that_reaches_into_the_cool_down_makes_no_jump(schedule, given
     rates = [lr_factor(examples, **at) for examples in range(1001)]
     assert max(abs(b - a) for a, b in itertools.pairwise(rates)) < 200**-0.5
     assert rates[0] == rates[-1] == 0 and max(rates) == rates[800] > 0.8
+
+
+def test_a_warm_up_without_end_is_refused():
+    with pytest.raises(InputError, match="warmup_examples must be finite, or the rate never rises, got inf"):
+        lr_factor(5, total_examples=100, warmup_examples=math.inf)

@@ -166,3 +166,11 @@ def test_it_equals_transformers(shape):
             optimizer.step()
             peer.step()
             run(ours, [None])
+
+
+def test_a_state_that_is_refused_changes_nothing():
+    schedule = WSD(small_optimizer(), batch=10)
+    for wrong in ({"decided": [100, 50], "updates": None}, {"lr": None}):
+        with pytest.raises(InputError):
+            schedule.load_state_dict(schedule.state_dict() | wrong)
+    assert schedule.total is None

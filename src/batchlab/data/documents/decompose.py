@@ -19,10 +19,10 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from batchlab.core.checks import check_count
+from batchlab.core.checks import as_count
 from batchlab.core.errors import InputError
 from batchlab.core.random import derive_seed, mix64
-from batchlab.data.documents.documents import Documents, as_lengths
+from batchlab.data.documents.documents import Documents, as_lengths, check_within
 
 Ints = NDArray[np.int64]
 Cut = tuple[Ints, Ints, Ints]  # document, start and k of some pieces, by document and then by place
@@ -79,7 +79,7 @@ def decompose(lengths: ArrayLike, i_min: int = 8, i_max: int = 13, *, randomize:
     >>> [(int(d), int(s)) for d, s in zip(pieces.document, pieces.start)], pieces.lengths, pieces.counts
     ([(0, 9), (2, 0), (1, 0), (0, 0)], (2, 4, 8), (2, 1, 1))
     """
-    check_count(0, i_min=i_min, i_max=i_max, seed=seed)
+    i_min, i_max, seed = as_count(0, i_min=i_min), as_count(0, i_max=i_max), as_count(0, seed=seed)
     if not i_min < i_max <= 40:
         raise InputError(f"i_min and i_max must satisfy i_min < i_max <= 40, got i_min={i_min}, i_max={i_max}")
     n = as_lengths(lengths)
@@ -144,8 +144,8 @@ class PieceDataset(Dataset[tuple[Tensor, Tensor]]):
     """
 
     def __init__(self, documents: Documents, pieces: Pieces) -> None:
-        if len(pieces) and pieces.document[-1] >= len(documents):
-            raise InputError(f"documents must be those that were cut, got {len(documents)} of them")
+        tokens = np.repeat(np.asarray(pieces.lengths) + 1, pieces.counts)
+        check_within(documents, pieces.document, pieces.start + tokens, "cut")
         self.documents, self.pieces = documents, pieces
 
     def __len__(self) -> int:

@@ -71,6 +71,20 @@ def _are_integers(tokens: Tensor | NDArray[Any]) -> bool:
     return tokens.dtype.kind in "iu"
 
 
+def check_within(documents: Documents, document: NDArray[np.int64], end: NDArray[np.int64], done: str) -> None:
+    """Refuses documents that parts, of which document and up to where in it, are not of. done: what made the parts."""
+    if not len(document):
+        return
+    if document.max() >= len(documents):
+        raise InputError(f"documents must be those that were {done}, got {len(documents)} of them")
+    if len(wrong := np.flatnonzero(end > documents.lengths[document])):
+        at = int(document[wrong[0]])
+        raise InputError(
+            f"documents must be those that were {done}: document {at} had {int(end[wrong[0]])} tokens at least, got "
+            f"one of {int(documents.lengths[at])}"
+        )
+
+
 def as_lengths(lengths: ArrayLike) -> NDArray[np.int64]:
     """Document lengths as int64, shape (documents,); refused where they are none.
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from batchlab.core.checks import check_count
+from batchlab.core.checks import as_count
 from batchlab.core.errors import InputError
 from batchlab.data.documents.documents import as_lengths
 
@@ -80,7 +80,7 @@ def pack(lengths: ArrayLike, capacity: int, strategy: str = "best_fit", *, overf
     ([[0], [2, 0], [1, 3]], 1)
     """
     n = as_lengths(lengths)
-    check_count(capacity=capacity)
+    capacity = as_count(capacity=capacity)
     if strategy not in STRATEGIES:
         raise InputError(f"strategy must be one of {sorted(STRATEGIES)}, got {strategy!r}")
     if overflow not in OVERFLOWS:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from batchlab.core.errors import InputError
-from batchlab.data.documents.documents import Documents
+from batchlab.data.documents.documents import Documents, check_within
 from batchlab.data.documents.pack import Packing
 
 IGNORED = -100  # the target that torch's cross_entropy leaves out by default
@@ -64,6 +64,7 @@ def packed_batch(
     used = np.bincount(row, length, minlength=len(rows)).astype(np.int64)
     column = np.arange(length.sum()) - np.repeat(np.cumsum(used) - used, used)
     at = torch.from_numpy(np.repeat(row, length)), torch.from_numpy(column)
+    check_within(documents, packing.document[parts], packing.start[parts] + length, "packed")
     begin = documents.offsets[packing.document[parts]] + packing.start[parts]
     tokens = documents.at(np.repeat(begin, length) + position).cpu()
     starts, last = torch.from_numpy(position == 0), torch.from_numpy(position == np.repeat(length, length) - 1)
@@ -131,14 +132,15 @@ class PackedDocuments(Dataset[dict[str, Tensor]]):
     """
 
     def __init__(self, documents: Documents, packing: Packing, *, pad: int = 0, shifted: bool = True) -> None:
-        if len(packing.document) and packing.document.max() >= len(documents):
-            raise InputError(f"documents must be those that were packed, got {len(documents)} of them")
+        check_within(documents, packing.document, packing.start + packing.length, "packed")
         self.documents, self.packing, self.pad, self.shifted = documents, packing, pad, shifted
 
     def __len__(self) -> int:
         return len(self.packing)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if not 0 <= index < len(self):  # by which Python's own loop over it ends
+            raise IndexError(f"index must lie in [0, {len(self)}), got {index}")
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Tensor]]:

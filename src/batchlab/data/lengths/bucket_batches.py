@@ -232,7 +232,7 @@ def _with_datasets(
     """The group of each example, data set by data set and within it by bucket; and the number of data sets."""
     if datasets is None:
         return bucket, 1
-    which = np.asarray(datasets)
+    which = _array(datasets)
     if which.shape != bucket.shape or which.dtype.kind not in "iu" or which.min() < 0:
         raise InputError(f"datasets must be an integer >= 0 for each of {len(bucket)} examples, got {datasets!r}")
     kinds = int(which.max()) + 1
@@ -241,13 +241,20 @@ def _with_datasets(
 
 def _checked_sizes(sizes: ArrayLike, kinds: int, buckets: int) -> NDArray[np.int64]:
     """One for each group."""
-    table = np.asarray(sizes)
+    table = _array(sizes)
     if table.shape not in ((buckets,), (kinds, buckets)):
         right = f"{buckets} numbers, one for each bucket" + (f", or {kinds} rows of them" if kinds > 1 else "")
         raise InputError(f"sizes must be {right}, got shape {table.shape}")
     if table.dtype.kind not in "iu" or table.min() < 1:
         raise InputError(f"sizes must be integers of at least 1, got {sizes!r}")
     return np.broadcast_to(table, (kinds, buckets)).reshape(-1).astype(np.int64)
+
+
+def _array(given: ArrayLike) -> NDArray[Any]:
+    try:
+        return np.asarray(given)
+    except ValueError:  # rows of several lengths: of no shape that is asked for
+        return np.empty((0, 0, 0))
 
 
 def batches_of(counts: ArrayLike, sizes: ArrayLike, world_size: int, *, drop_last: bool) -> NDArray[Any]:

@@ -140,8 +140,8 @@ class LengthBuckets:
             if table.ndim == 1 or not self.strict:
                 raise InputError("max_ratio is for strict buckets of two dimensions")
             ratios = tuple(float(ratio) for ratio in self.max_ratio)
-            if len(ratios) != len(edges) or not all(ratio > 0 for ratio in ratios):
-                raise InputError(f"max_ratio must be a number > 0 for each of {len(edges)} buckets, got {ratios!r}")
+            if len(ratios) != len(edges) or not all(ratio >= 0 for ratio in ratios):
+                raise InputError(f"max_ratio must be a number >= 0 for each of {len(edges)} buckets, got {ratios!r}")
             object.__setattr__(self, "max_ratio", ratios)
 
     @classmethod

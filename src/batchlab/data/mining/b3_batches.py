@@ -210,6 +210,8 @@ class B3Batches(BatchSampler):
         super().__init__(seed, rank=rank, world_size=world_size)
         check_count(batch_size=batch_size)
         check_count(0, extra=extra)
+        if not isinstance(indexes, Sequence | B3Index):
+            raise InputError(f"indexes must be a B3Index or several, got {indexes!r:.80}")
         self.indexes = (indexes,) if isinstance(indexes, B3Index) else tuple(indexes)
         self.batch_size, self.extra = int(batch_size), int(extra)
         if not self.indexes:

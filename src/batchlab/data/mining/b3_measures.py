@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from batchlab.core.checks import check_count, check_positive
+from batchlab.core.checks import check_count, check_positive, is_count
 from batchlab.core.errors import InputError
 
 Groups = Iterable[Sequence[int] | NDArray[np.int64]]
@@ -45,6 +45,9 @@ def purity(groups: Groups, labels: Sequence[int] | NDArray[np.int64] | Tensor) -
     0.75
     """
     of = labels.numpy(force=True) if isinstance(labels, Tensor) else np.asarray(labels)
+    for group in groups:
+        if not all(is_count(each, 0) and each < len(of) for each in np.asarray(group).reshape(-1)):
+            raise InputError(f"groups must hold places among the {len(of)} labels, from 0, got {group!r:.80}")
     shares = [np.unique(of[np.asarray(group)], return_counts=True)[1].max() / len(group) for group in groups]
     if not shares:
         raise InputError("groups must hold one group at least, got none")

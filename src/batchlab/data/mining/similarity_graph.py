@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 from torch import Tensor
 
-from batchlab.core.checks import check_count
+from batchlab.core.checks import check_count, holds
 from batchlab.core.errors import InputError
 
 BLOCK = 1024  # queries scored at a time: about 30 bytes for each of them and each target
@@ -72,7 +72,12 @@ def rank_windows(
     check_count(0, p=p)
     if p + m > n - 1:
         raise InputError(f"p + m must be at most N - 1 = {n - 1}, got p={p}, m={m}")
-    of = torch.arange(n, device="cpu") if labels is None else torch.as_tensor(labels, device="cpu")
+    if labels is None:
+        of = torch.arange(n, device="cpu")
+    elif holds(lambda each: torch.as_tensor(each) is not None, labels):
+        of = torch.as_tensor(labels, device="cpu")
+    else:
+        raise InputError(f"labels must be {n} integers, one for each example, got {labels!r:.80}")
     if of.shape != (n,):
         raise InputError(f"labels must have shape ({n},), got {tuple(of.shape)}")
     most = int(np.unique(of.numpy(), return_counts=True)[1].max())

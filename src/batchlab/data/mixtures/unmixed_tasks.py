@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset, default_collate
 
-from batchlab.core.checks import check_count, check_positive
+from batchlab.core.checks import as_count, check_count, check_positive
 from batchlab.core.errors import InputError
 from batchlab.core.random import derive_seed
 from batchlab.data.batch_sampler import BatchSampler, share_of
@@ -132,7 +132,7 @@ class UnmixedTasks(BatchSampler):
 
     def steps(self, batches: int | None = None) -> dict[str, int]:
         """Each task's steps among the run's first batches; by default among those handed out."""
-        batches = self.taken if batches is None else batches
+        batches = self.taken if batches is None else as_count(0, batches=batches)
         if self.mode == "turn":
             return {name: (batches - at - 1) // len(self.sizes) + 1 for at, name in enumerate(self._names)}
         return dict(zip(self._names, self._order.before(batches).tolist(), strict=True))
@@ -193,7 +193,10 @@ class TaskData(Dataset[tuple[str, Any]]):
 
     def collate(self, examples: list[tuple[str, Any]]) -> tuple[str, Any]:
         """The task and its batch."""
-        (task,) = {task for task, _ in examples}
+        tasks = {task for task, _ in examples}
+        if len(tasks) != 1:
+            raise InputError(f"a batch must be of one task, got {sorted(tasks)}: take batches from UnmixedTasks")
+        (task,) = tasks
         return task, self.collates.get(task, default_collate)([example for _, example in examples])
 
     def _place(self, indices: Sequence[int]) -> tuple[str, list[int]]:

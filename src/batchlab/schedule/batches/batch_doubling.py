@@ -20,11 +20,11 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-from batchlab.core.checks import check_count, check_positive, holds
+from batchlab.core.checks import as_count, check_positive, holds
 from batchlab.core.errors import InputError
 from batchlab.rules.tradeoff import steps_ratio
 from batchlab.schedule.batches.milestones import Milestones
-from batchlab.schedule.batches.scheduled_batch import LrRule, check_points
+from batchlab.schedule.batches.scheduled_batch import LrRule, as_points
 
 
 class BatchDoubling(Milestones):
@@ -52,10 +52,9 @@ class BatchDoubling(Milestones):
         lr_rule: LrRule = "none",
         lr_batch: int | None = None,
     ) -> None:
-        check_count(start=start)
-        check_count(2, factor=factor)
-        check_points("double_at", list(double_at))
-        sizes = {point: start * factor ** (turn + 1) for turn, point in enumerate(double_at)}
+        start, factor = as_count(start=start), as_count(2, factor=factor)
+        points = as_points("double_at", double_at)
+        sizes = {point: start * factor ** (turn + 1) for turn, point in enumerate(points)}
         super().__init__(start, sizes, multiple_of=multiple_of, lr_rule=lr_rule, lr_batch=lr_batch)
 
 

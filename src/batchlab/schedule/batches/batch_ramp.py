@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 
-from batchlab.core.checks import check_count, check_positive
+from batchlab.core.checks import as_count, check_positive
 from batchlab.core.errors import InputError
 from batchlab.schedule.batches.scheduled_batch import LrRule, ScheduledBatch
 
@@ -45,10 +45,9 @@ class BatchRamp(ScheduledBatch):
         lr_rule: LrRule = "none",
         lr_batch: int | None = None,
     ) -> None:
-        check_count(start=start, over=over, multiple_of=multiple_of)
-        check_count(start, end=end)
-        self.increment = multiple_of if increment is None else increment
-        check_count(increment=self.increment)
+        start, over, multiple_of = as_count(start=start), as_count(over=over), as_count(multiple_of=multiple_of)
+        end = as_count(start, end=end)
+        self.increment = multiple_of if increment is None else as_count(increment=increment)
         check_positive(power=power)
         if (end - start) % self.increment:
             raise InputError(f"increment must divide end - start = {end - start}, got {self.increment}")
@@ -58,7 +57,7 @@ class BatchRamp(ScheduledBatch):
 
     def asked(self, seen: int) -> int:
         """The size before it is rounded down to a multiple of `multiple_of`."""
-        check_count(0, seen=seen)
+        seen = as_count(0, seen=seen)
         if seen >= self.over:
             return self.end
         turns = (self.end - self.start) // self.increment

@@ -10,12 +10,13 @@ import math
 import sys
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch.distributed as dist
 
-from batchlab.core.checks import check_count, holds, is_count
+from batchlab.core.checks import as_count, check_count, holds, is_count
 from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate
 from batchlab.measure.noise.batch_tests import Moments, Placement, place_batch
@@ -48,10 +49,18 @@ class StepFacts:
     skipped: bool = False
 
     def __post_init__(self) -> None:
-        check_count(0, seen=self.seen)
-        check_count(batch=self.batch)
+        object.__setattr__(self, "seen", as_count(0, seen=self.seen))
+        object.__setattr__(self, "batch", as_count(batch=self.batch))
+        for name in ("loss", "seconds"):
+            value = getattr(self, name)
+            if value is not None:
+                if isinstance(value, str) or not holds(lambda each: float(each) is not None, value):
+                    raise InputError(f"{name} must be a number or None, got {value!r:.80}")
+                object.__setattr__(self, name, float(value))
         if self.noise_scale is not None and not isinstance(self.noise_scale, Estimate):
             raise InputError(f"noise_scale must be an Estimate or None, got {self.noise_scale!r}")
+        if self.batch_test is not None and not isinstance(self.batch_test, (Moments, CoordinateMoments)):
+            raise InputError(f"batch_test must be Moments, CoordinateMoments or None, got {self.batch_test!r:.80}")
 
     @property
     def counts(self) -> bool:
@@ -149,11 +158,12 @@ class BatchController(ABC):
         self.note(step, facts)
         if self._waited < self.patience:
             return self.batch_size
-        wanted = self.wanted(step, facts)
-        if wanted is None or not 0 < wanted < math.inf:
+        wish = self.wanted(step, facts)
+        if wish is None or not 0 < wish < math.inf:
             return self.batch_size
-        size = self._decided(min(max(float(wanted), self.minimum), self.maximum))
-        self.capped = wanted > self.maximum and size < self._decided(float(wanted))
+        wanted = float(wish)
+        size = self._decided(min(max(wanted, self.minimum), self.maximum))
+        self.capped = wanted > self.maximum and size < self._decided(wanted)
         if size != self.batch_size:
             self.batch_size, self._waited = size, 0
         return self.batch_size
@@ -178,10 +188,10 @@ class BatchController(ABC):
             size = math.floor(min(wanted, max(self.batch_size * self.growth, self.batch_size + unit)) / unit + _NEARLY)
             return max(size * unit, self.batch_size)
         least = math.ceil(min(self.batch_size / self.growth, self.batch_size - unit) / unit - _NEARLY)
-        return max(max(math.floor(wanted / unit + _NEARLY), least) * unit, self._lowest)
+        return max(max(math.floor(wanted / unit + _NEARLY), least) * unit, self.lowest)
 
     @property
-    def _lowest(self) -> int:
+    def lowest(self) -> int:
         """The least allowed size: the minimum, rounded up to a multiple."""
         return -(-self.minimum // self.multiple_of) * self.multiple_of
 
@@ -224,6 +234,8 @@ class BatchController(ABC):
         Bounds and limits are this controller's own. A size outside its bounds, or no multiple (other ranks, a smaller
         cap), becomes the nearest one below that is allowed, or the least, with a warning.
         """
+        if not isinstance(state, Mapping):
+            raise InputError(f"the state must be what state_dict gave, got {state!r:.80}")
         name = state.get("controller", type(self).__name__)  # batchlab once wrote no name
         if name != type(self).__name__:
             raise InputError(f"the state is of a {name}, this is a {type(self).__name__}")
@@ -234,7 +246,7 @@ class BatchController(ABC):
         self.capped = bool(state.get("capped", False)) and self.batch_size + self.multiple_of > self.maximum
 
     def _allowed(self, size: int) -> int:
-        allowed = max(min(size, self.maximum) // self.multiple_of * self.multiple_of, self._lowest)
+        allowed = max(min(size, self.maximum) // self.multiple_of * self.multiple_of, self.lowest)
         if allowed != size:
             warnings.warn(
                 f"the state's batch_size {size} is not in {self.minimum}..{self.maximum} in multiples of "

@@ -65,7 +65,7 @@ class DecayByBatch(BatchController):
         """B₀·f^-p or what the noise scale allows, and no less than the present size."""
         share = self.share(facts.seen)
         decayed = share**self.exponent if share > 0 else share
-        size = ANY_SIZE if decayed <= 0 else self.base / decayed
+        size = ANY_SIZE if decayed <= 0 else min(self.base / decayed, ANY_SIZE)
         if self.headroom is not None:
             noise = facts.noise_scale
             if noise is None or not 0 < noise.value < math.inf:

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from statistics import median
 from typing import Any
 
-from batchlab.core.checks import check_count, check_positive
+from batchlab.core.checks import as_count, check_count, check_positive
 from batchlab.core.errors import InputError
 from batchlab.schedule.batches.controller import ANY_SIZE, BatchController, StepFacts
 
@@ -104,7 +104,7 @@ class GoodputBatch(BatchController):
             return None
         low, high, noise = timed[0], timed[-1], facts.noise_scale.value
         if high / low < self.explore:
-            up, down = high * self.deadband <= self.maximum, low / self.deadband >= self._lowest
+            up, down = high * self.deadband <= self.maximum, low / self.deadband >= self.lowest
             if up and (noise >= self.batch_size or not down):
                 return min(high * self.explore, self.maximum)
             if down:
@@ -114,7 +114,7 @@ class GoodputBatch(BatchController):
         fixed, per_example = self.line()
         if per_example <= 0:
             return ANY_SIZE
-        return self._lowest if fixed <= 0 else best_batch(noise, fixed=fixed, per_example=per_example)
+        return self.lowest if fixed <= 0 else best_batch(noise, fixed=fixed, per_example=per_example)
 
     def times(self) -> dict[int, float]:
         """The median seconds of an update at each size that was timed often enough."""
@@ -132,8 +132,13 @@ class GoodputBatch(BatchController):
         """Takes over the times. On another machine, or other ranks, they no longer hold: `forget` them."""
         if not {"times", "before"} <= set(state):
             raise InputError(f"the state must hold times and before, got {sorted(state)}")
-        self._times = {int(size): [float(t) for t in times] for size, times in state["times"]}
-        self._before = state["before"]
+        before = state["before"]
+        try:
+            found = {as_count(times=size): [float(t) for t in times] for size, times in state["times"]}
+            self._before = None if before is None else as_count(before=before)
+        except (TypeError, ValueError) as error:  # InputError is one
+            raise InputError(f"times must be pairs of a size and its seconds, before a size: {error}") from error
+        self._times = found
 
     def forget(self) -> None:
         """Drops all times, and so explores anew: after a move to other machines or a change of what an update does."""

@@ -9,9 +9,9 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Mapping
 
-from batchlab.core.checks import check_count, check_positive
+from batchlab.core.checks import as_count, check_count, check_positive
 from batchlab.core.errors import InputError
-from batchlab.schedule.batches.scheduled_batch import LrRule, ScheduledBatch, check_points
+from batchlab.schedule.batches.scheduled_batch import LrRule, ScheduledBatch, as_points
 
 
 class Milestones(ScheduledBatch):
@@ -36,15 +36,14 @@ class Milestones(ScheduledBatch):
         lr_rule: LrRule = "none",
         lr_batch: int | None = None,
     ) -> None:
-        self.points = list(sizes)
-        check_points("sizes' points", self.points)
-        self.sizes = [start, *sizes.values()]
+        if not isinstance(sizes, Mapping):
+            raise InputError(f"sizes must be of the form {{seen: size}}, got {sizes!r:.80}")
+        self.points, multiple_of = as_points("sizes' points", sizes), as_count(multiple_of=multiple_of)
+        self.sizes = [as_count(sizes=size) for size in (start, *sizes.values())]
         for size in self.sizes:
-            check_count(sizes=size)
-            check_count(multiple_of=multiple_of)
             if size % multiple_of:
                 raise InputError(f"sizes must be multiples of multiple_of {multiple_of}, got {size}")
-        super().__init__(start, sizes=self.sizes, multiple_of=multiple_of, lr_rule=lr_rule, lr_batch=lr_batch)
+        super().__init__(self.sizes[0], sizes=self.sizes, multiple_of=multiple_of, lr_rule=lr_rule, lr_batch=lr_batch)
 
     @classmethod
     def by_factors(

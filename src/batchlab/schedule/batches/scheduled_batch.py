@@ -9,9 +9,10 @@ from __future__ import annotations
 import itertools
 import math
 from abc import abstractmethod
+from collections.abc import Iterable
 from typing import Literal, get_args
 
-from batchlab.core.checks import check_count, check_positive
+from batchlab.core.checks import as_count, check_positive
 from batchlab.core.errors import InputError
 from batchlab.rules.learning_rate import linear, sqrt
 from batchlab.schedule.batches.controller import BatchController, StepFacts
@@ -30,12 +31,10 @@ class ScheduledBatch(BatchController):
     def __init__(
         self, start: int, *, sizes: list[int], multiple_of: int, lr_rule: LrRule = "none", lr_batch: int | None = None
     ) -> None:
-        check_count(multiple_of=multiple_of)
         super().__init__(start, minimum=min(sizes), maximum=max(sizes), multiple_of=multiple_of, growth=math.inf)
         if lr_rule not in get_args(LrRule):
             raise InputError(f'lr_rule must be "none", "sqrt" or "linear", got {lr_rule!r}')
-        self.lr_rule, self.lr_batch = lr_rule, start if lr_batch is None else lr_batch
-        check_count(lr_batch=self.lr_batch)
+        self.lr_rule, self.lr_batch = lr_rule, as_count(lr_batch=start if lr_batch is None else lr_batch)
 
     @abstractmethod
     def at(self, seen: int) -> int:
@@ -65,8 +64,7 @@ class ScheduledBatch(BatchController):
 
         per_batch: what one unit of the batch adds to `seen`: the tokens of a sequence, where thresholds count tokens.
         """
-        check_count(0, total=total)
-        check_count(per_batch=per_batch)
+        total, per_batch = as_count(0, total=total), as_count(per_batch=per_batch)
         seen = steps = 0
         for end in [*(point for point in self._breaks() if point < total), total]:
             added = self._added(seen, per_batch)
@@ -82,9 +80,11 @@ class ScheduledBatch(BatchController):
         return self.at(seen) * per_batch
 
 
-def check_points(name: str, points: list[int]) -> None:
-    """Each must be an integer of at least 1, and larger than the one before."""
-    for point in points:
-        check_count(**{name: point})
+def as_points(name: str, given: Iterable[int]) -> list[int]:
+    """The points, each of which must be an integer of at least 1, and larger than the one before."""
+    if not isinstance(given, Iterable):
+        raise InputError(f"{name} must be several integers, one after the other, got {given!r:.80}")
+    points = [as_count(**{name: point}) for point in given]
     if any(b <= a for a, b in itertools.pairwise(points)):
         raise InputError(f"{name} must rise from one to the next, got {points!r:.80}")
+    return points

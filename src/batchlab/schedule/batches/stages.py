@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
-from batchlab.core.checks import check_count, check_positive
+from batchlab.core.checks import as_count, check_count, check_positive
 from batchlab.core.errors import InputError
 from batchlab.schedule.batches.batch_doubling import falcon2_doubling
 from batchlab.schedule.batches.scheduled_batch import ScheduledBatch
@@ -40,11 +40,12 @@ class Stage:
     data: str = ""
 
     def __post_init__(self) -> None:
-        check_count(tokens=self.tokens, context=self.context)
+        for name in ("tokens", "context"):
+            object.__setattr__(self, name, as_count(**{name: getattr(self, name)}))
         if self.batch_sequences is not None and self.batch_tokens is not None:
             raise InputError("batch_sequences and batch_tokens are two batches: give one of them")
         if self.batch_tokens is not None:
-            check_count(batch_tokens=self.batch_tokens)
+            object.__setattr__(self, "batch_tokens", as_count(batch_tokens=self.batch_tokens))
         if isinstance(self.batch_sequences, ScheduledBatch):
             last = self.batch_sequences.changes()[-1][0]
             if last >= self.tokens:
@@ -52,7 +53,7 @@ class Stage:
                     f"batch_sequences must change within the stage's {self.tokens} tokens, got one at {last}"
                 )
         elif self.batch_sequences is not None:
-            check_count(batch_sequences=self.batch_sequences)
+            object.__setattr__(self, "batch_sequences", as_count(batch_sequences=self.batch_sequences))
         if self.lr is not None and not callable(self.lr):
             check_positive(lr=self.lr)
 
@@ -91,8 +92,10 @@ class Stages(ScheduledBatch):
     def __init__(self, stages: Sequence[Stage], *, multiple_of: int = 1) -> None:
         if not stages:
             raise InputError("stages must hold at least one stage, got none")
-        check_count(multiple_of=multiple_of)
-        self.stages = tuple(stages)
+        multiple_of, self.stages = as_count(multiple_of=multiple_of), tuple(stages)
+        for stage in self.stages:
+            if not isinstance(stage, Stage):
+                raise InputError(f"stages must hold Stages, got {stage!r:.80}")
         self.begins = [0, *accumulate(stage.tokens for stage in stages)]
         self.total = self.begins.pop()
         self._fixed = self._constant_sizes()

@@ -77,6 +77,9 @@ class Multigrid:
     entries: tuple[LongEntry, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        for name in ("sizes", "steps"):
+            if not isinstance(given := getattr(self, name), Sequence):
+                raise InputError(f"{name} must be several integers, one after the other, got {given!r:.80}")
         for size in self.sizes:
             check_count(sizes=size)
         check_count(batch=self.batch, smallest=self.smallest)
@@ -223,4 +226,7 @@ def _cycle(
 ) -> tuple[tuple[float | None, ...], ...]:
     if given is None and len(sizes) not in published:
         raise InputError(f"{name} must be given for shapes of {len(sizes)} axes: it is known for {sorted(published)}")
+    for factors in () if given is None else given:
+        if not isinstance(factors, Sequence):
+            raise InputError(f"{name} must hold a factor for each axis of each of its shapes, got {factors!r:.80}")
     return tuple(tuple(factors) for factors in (published[len(sizes)] if given is None else given))

@@ -60,6 +60,8 @@ def lr_factor(
     given = schedule_settings(schedule, settings)
     check_not_negative(examples=examples, warmup_examples=warmup_examples)
     check_positive(total_examples=total_examples)
+    if warmup_examples == math.inf:
+        raise InputError("warmup_examples must be finite, or the rate never rises, got inf")
     if schedule == "one_cycle":
         return _one_cycle(examples, total_examples, warmup_examples, given)
     warm = min(1.0, examples / warmup_examples) if warmup_examples else 1.0

@@ -143,5 +143,9 @@ class Cooled(Counted):
         decided = taken(state_dict, "decided")
         if decided is not None and not holds(lambda pair: len(pair) == 2 and 1 <= pair[1] <= pair[0], decided):
             raise InputError(f"decided must be the end and the length of a cool-down or None, got {decided!r}")
-        self._decided = None if decided is None else (decided[0], decided[1])
-        super().load_state_dict(state_dict)
+        before, self._decided = self._decided, None if decided is None else (int(decided[0]), int(decided[1]))
+        try:
+            super().load_state_dict(state_dict)  # which writes the rates
+        except InputError:
+            self._decided = before
+            raise

@@ -6,6 +6,7 @@ import math
 import operator
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -139,6 +140,8 @@ class Counted(Counting, LRScheduler, ABC):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over what `state_dict` gave; see the class for the order."""
         bases, rates, updates = (taken(state_dict, name) for name in ("base_lrs", "lr", "updates"))
+        if not isinstance(bases, Sequence) or not isinstance(rates, Sequence):
+            raise InputError(f"base_lrs and lr must be one finite rate >= 0 a group, got {bases!r} and {rates!r}")
         if len(rates) > len(self.optimizer.param_groups):
             raise InputError(
                 f"the optimizer must have the {len(rates)} parameter groups of the state, "
