@@ -92,12 +92,20 @@ def test_a_large_float32_gradient_does_not_overflow_the_norm():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_gradient_that_is_not_finite_shows(bad):
+def test_a_gradient_that_is_not_finite_is_refused_and_nothing_moves(bad):
     x = nn.Parameter(torch.ones(2))
-    optimizer = AdaGradNorm([x], lr=1.0)
+    optimizer = AdaGradNorm([("x", x)], lr=1.0, b0=0.5)
     x.grad = torch.tensor([bad, 1.0])
-    optimizer.step()
-    assert math.isnan(x[0].item()) and not math.isfinite(optimizer.b)
+    with pytest.raises(InputError, match="the gradient of x must be finite, and so must b: what joins it stays"):
+        optimizer.step()
+    assert optimizer.b == 0.5 and optimizer.state[x]["step"] == 0 and torch.equal(x.detach(), torch.ones(2))
+
+
+def test_b0_is_the_loaded_one():
+    x = nn.Parameter(torch.ones(2))
+    optimizer = AdaGradNorm([x], lr=1.0, b0=7.0)
+    optimizer.load_state_dict(AdaGradNorm([x], lr=1.0, b0=0.5).state_dict())
+    assert optimizer.b == 0.5
 
 
 def test_a_parameter_without_gradient_stays_and_a_late_group_shares_b():
@@ -139,11 +147,11 @@ def test_state_goes_round_and_b_keeps_its_precision(dtype, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lr": -1.0}, "lr must be >= 0, got -1.0"),
-        ({"lr": math.nan}, "lr must be >= 0, got nan"),
+        ({"lr": -1.0}, "lr must be finite and >= 0, got -1.0"),
+        ({"lr": math.nan}, "lr must be finite and >= 0, got nan"),
         ({"lr": 0.1, "b0": 0.0}, "b0 must be finite and > 0, got 0.0"),
         ({"lr": 0.1, "b0": math.inf}, "b0 must be finite and > 0, got inf"),
-        ({"lr": 0.1, "weight_decay": -1}, "weight_decay must be >= 0, got -1"),
+        ({"lr": 0.1, "weight_decay": -1}, "weight_decay must be finite and >= 0, got -1"),
         ({"lr": 0.1, "differentiable": True}, "AdaGradNorm cannot be differentiated through"),
     ],
 )

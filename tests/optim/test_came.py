@@ -170,13 +170,13 @@ def test_the_momentum_alone_takes_fewer_bits(state_dtype):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lr": -1.0}, "lr must be >= 0, got -1.0"),
+        ({"lr": -1.0}, "lr must be finite and >= 0, got -1.0"),
         ({"betas": (0.9, 0.999)}, r"betas must be 3 numbers in \[0, 1\), got \(0.9, 0.999\)"),
         ({"betas": (0.9, 0.0, 0.9)}, r"beta2 must lie in \(0, 1\), got 0.0"),
         ({"eps": (0.0, 1e-16)}, "eps1 must be finite and > 0, got 0.0"),
         ({"eps": 1e-8}, "eps must be two numbers > 0, for squares and for residues, got 1e-08"),
         ({"clip": 0.0}, "clip must be finite and > 0, got 0.0"),
-        ({"weight_decay": -1.0}, "weight_decay must be >= 0, got -1.0"),
+        ({"weight_decay": -1.0}, "weight_decay must be finite and >= 0, got -1.0"),
     ],
 )
 def test_bad_input_is_named(options, message):

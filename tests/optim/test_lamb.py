@@ -101,7 +101,7 @@ def test_the_recipe_is_the_papers():
     ("settings", "message"),
     [
         ({"betas": (0.9, 1.0)}, r"betas must be 2 numbers in \[0, 1\), got \(0.9, 1.0\)"),
-        ({"eps": -1e-6}, "eps must be >= 0, got -1e-06"),
+        ({"eps": -1e-6}, "eps must be finite and >= 0, got -1e-06"),
         ({"clamp": (2.0, 1.0)}, r"clamp must be \(low, high\) with 0 <= low < high"),
         ({"clamp": 1.0}, r"clamp must be \(low, high\) with 0 <= low < high, got 1.0"),
         ({"betas": ("0.9", "0.99")}, r"betas must be 2 numbers in \[0, 1\), got \('0.9', '0.99'\)"),

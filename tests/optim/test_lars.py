@@ -123,9 +123,9 @@ def test_vectors_take_plain_steps_unless_told_otherwise():
     ("settings", "message"),
     [
         ({"trust": 0.0}, "trust must be finite and > 0, got 0.0"),
-        ({"lr": -1.0}, "lr must be >= 0, got -1.0"),
+        ({"lr": -1.0}, "lr must be finite and >= 0, got -1.0"),
         ({"momentum": 1.0}, r"momentum must lie in \(0, 1\), got 1.0"),
-        ({"weight_decay": -0.1}, "weight_decay must be >= 0, got -0.1"),
+        ({"weight_decay": -0.1}, "weight_decay must be finite and >= 0, got -0.1"),
         ({"foreach": True, "fused": True}, "foreach and fused cannot both be True"),
     ],
 )

@@ -383,3 +383,11 @@ def test_miniature_of_unmixed_batches():
     assert found["unmixed"][2] >= found["mixed"][2] + 0.01  # the margin stated beforehand; met by 0.001
     assert (found["weight 1"][:2] >= found["mixed"][:2]).all()
     assert found["weight 3"][2] > found["weight 1"][2]
+
+
+def test_ratios_that_are_no_mapping_and_tasks_of_several_kinds():
+    w = [nn.Parameter(torch.ones(2))]
+    with pytest.raises(InputError, match="ratios must give each task's share of the steps"):
+        MTAdamW(w, ratios=["a", "b"])
+    with pytest.raises(InputError, match=r"task must be one of \[1, 'a'\], got 'z'"):
+        MTAdamW(w, ratios={1: 0.5, "a": 0.5}).step(task="z")

@@ -216,7 +216,7 @@ def test_a_vector_is_checked_too_and_a_refused_step_does_not_count():
         ({"scale": "original"}, r"scale must be one of \('match_rms_adamw', 'jordan', None\), got 'original'"),
         ({"momentum_form": "mean"}, r"momentum_form must be one of \('ema', 'sum'\), got 'mean'"),
         ({"use_muon": "yes"}, r"use_muon must be one of \(True, False, 'matrices'\), got 'yes'"),
-        ({"weight_decay": -0.1}, "weight_decay must be >= 0, got -0.1"),
+        ({"weight_decay": -0.1}, "weight_decay must be finite and >= 0, got -0.1"),
         ({"adamw_betas": (0.9, 1.0)}, r"adamw_betas must be 2 numbers in \[0, 1\), got \(0.9, 1.0\)"),
         ({"rows_below": 0}, "rows_below must be an integer of at least 1, got 0"),
         ({"eps": 0.0}, "eps must be finite and > 0, got 0.0"),

@@ -2,9 +2,11 @@
 
 import copy
 import gc
+import math
 import pickle  # noqa: TID251 - as users' trainers do to spawn ranks
 import warnings
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -33,7 +35,7 @@ def stepped(optimizer, *parameters):
 @pytest.mark.parametrize("lr", ["1e-3", None], ids=["text", "none"])
 def test_a_rate_that_is_no_number_is_refused(kind, lr):
     """YAML reads 1e-3 as a text."""
-    with pytest.raises(InputError, match=f"lr must be >= 0, got {lr!r}"):
+    with pytest.raises(InputError, match=f"lr must be finite and >= 0, got {lr!r}"):
         kind([matrix()], lr=lr)
 
 
@@ -298,3 +300,64 @@ def test_tensors_that_come_and_go_are_moved_by_their_own_past(absent):
         ]
     for w, v in zip(together, apart, strict=True):
         torch.testing.assert_close(w, v)
+
+
+def test_a_hook_that_exchanges_the_state_decides_its_dtypes_too():
+    """Both parameters are in half precision, and saved in the other order."""
+    ends = []
+    for dtype in (torch.float32, torch.bfloat16):
+        first, second = (torch.nn.Parameter(torch.zeros(2, dtype=dtype)) for _ in range(2))
+        saved = Lion([("x", first), ("y", second)], lr=0.1)
+        first.grad, second.grad = torch.full_like(first, 1.0), torch.full_like(second, 100.0)
+        saved.step()
+        loaded = Lion([("y", second), ("x", first)], lr=0.1)
+        turned = lambda which, state: state | {"state": {0: state["state"][1], 1: state["state"][0]}}  # noqa: E731
+        loaded.register_load_state_dict_pre_hook(turned)
+        loaded.load_state_dict(saved.state_dict())
+        assert loaded.state[first]["exp_avg"].dtype == torch.float32
+        ends.append([loaded.state[p]["exp_avg"][0].item() for p in (first, second)])
+    assert ends[0] == pytest.approx([0.01, 1.0]) and ends[1] == pytest.approx([0.01, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "lacking"),
+    [
+        (partial(torch.optim.SGD, momentum=0.9), LARS, r"\['step'\]"),
+        (torch.optim.Muon, Muon, r"\['step'\]"),
+        (torch.optim.AdamW, AdEMAMix, r"\['exp_avg_slow'\]"),
+    ],
+)
+def test_states_of_optimizers_that_keep_less_are_refused_and_nothing_is_loaded(theirs, ours, lacking):
+    w = torch.nn.Parameter(torch.ones(3, 3))
+    w.grad = torch.ones(3, 3)
+    other, mine = theirs([w], lr=0.1), ours([("w", w)], lr=0.2)
+    other.step()
+    mine.step()
+    before = mine.state_dict()
+    with pytest.raises(InputError, match=f"that of w holds .* and lacks {lacking}"):
+        mine.load_state_dict(other.state_dict())
+    assert mine.param_groups[0]["lr"] == 0.2 and mine.state_dict()["state"][0] is before["state"][0]
+    mine.step()
+
+
+def test_a_rate_with_a_dimension_is_refused():
+    with pytest.raises(InputError, match=r"a tensor without dimensions, got one of shape \(1,\)"):
+        LAMB([torch.nn.Parameter(torch.ones(2))], lr=torch.tensor([0.1]))
+
+
+def test_a_sparse_gradient_in_a_later_group_counts_no_step():
+    w, table = torch.nn.Parameter(torch.ones(2, 2)), nn.Embedding(3, 2, sparse=True)
+    optimizer = LAMB([{"params": [w]}, {"params": table.parameters()}], lr=0.1)
+    w.grad = torch.ones(2, 2)
+    table(torch.tensor([1])).sum().backward()
+    with pytest.raises(InputError, match="got a sparse one of parameter 1"):
+        optimizer.step()
+    assert not optimizer.state
+
+
+def test_infinite_rates_are_refused():
+    for numbers in ({"lr": math.inf}, {"lr": 0.1, "weight_decay": math.inf}):
+        with pytest.raises(InputError, match="must be finite and >= 0, got inf"):
+            LAMB([torch.nn.Parameter(torch.ones(2))], **numbers)
+    with pytest.raises(InputError, match=r"state_dtype must be None, .* got \[1\]"):
+        Lion([torch.nn.Parameter(torch.ones(2))], lr=0.1, state_dtype=[1])

@@ -25,6 +25,11 @@ def check_not_negative(**numbers: float) -> None:
     _check(lambda value: value >= 0, "be >= 0", numbers)
 
 
+def check_rate(**numbers: float) -> None:
+    """Each must be finite and >= 0, as learning rates and weight decays are."""
+    _check(lambda value: 0 <= value < math.inf, "be finite and >= 0", numbers)
+
+
 def check_share(**numbers: float) -> None:
     """Each must lie in [0, 1]."""
     _check(lambda value: 0 <= value <= 1, "lie in [0, 1]", numbers)

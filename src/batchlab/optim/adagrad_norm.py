@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchlab.core.checks import check_not_negative, check_positive
+from batchlab.core.checks import check_positive, check_rate
 from batchlab.core.errors import InputError
 from batchlab.optim.leaf import Leaf
 from batchlab.optim.rule import Form, Numbers, Sum
@@ -54,7 +54,8 @@ class AdaGradNorm(RuleOptimizer):
     State: one number, "sum_sq" = b² in float64, in `param_groups`, and a count a parameter. Under FSDP2 and tensor
     parallelism the norm is of whole tensors: one all-reduce of one number a tensor.
 
-    Raises `InputError` for hyperparameters out of range, and for sparse or complex tensors by name.
+    Raises `InputError` for hyperparameters out of range, and by name for sparse or complex tensors and for gradients
+    that are not finite, which is looked at in every step and waits for the device.
 
     >>> x, y = torch.nn.Parameter(torch.zeros(1)), torch.nn.Parameter(torch.zeros(1))
     >>> x.grad, y.grad = torch.tensor([3.0]), torch.tensor([4.0])
@@ -88,14 +89,15 @@ class AdaGradNorm(RuleOptimizer):
 
     def _sum_sq(self) -> float | Tensor:
         held = [group["sum_sq"] for group in self.param_groups if group["sum_sq"] is not None]
-        return held[0] if held else float(self.defaults["b0"]) ** 2
+        return held[0] if held else float(self.param_groups[0]["b0"]) ** 2
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Refuses what is out of range."""
-        check_not_negative(**{name: group[name] for name in ("lr", "weight_decay")})
-        if group["b0"] != self.defaults["b0"]:
+        check_rate(**{name: group[name] for name in ("lr", "weight_decay")})
+        first = self.param_groups[0]["b0"]
+        if group["b0"] != first:
             raise InputError(
-                f"b0 must be one for all groups, {self.defaults['b0']!r}, got {group['b0']!r}: b is the norm of all "
+                f"b0 must be one for all groups, {first!r}, got {group['b0']!r}: b is the norm of all "
                 "parameters together"
             )
 
@@ -108,6 +110,13 @@ class AdaGradNorm(RuleOptimizer):
         device = sums[0].device
         before = torch.as_tensor(self._sum_sq(), dtype=sums[0].dtype, device=device)
         total = before + torch.stack([each.to(device) for each in sums]).sum()
+        if not total.isfinite():
+            bad = next((leaf.name for leaf, each in zip(every, sums, strict=True) if not each.isfinite()), "all")
+            self.uncount(leaves)
+            raise InputError(
+                f"the gradient of {bad} must be finite, and so must b: what joins it stays for good. Skip such steps, "
+                "as torch.amp.GradScaler does; nothing has moved"
+            )
         for group in self.param_groups:
             group["sum_sq"] = total
         b = total.sqrt()

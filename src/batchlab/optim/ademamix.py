@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchlab.core.checks import check_count, check_not_negative
+from batchlab.core.checks import check_count, check_rate
 from batchlab.optim.leaf import Leaf
 from batchlab.optim.moments import adam_numbers, bias_corrections, check_betas, scalar
 from batchlab.optim.rule import Form, Numbers
@@ -144,7 +144,7 @@ class AdEMAMix(RuleOptimizer):
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Refuses what is out of range."""
-        check_not_negative(**{name: group[name] for name in ("lr", "weight_decay", "eps", "alpha")})
+        check_rate(**{name: group[name] for name in ("lr", "weight_decay", "eps", "alpha")})
         check_betas(group["betas"], 3)
         check_count(0, alpha_warmup=group["alpha_warmup"], beta3_warmup=group["beta3_warmup"])
 

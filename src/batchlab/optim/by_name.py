@@ -10,7 +10,9 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from batchlab.core.checks import check_rate
 from batchlab.core.errors import InputError
+from batchlab.optim.gains import gains_of, trained_of
 from batchlab.parallel.shards import is_spread
 
 ADAM_LIKE = frozenset({"adam", "adamw", "rmsprop"})
@@ -90,12 +92,15 @@ def is_torchs(name: str) -> bool:
 
 
 def groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two parameter groups: tensors of two or more dimensions with `weight_decay`, biases and norm scales without.
+    """Two parameter groups: tensors of two or more dimensions with `weight_decay`, biases and norm scales, whatever
+    their shape (`gains_of`), without.
 
     Frozen parameters are left out; a shared parameter stands once. Names go with the parameters.
     """
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    decayed, plain = [pair for pair in trained if pair[1].ndim >= 2], [pair for pair in trained if pair[1].ndim < 2]
+    check_rate(weight_decay=weight_decay)
+    trained, gains = trained_of(model), gains_of(model)
+    decayed = [pair for pair in trained if pair[1].ndim >= 2 and id(pair[1]) not in gains]
+    plain = [pair for pair in trained if pair[1].ndim < 2 or id(pair[1]) in gains]
     both = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return [group for group in both if group["params"]]
 
@@ -103,8 +108,9 @@ def groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 def create(name: str, model: nn.Module, **hyperparameters: Any) -> torch.optim.Optimizer:
     """The optimizer `name` over `model`'s trained parameters; hyperparameters by the class's names.
 
-    Biases and the scales of norms have no weight decay, and LARS, LAMB and their like no adaptation on them. Muon has
-    the hidden matrices; embeddings, the last `nn.Linear` and the vectors take its AdamW: `muon_groups` says otherwise.
+    Biases and the scales of norms have no weight decay, and vectors no adaptation by LARS, LAMB and their like. Muon
+    has the hidden matrices; embeddings, the last `nn.Linear`, gains and vectors its AdamW, unless `muon_groups` says
+    otherwise.
 
     >>> optimizer = create("sgd", nn.Linear(2, 1), lr=0.1)
     >>> [group["weight_decay"] for group in optimizer.param_groups], optimizer.defaults["momentum"]
@@ -113,6 +119,11 @@ def create(name: str, model: nn.Module, **hyperparameters: Any) -> torch.optim.O
     ['bias']
     """
     make = _class(name)
+    if not isinstance(cast(Any, model), nn.Module):
+        kind = make.__name__ if isinstance(make, type) else "the class"
+        raise InputError(
+            f"model must be a torch.nn.Module, got {type(model).__name__}: {kind}(params, ...) takes parameters"
+        )
     parameters = inspect.signature(make).parameters
     accepted = {key: value for key, value in parameters.items() if key not in ("params", "model")}
     open_ended = any(value.kind is value.VAR_KEYWORD for value in accepted.values())

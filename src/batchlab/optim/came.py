@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchlab.core.checks import check_inside, check_not_negative, check_positive
+from batchlab.core.checks import check_inside, check_positive, check_rate
 from batchlab.core.errors import InputError
 from batchlab.optim.leaf import Leaf
 from batchlab.optim.moments import check_betas
@@ -247,7 +247,7 @@ class CAME(RuleOptimizer):
     def check_group(self, group: dict[str, Any]) -> None:
         """Refuses what is out of range; warns where the instability is averaged over fewer steps than the squares."""
         check_positive(clip=group["clip"])
-        check_not_negative(lr=group["lr"], weight_decay=group["weight_decay"])
+        check_rate(lr=group["lr"], weight_decay=group["weight_decay"])
         check_betas(group["betas"], 3)
         if not isinstance(group["eps"], Sequence) or len(group["eps"]) != 2:
             raise InputError(f"eps must be two numbers > 0, for squares and for residues, got {group['eps']!r}")

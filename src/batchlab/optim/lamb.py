@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
-from batchlab.core.checks import check_not_negative, check_positive, check_share, holds
+from batchlab.core.checks import check_positive, check_rate, check_share, holds
 from batchlab.core.errors import InputError
 from batchlab.optim import on_cpu, on_gpu
 from batchlab.optim.lars import adapted
@@ -177,7 +177,7 @@ class LAMB(RuleOptimizer):
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Refuses what is out of range."""
-        check_not_negative(**{name: group[name] for name in ("lr", "weight_decay", "eps")})
+        check_rate(**{name: group[name] for name in ("lr", "weight_decay", "eps")})
         check_betas(group["betas"])
         if group["max_ratio"] is not None:
             check_positive(max_ratio=group["max_ratio"])

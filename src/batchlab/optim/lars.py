@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim.sgd import sgd
 
-from batchlab.core.checks import check_inside, check_not_negative, check_positive
+from batchlab.core.checks import check_inside, check_positive, check_rate
 from batchlab.optim import on_cpu, on_gpu
 from batchlab.optim.leaf import Leaf, plain
 from batchlab.optim.moments import rate_of, scalar
@@ -172,7 +172,7 @@ class LARS(RuleOptimizer):
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Refuses what is out of range."""
-        check_not_negative(**{name: group[name] for name in ("lr", "weight_decay", "eps")})
+        check_rate(**{name: group[name] for name in ("lr", "weight_decay", "eps")})
         check_positive(trust=group["trust"])
         if group["momentum"] != 0:
             check_inside(momentum=group["momentum"])

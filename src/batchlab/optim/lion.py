@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchlab.core.checks import check_not_negative
+from batchlab.core.checks import check_rate
 from batchlab.optim.leaf import Leaf
 from batchlab.optim.moments import check_betas, rate_of
 from batchlab.optim.rule import Form, Numbers
@@ -86,7 +86,7 @@ class Lion(RuleOptimizer):
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Refuses what is out of range."""
-        check_not_negative(lr=group["lr"], weight_decay=group["weight_decay"])
+        check_rate(lr=group["lr"], weight_decay=group["weight_decay"])
         check_betas(group["betas"])
 
     def forms(self, group: dict[str, Any]) -> tuple[Form, Form | None]:

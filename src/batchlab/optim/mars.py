@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchlab.core.checks import check_not_negative
+from batchlab.core.checks import check_rate
 from batchlab.optim.leaf import Leaf
 from batchlab.optim.moments import adam_numbers, check_betas
 from batchlab.optim.rule import Form, Numbers, Rule, squares, squares_of_lists
@@ -144,7 +144,7 @@ class MARS(RuleOptimizer):
     def check_group(self, group: dict[str, Any]) -> None:
         """Refuses what is out of range."""
         numbers = ("lr", "weight_decay", "eps", "gamma", "vector_lr")
-        check_not_negative(**{name: group[name] for name in numbers})
+        check_rate(**{name: group[name] for name in numbers})
         check_betas(group["betas"])
         check_betas(group["vector_betas"], name="vector_betas")
 

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from batchlab.core.checks import check_not_negative, check_positive
+from batchlab.core.checks import check_positive, check_rate
 from batchlab.core.errors import InputError
 from batchlab.optim.leaf import Leaf, asks_for_state, total_norm
 from batchlab.optim.moments import bias_corrections, check_betas
@@ -166,7 +166,7 @@ class MTAdamW(RuleOptimizer):
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Refuses what is out of range."""
-        check_not_negative(**{name: group[name] for name in ("lr", "weight_decay", "eps")})
+        check_rate(**{name: group[name] for name in ("lr", "weight_decay", "eps")})
         check_betas(group["betas"])
 
     def step(self, closure: Callable[[], Any] | None = None, *, task: str | None = None) -> Any:
@@ -180,7 +180,7 @@ class MTAdamW(RuleOptimizer):
                 f"step needs the task that the gradient is of, as in step(task={next(iter(self.ratios))!r})"
             )
         if task is not None and task not in self.ratios:
-            raise InputError(f"task must be one of {sorted(self.ratios)}, got {task!r}")
+            raise InputError(f"task must be one of {list(self.ratios)}, got {task!r}")
         self._task = task
         return super().step(closure)
 
@@ -234,7 +234,7 @@ class MTAdamW(RuleOptimizer):
 
 
 def _ratios(ratios: Mapping[str, float] | None) -> dict[str, float]:
-    if not ratios:
+    if not ratios or not isinstance(ratios, Mapping):
         raise InputError('ratios must give each task\'s share of the steps, as {"caption": 0.75, "retrieval": 0.25}')
     for task, share in ratios.items():
         check_positive(**{f"ratios[{task!r}]": share})
@@ -254,7 +254,7 @@ def _weights(weights: Mapping[str, float] | None, ratios: Mapping[str, float]) -
     if weights is None:
         return dict.fromkeys(ratios, 1.0)
     if weights.keys() != ratios.keys():
-        raise InputError(f"weights must name the tasks of ratios, {sorted(ratios)}, got {sorted(weights)}")
+        raise InputError(f"weights must name the tasks of ratios, {list(ratios)}, got {list(weights)}")
     for task, weight in weights.items():
         check_positive(**{f"weights[{task!r}]": weight})
     return {task: float(weight) for task, weight in weights.items()}

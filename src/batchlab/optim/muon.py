@@ -19,8 +19,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from batchlab.core.checks import check_count, check_inside, check_not_negative, check_positive, holds
+from batchlab.core.checks import check_count, check_inside, check_positive, check_rate, holds
 from batchlab.core.errors import InputError
+from batchlab.optim.gains import gains_of, trained_of
 from batchlab.optim.lamb import lamb_, lamb_foreach_
 from batchlab.optim.leaf import Leaf
 from batchlab.optim.moments import adam_numbers, check_betas
@@ -190,7 +191,7 @@ class Muon(RuleOptimizer):
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Refuses what is out of range or unknown."""
-        check_not_negative(**{name: group[name] for name in ("lr", "weight_decay", "adamw_eps")})
+        check_rate(**{name: group[name] for name in ("lr", "weight_decay", "adamw_eps")})
         check_positive(eps=group["eps"])
         check_count(ns_steps=group["ns_steps"])
         check_betas(group["adamw_betas"], name="adamw_betas")
@@ -307,7 +308,8 @@ class DMuon(Muon):
 def muon_groups(
     model: nn.Module, *, weight_decay: float = 0.1, adamw: Sequence[str] | None = None, decay_vectors: bool = False
 ) -> list[dict[str, Any]]:
-    """Groups for `Muon`: hidden matrices; embeddings and the head, with AdamW; biases and gains, without decay.
+    """Groups for `Muon`: hidden matrices; embeddings and the head, with AdamW; biases and gains, without decay, of
+    whatever shape (`gains_of`).
 
     adamw: the names of modules or parameters that AdamW has beside embeddings; by default the last `nn.Linear` that was
     registered, which most often is the head. A weight that an embedding shares is the embedding's. Frozen parameters
@@ -319,7 +321,8 @@ def muon_groups(
     """
     if adamw is None:
         adamw = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1:]
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    check_rate(weight_decay=weight_decay)
+    trained, gains = trained_of(model), gains_of(model)
     embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
     left_out = {id(module.weight) for module in embeddings}
     for prefix in adamw:
@@ -327,9 +330,10 @@ def muon_groups(
         if not named:
             raise InputError(f"adamw names {prefix!r}, and the model has no such module or parameter")
         left_out |= named
-    hidden = [(name, p) for name, p in trained if p.ndim >= 2 and id(p) not in left_out]
-    outer = [(name, p) for name, p in trained if p.ndim >= 2 and id(p) in left_out]
-    vectors = [(name, p) for name, p in trained if p.ndim < 2]
+    matrices = [(name, p) for name, p in trained if p.ndim >= 2 and id(p) not in gains]
+    hidden = [(name, p) for name, p in matrices if id(p) not in left_out]
+    outer = [(name, p) for name, p in matrices if id(p) in left_out]
+    vectors = [(name, p) for name, p in trained if p.ndim < 2 or id(p) in gains]
     groups = [
         {"params": hidden, "use_muon": True, "weight_decay": weight_decay},
         {"params": outer, "use_muon": False, "weight_decay": weight_decay},

@@ -77,16 +77,22 @@ class RuleOptimizer(torch.optim.Optimizer):
         group = self.param_groups[-1]
         try:
             own = type(self).__name__
+            if isinstance(group["lr"], Tensor) and group["lr"].ndim:
+                shape = tuple(group["lr"].shape)
+                raise InputError(f"lr must be a number or a tensor without dimensions, got one of shape {shape}")
             group["state_dtype"] = checked_state_dtype(group["state_dtype"], own, allowed=self.LOW_BITS)
             self.check_group(group)
             first = sum(len(each["params"]) for each in self.param_groups[:-1])
             for name, parameter in zip(names_of(group, first), group["params"], strict=True):
                 self.check_parameter(name, parameter, group)
-            if group["fused"] and self.C_KERNELS and compiler():
-                on_cpu.prepare(group["params"])
+            self._prepare(group)
         except InputError:
             self.param_groups.pop()
             raise
+
+    def _prepare(self, group: Mapping[str, Any]) -> None:
+        if group["fused"] and self.C_KERNELS and compiler():
+            on_cpu.prepare(group["params"])
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Refuses hyperparameters of a group."""
@@ -163,9 +169,9 @@ class RuleOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._noted = []
-        numbered = list(self._numbered())
-        self._steady = {first: self._steady[first] for _, first in numbered if first in self._steady}
-        leaves = [(group, self._leaves(group, first)) for group, first in numbered]
+        given = [self._given(group, first) for group, first in self._numbered()]  # refused before any step is counted
+        self._steady = {each.first: self._steady[each.first] for each in given if each.first in self._steady}
+        leaves = [(each.group, self._leaves(each)) for each in given]
         try:
             with _no_autocast({device.type for _, _, device, _ in self._kinds}):
                 if self.before(leaves) is False or asked:
@@ -235,7 +241,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             self._compiled[form] = compiled(form)
         return self._compiled[form]
 
-    def _leaves(self, group: dict[str, Any], first: int) -> list[Leaf]:
+    def _given(self, group: dict[str, Any], first: int) -> _Given:
         parameters: Sequence[Tensor] = group["params"]
         given, places = [self.gradient_of(parameter) for parameter in parameters], list(range(len(parameters)))
         if type(None) in set(map(type, given)):
@@ -247,6 +253,10 @@ class RuleOptimizer(torch.optim.Optimizer):
                 f"{type(self).__name__} takes dense gradients, got a sparse one of {names_of(group, first)[place]}: "
                 "build its embedding with sparse=False, or give it to torch.optim.SparseAdam"
             )
+        return _Given(group, first, places, parameters, gradients)
+
+    def _leaves(self, given: _Given) -> list[Leaf]:
+        group, first, places, parameters, gradients = given
         states = [self.state_of(parameter, group) for parameter in parameters]
         if states:
             torch._foreach_add_([state["step"] for state in states], _ONE, alpha=1.0)
@@ -300,8 +310,36 @@ class RuleOptimizer(torch.optim.Optimizer):
         """As torch's, but that the state keeps the dtype it was saved in: torch would round it to the parameter's.
 
         Options that the saved groups lack, as those of torch.optim.AdamW do, are this optimizer's defaults.
+        `InputError` where the saved state lacks what this optimizer keeps, as that of torch's SGD does: nothing is
+        loaded then.
         """
-        super().load_state_dict(state_dict)
+        before = {name: self.__dict__[name] for name in ("state", "param_groups")}
+        seen: list[dict[str, Any]] = []
+        last = self.register_load_state_dict_pre_hook(lambda _, given: seen.append(given))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            last.remove()
+        try:
+            self._take_dtypes(seen[0])
+            for group, first in self._numbered():
+                self._prepare(group)
+                self._check_state(group, first)
+        except InputError:
+            self.__dict__.update(before)
+            raise
+
+    def _check_state(self, group: dict[str, Any], first: int) -> None:
+        for name, parameter in zip(names_of(group, first), group["params"], strict=True):
+            state = self.state.get(parameter)
+            if state and (lacking := sorted({"step", *self.new_state(parameter, group)} - state.keys())):
+                raise InputError(
+                    f"state_dict must be of {type(self).__name__}, but that of {name} holds {sorted(state)} and lacks "
+                    f"{lacking}"
+                )
+
+    def _take_dtypes(self, state_dict: Mapping[str, Any]) -> None:
+        """Gives what was loaded the dtypes it was saved in."""
         saved = [key for group in state_dict["param_groups"] for key in group["params"]]
         mine = [parameter for group in self.param_groups for parameter in group["params"]]
         for key, parameter in zip(saved, mine, strict=True):
@@ -369,6 +407,18 @@ def _buckets(optimizer: RuleOptimizer, group: dict[str, Any], leaves: list[Leaf]
 def _listed(optimizer: RuleOptimizer, group: dict[str, Any], leaves: list[Leaf], numbers: Numbers) -> _Bucket:
     columns = zip(*[optimizer.tensors(leaf, group) for leaf in leaves], strict=True)
     return _Bucket(leaves, [list(column) for column in columns], numbers, listed=True)
+
+
+class _Given(NamedTuple):
+    """What a step is given of a group. first: the place of its first parameter among those of all groups. places: of
+    those that have a gradient, within the group.
+    """
+
+    group: dict[str, Any]
+    first: int
+    places: list[int]
+    parameters: Sequence[Tensor]
+    gradients: list[Tensor]
 
 
 class _Bucket(NamedTuple):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchlab.core.checks import check_inside, check_not_negative
+from batchlab.core.checks import check_inside, check_rate
 from batchlab.core.errors import InputError
 from batchlab.optim.leaf import Leaf
 from batchlab.optim.moments import rate_of
@@ -91,7 +91,7 @@ class Signum(RuleOptimizer):
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Refuses what is out of range."""
-        check_not_negative(lr=group["lr"], weight_decay=group["weight_decay"])
+        check_rate(lr=group["lr"], weight_decay=group["weight_decay"])
         if group["momentum"] != 0:
             check_inside(momentum=group["momentum"])
         elif group["nesterov"]:

@@ -24,7 +24,8 @@ BLOCK, FEWEST = 256, 4096
 
 def checked_state_dtype(state_dtype: StateDtype, optimizer: str, *, allowed: bool) -> StateDtype:
     """A name as its dtype. Refuses what is not known, what the rule does not allow, and 8 bits without torchao."""
-    state_dtype = _NAMED.get(state_dtype, state_dtype)
+    if isinstance(state_dtype, str):
+        state_dtype = _NAMED.get(state_dtype, state_dtype)
     if state_dtype is None:
         return None
     if state_dtype not in (torch.float32, torch.bfloat16, "8bit"):

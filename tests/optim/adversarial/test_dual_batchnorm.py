@@ -161,3 +161,8 @@ def _wrapped():
 
 def test_a_model_in_ddp_is_refused(tmp_path):
     assert in_ranks(1, tmp_path, _wrapped) == [0]
+
+
+def test_what_is_no_model_is_refused():
+    with pytest.raises(InputError, match="model must be a torch.nn.Module, got str"):
+        convert_dual_batchnorm("a")

@@ -9,6 +9,8 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import OneCycleLR, StepLR
 
 from batchlab.optim.agvm.agvm import AGVM
+from batchlab.optim.agvm.module_groups import groups_by_module
+from batchlab.optim.came import CAME
 from tests.optim.agvm.given_gradients import F64, give, halves_of, pair
 from tests.optim.agvm.two_heads import OPTIMIZERS, batch, cut, in_halves, loss, parts, two_heads, weights
 
@@ -225,3 +227,15 @@ def test_groups_may_be_added_and_schedulers_work_without_warning(recwarn):
     assert agvm.factors[2] == 1.0 and math.isnan(agvm.phis[2])
     give(agvm, (*modules, late), halves_of(0.4, 0.1, 0.2))
     assert len(agvm.phis) == 3 and agvm.optimizer.param_groups[2]["lr"] == 2.0 and not recwarn.list
+
+
+def test_factored_second_moments_are_no_preconditioner():
+    model = nn.ModuleDict({"a": nn.Linear(3, 4), "b": nn.Linear(4, 2)})
+    optimizer = AGVM(CAME(groups_by_module(model, ["a", "b"]), lr=0.01), start=0, interval=1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        for half in "AB":
+            with optimizer.half(half):
+                model["b"](model["a"](torch.randn(4, 3))).square().mean().backward()
+        optimizer.step()
+    assert all(0 < phi < 2 for phi in optimizer.phis)

@@ -8,6 +8,7 @@ from torch import nn
 
 from batchlab.core.errors import InputError
 from batchlab.optim.agvm.agvm import AGVM
+from batchlab.optim.vrgd.optimizers import VRSGD
 from tests.optim.agvm.given_gradients import F64, give, pair
 
 
@@ -90,3 +91,9 @@ def test_sparse_and_complex_gradients_are_refused_by_name():
     message = r"AGVM takes real gradients, got torch.complex64 of parameter 0 of param_groups\[1\]"
     with pytest.raises(InputError, match=message), agvm.half("A"):
         turn.abs().sum().backward()
+
+
+def test_optimizers_that_it_cannot_step_are_refused():
+    w, v = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    with pytest.raises(InputError, match="optimizer must take its gradient from .grad, got VRSGD"):
+        AGVM(VRSGD([{"params": [w]}, {"params": [v]}], lr=0.1))

@@ -64,3 +64,8 @@ def test_what_does_not_cover_the_model_once_is_refused(components, message):
         groups_by_module(Detector(), components)
     with pytest.raises(InputError, match=r"model must be a torch.nn.Module, got list"):
         groups_by_module([], components)
+
+
+def test_a_model_in_data_parallel_is_unwrapped():
+    (group,) = groups_by_module(nn.DataParallel(nn.Sequential(nn.Linear(2, 2))), ["0"])
+    assert group["name"] == "0"

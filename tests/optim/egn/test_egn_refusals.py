@@ -130,3 +130,10 @@ def test_groups_that_cannot_differ_are_refused_when_they_do():
     with pytest.raises(InputError, match="momentum must be the same"):
         optimizer.add_param_group({"params": [], "momentum": 0.9})
     assert len(optimizer.param_groups) == 2
+
+
+def test_a_closure_that_returns_no_pair_is_refused():
+    with pytest.raises(InputError, match=r"a closure must return \(inputs, targets\), got NoneType"):
+        EGN(nn.Linear(2, 1)).step(lambda: None)
+    with pytest.raises(InputError, match="step takes inputs and targets"):
+        EGN(nn.Linear(2, 1)).step()

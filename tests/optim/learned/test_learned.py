@@ -234,10 +234,10 @@ def test_a_copy_goes_on_with_the_same_network():
 @pytest.mark.parametrize(
     "options, word",
     [
-        ({"lr": -1.0}, "lr must be >= 0, got -1.0"),
+        ({"lr": -1.0}, "lr must be finite and >= 0, got -1.0"),
         ({"step_mult": 0.0}, "step_mult must be finite and > 0, got 0.0"),
-        ({"exp_mult": -0.1}, "exp_mult must be >= 0"),
-        ({"weight_decay": math.nan}, "weight_decay must be >= 0, got nan"),
+        ({"exp_mult": -0.1}, "exp_mult must be finite and >= 0"),
+        ({"weight_decay": math.nan}, "weight_decay must be finite and >= 0, got nan"),
         ({"max_grad_norm": 0.0}, "max_grad_norm must be finite and > 0"),
         ({"weight_decay": 1.0}, "weight_decay must be below 1/lr"),
         ({"chunk": 0}, "chunk must be an integer of at least 1, got 0"),

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from batchlab.core.errors import InputError
 from batchlab.optim.mkor.factors import input_sums, output_sum
 from batchlab.optim.mkor.mkor import MKOR
 from tests.optim.mkor.small_mlp import DOUBLE, batch, close, drawn, flat, made, mlp, run
@@ -215,3 +216,12 @@ def test_the_report_tells_inputs_of_zero_mean():
     optimizer.step()
     normed, rectified = optimizer.report()
     assert 0.2 / 512 < normed.mean_share < 5 / 512 and rectified.mean_share > 0.2
+
+
+def test_the_projection_that_attention_never_calls_is_told_of():
+    model = nn.ModuleDict({"a": nn.MultiheadAttention(4, 2), "l": nn.Linear(4, 2)})
+    optimizer = MKOR(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    assert optimizer.left_to_base["a.out_proj"] == "MultiheadAttention reads its weight and never calls it"
+    assert [row.name for row in optimizer.report()] == ["l"]
+    with pytest.raises(InputError, match="model must be a torch.nn.Module, got NoneType"):
+        MKOR(None, torch.optim.SGD(model.parameters(), lr=0.1))

@@ -132,3 +132,13 @@ def test_the_momentum_of_r_goes_round():
         VRGradient([nn.Parameter(torch.zeros(4))]).load_state_dict(kept)
     with pytest.raises(InputError, match="the state is of parameter '7', but there are 1 parameters"):
         fresh.load_state_dict({"7": {}})
+
+
+def test_parameters_of_several_groups_are_told_apart():
+    a, b = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    gradient = VRGradient(torch.optim.SGD([{"params": [a]}, {"params": [b]}], lr=0.1))
+    for _ in range(2):
+        a.grad, b.grad = torch.randn(2, 3)
+        gradient.add_group()
+    gradient.finish()
+    assert list(gradient.report()) == ["parameter 0 of shape (3,)", "parameter 1 of shape (3,)"]

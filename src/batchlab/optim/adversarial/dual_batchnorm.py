@@ -54,12 +54,15 @@ def convert_dual_batchnorm(model: nn.Module) -> nn.Module:
     `bn.weight` where they are `bn.main.weight` afterwards; before or after `nn.SyncBatchNorm.convert_sync_batchnorm`.
     A layer that stands at two places stays one pair at both. Pairs that are there already are left alone, and so is a
     model without BatchNorm. Adds 2 parameters and 2 statistics a channel. Not for a model whose BatchNorms shall see
-    both kinds of inputs alike. Raises `InputError` for a wrapped model and for lazy layers without weights.
+    both kinds of inputs alike, and `torch.optim.swa_utils.update_bn` empties both layers' statistics and fills the
+    main one's alone. Raises `InputError` for a wrapped model and for lazy layers without weights.
 
     >>> model = convert_dual_batchnorm(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)))
     >>> [name for name, _ in model.named_parameters()][2:]
     ['1.main.weight', '1.main.bias', '1.aux.weight', '1.aux.bias']
     """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if unwrapped(model) is not model:
         raise InputError(f"model must be converted before it is wrapped, got a {type(model).__name__}")
     pairs: dict[nn.Module, nn.Module] = {}

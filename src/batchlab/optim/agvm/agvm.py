@@ -29,7 +29,9 @@ from torch.nn.parallel import DistributedDataParallel
 from batchlab.core.checks import check_count, check_positive, check_share, holds
 from batchlab.core.errors import InputError
 from batchlab.optim.agvm.half_gradients import Dots, Halves, even_size
+from batchlab.optim.by_name import in_groups
 from batchlab.optim.leaf import asks_for_state
+from batchlab.optim.state_hooks import loads, saves
 
 _ENTRIES: dict[str, Any] = {"agvm_step": 0, "agvm_skipped": 0, "agvm_factor": 1.0, "agvm_phi": math.nan}
 _SETTINGS = ("anchor", "interval", "alpha", "start", "clamp", "eps")
@@ -266,11 +268,13 @@ class AGVM(torch.optim.Optimizer):
         """Adds a group to the wrapped optimizer, with factor 1."""
         self.optimizer.add_param_group(param_group)
 
+    @saves
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's; AGVM's numbers are in `param_groups`."""
         self._groups()
         return self.optimizer.state_dict()
 
+    @loads
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over what `state_dict` gave; refuses the state of a bare optimizer."""
         if any(name not in group for group in state_dict["param_groups"] for name in _ENTRIES):
@@ -327,6 +331,10 @@ def _check(
 ) -> None:
     if not isinstance(optimizer, torch.optim.Optimizer) or isinstance(optimizer, AGVM):
         raise InputError(f"optimizer must be a torch.optim.Optimizer other than AGVM, got {type(optimizer).__name__}")
+    if in_groups(optimizer):
+        raise InputError(
+            f"optimizer must take its gradient from .grad, got {type(optimizer).__name__}, which takes it in groups"
+        )
     groups = optimizer.param_groups
     if len(groups) < 2:
         raise InputError(

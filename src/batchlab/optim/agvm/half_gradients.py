@@ -181,7 +181,7 @@ def preconditioner(
     loss_scale: float,
 ) -> Preconditioner | None:
     """Adam's for these parameters in a row, None where the group keeps no mean of squared gradients."""
-    if not {"betas", "eps"} <= group.keys():
+    if not {"betas", "eps"} <= group.keys() or not isinstance(group["eps"], float | int):  # CAME has two
         return None
     states = [optimizer.state[p] for p in group["params"] if p in optimizer.state]
     kept = any("exp_avg_sq" in state for state in states)

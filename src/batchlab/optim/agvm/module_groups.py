@@ -28,7 +28,7 @@ def groups_by_module(model: nn.Module, components: Sequence[str | Sequence[str]]
         raise InputError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if isinstance(components, str) or not components:
         raise InputError(f"components must be a list of names, as in ['backbone', 'head'], got {components!r}")
-    model = model.module if isinstance(model, DistributedDataParallel) else model
+    model = model.module if isinstance(model, DistributedDataParallel | nn.DataParallel) else model
     named = list(model.named_parameters(remove_duplicate=False))
     owner: dict[Tensor, str] = {}
     groups: list[dict[str, Any]] = []

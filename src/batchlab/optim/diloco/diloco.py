@@ -24,6 +24,8 @@ from batchlab.core.errors import BatchlabError, InputError, NonFiniteError
 from batchlab.optim.by_name import in_groups
 from batchlab.optim.diloco.outer import CommonWeights, check_real, check_state, named_parameters, part_of, wide
 from batchlab.optim.diloco.replicas import Replicas, clip_, floating, in_buckets, over_shards
+from batchlab.optim.leaf import asks_for_state
+from batchlab.optim.state_hooks import loads, saves
 from batchlab.parallel.agree import device_of
 
 COUNTS = ("position", "rounds", "steps", "bytes_sent")
@@ -182,7 +184,12 @@ class DiLoCo(torch.optim.Optimizer):
         self.inner.zero_grad(set_to_none=set_to_none)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One inner step, and the outer step if it was the H-th; returns the inner optimizer's loss."""
+        """One inner step, and the outer step if it was the H-th; returns the inner optimizer's loss.
+
+        Where torch.distributed.checkpoint asks for a state that is not there yet, it is made and no step counted.
+        """
+        if closure is None and asks_for_state(self.inner):
+            return self.inner.step()
         self._adopt()
         if closure is None:
             self._clip()
@@ -265,15 +272,18 @@ class DiLoCo(torch.optim.Optimizer):
         outer.update(lr=float(told[3]), momentum=float(told[4]), nesterov=bool(told[5]))
         return True
 
+    @saves
     def state_dict(self) -> dict[str, Any]:
         """The inner optimizer's, and under "diloco" θ, v (by parameter, in the order of the groups) and the counts.
 
         θ and v are the same on all replicas, the rest of the state is each one's own: save it on every replica, or on
-        one and let the others begin with its moments. Goes into any number of replicas.
+        one and let the others begin with its moments. Goes into any number of replicas. Save this, and not what
+        torch.distributed.checkpoint's `get_optimizer_state_dict` makes of it, which has no room for θ and v.
         """
         counts = {name: getattr(self, name) for name in COUNTS}
         return self.inner.state_dict() | {"diloco": self._common.state(self._named()) | counts}
 
+    @loads
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Takes over what `state_dict` gave; the model's weights are loaded by the model. Nothing is exchanged."""
         if "diloco" not in state_dict:

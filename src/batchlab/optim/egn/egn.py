@@ -36,6 +36,7 @@ from batchlab.optim.egn.kernel import (
 )
 from batchlab.optim.egn.loss import SQUARED, Loss, terms_of
 from batchlab.optim.egn.search import SEARCHES, first_share, gain_ratio, next_damping, search
+from batchlab.optim.leaf import asks_for_state
 from batchlab.parallel.shards import is_spread
 
 MEMORY_BYTES = 2**30
@@ -154,15 +155,25 @@ class EGN(torch.optim.Optimizer):
             raise
 
     @torch.no_grad()
-    def step(self, inputs: Any, targets: Any = None) -> Tensor:  # type: ignore[override]
+    def step(  # type: ignore[override]
+        self, inputs: Any = None, targets: Any = None, *, closure: Callable[[], Any] | None = None
+    ) -> Tensor | None:
         """One step on a batch; returns its loss before the step, a mean over the examples of all ranks, detached.
 
         inputs, targets: tensors [b, ...]. Or lists or tuples of such, the micro-batches of one batch, of any sizes:
         the step is that of the joined batch, and the activations of one are held at once. Or, alone, a closure that
-        returns the two.
+        returns the two, by place or by name. Where torch.distributed.checkpoint asks for a state that is not there
+        yet, it is made, no step is taken and None returned.
         """
-        if targets is None and callable(inputs):
-            inputs, targets = inputs()
+        closure = inputs if targets is None and callable(inputs) else closure
+        if inputs is None and closure is None and asks_for_state(self):
+            self._make_state()
+            return None
+        if closure is not None:
+            found = closure()
+            if not isinstance(found, tuple | list) or len(found) != 2:
+                raise InputError(f"a closure must return (inputs, targets), got {type(found).__name__}")
+            inputs, targets = found
         parts, y = _micro_batches(inputs, targets)
         damping, momentum = self._numbers()
         net = self._network()
@@ -180,6 +191,14 @@ class EGN(torch.optim.Optimizer):
             )
         self._move(batch, plain, -(K @ z), damping, momentum)
         return torch.tensor(batch.loss, dtype=batch.dtype, device=K.device)
+
+    def _make_state(self) -> None:
+        if self._numbers()[1]:
+            for p in (p for group in self.param_groups for p in group["params"] if p.requires_grad):
+                self.state[p].update(direction=torch.zeros_like(p), step=torch.tensor(0.0))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__.copy()  # with the model, which a copy of both together shares
 
     def _move(self, batch: _Batch, plain: dict[str, Tensor], moved: Tensor, damping: float, momentum: float) -> None:
         """Momentum, search, weights, λ, in that order; moved: J times the plain direction."""

@@ -19,7 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from batchlab.core.checks import check_count, check_not_negative, check_positive
+from batchlab.core.checks import check_count, check_positive, check_rate
 from batchlab.core.errors import InputError
 from batchlab.optim.leaf import Leaf
 from batchlab.optim.learned.features import (
@@ -171,7 +171,7 @@ class LearnedOptimizer(RuleOptimizer):
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Refuses what is out of range."""
-        check_not_negative(**{name: float(group[name]) for name in ("lr", "exp_mult", "weight_decay")})
+        check_rate(**{name: float(group[name]) for name in ("lr", "exp_mult", "weight_decay")})
         check_positive(step_mult=group["step_mult"])
         _check_decay(float(group["lr"]), group)
         if group["max_grad_norm"] is not None:

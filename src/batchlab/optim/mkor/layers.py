@@ -205,11 +205,13 @@ def layers_of(
     if isinstance(model, DistributedDataParallel):
         model = model.module
     ignored, owners = _ignored(model, ignore), _owners(model)
+    read = {id(each.out_proj) for each in model.modules() if isinstance(each, nn.MultiheadAttention)}
     layers, others = [], dict[str, str]()
     for name, module in model.named_modules():
         if not any(p is not None for p in module._parameters.values()) and not isinstance(module, nn.Linear):
             continue
         why = "in ignore" if module in ignored else _why_not(name, module, owners)
+        why = "MultiheadAttention reads its weight and never calls it" if id(module) in read else why
         if why is None:
             layers.append(Layer(name, module, dtype))
         else:

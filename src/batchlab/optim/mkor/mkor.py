@@ -14,8 +14,10 @@ from torch.utils.hooks import RemovableHandle
 from batchlab.core.checks import check_count, check_inside, check_positive, check_share, holds, is_count
 from batchlab.core.errors import InputError
 from batchlab.optim.by_name import in_groups
+from batchlab.optim.leaf import asks_for_state
 from batchlab.optim.mkor.factors import Knee, Variant, input_sums, output_sum, wide_dtype
 from batchlab.optim.mkor.layers import Layer, all_finite, layers_of, mean_over_ranks, over_ranks
+from batchlab.optim.state_hooks import loads, saves
 from batchlab.parallel.shards import is_spread
 
 _SETTINGS = ("gamma", "inv_freq", "warmup_steps", "eps", "zeta", "variant", "switch")
@@ -103,6 +105,8 @@ class MKOR(torch.optim.Optimizer):
         ignore: Collection[str | nn.Module] = (),
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise InputError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         _check_base(base)
         if factor_dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             raise InputError(f"factor_dtype must be a floating-point dtype of torch, got {factor_dtype!r}")
@@ -190,6 +194,8 @@ class MKOR(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        elif asks_for_state(self.base):
+            return self.base.step()
         self._link()
         if self.second_order:
             self._watch(loss)
@@ -262,6 +268,7 @@ class MKOR(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("MKOR cannot be copied or pickled, it has hooks on a model: use state_dict")
 
+    @saves
     def state_dict(self) -> dict[str, Any]:
         """The base's, and under "mkor" the settings, the count of steps and the layers' factors by name.
 
@@ -272,6 +279,7 @@ class MKOR(torch.optim.Optimizer):
         own["layers"] = {layer.name: layer.state_dict() for layer in self._layers}
         return {**self.base.state_dict(), "mkor": own}
 
+    @loads
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over what `state_dict` gave, settings too; the world size may be another."""
         if "mkor" not in state_dict:

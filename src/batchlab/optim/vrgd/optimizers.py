@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from batchlab.core.checks import check_not_negative
+from batchlab.core.checks import check_rate
 from batchlab.core.errors import InputError
 from batchlab.optim.in_groups import InGroups
 from batchlab.optim.lamb import LAMB, lamb_, lamb_foreach_
@@ -40,6 +40,7 @@ class VRSGD(InGroups, torch.optim.SGD):
         optimizer.step()
         optimizer.zero_grad()
 
+    Under a `GradScaler` call `finish()` before `scaler.step(optimizer)`: that looks for the gradient in `.grad`.
     groups, gamma, cap, process_group: of `VRGradient`; the others torch's, but that `differentiable` is refused. No
     state beyond torch's; two float32 sums a parameter while groups are added. With the batch: the paper's rates mostly
     went with its square root, and stay to be tuned, for r shortens the step.
@@ -76,7 +77,7 @@ class VRSGD(InGroups, torch.optim.SGD):
     ) -> None:
         if differentiable:
             raise InputError("VRSGD cannot be differentiated through: differentiable must be False")
-        check_not_negative(lr=float(lr), momentum=momentum, weight_decay=weight_decay)
+        check_rate(lr=float(lr), momentum=momentum, weight_decay=weight_decay)
         self._own = {"gamma": gamma, "cap": cap}
         numbers: dict[str, Any] = {"lr": lr, "momentum": momentum, "dampening": dampening}
         options: dict[str, Any] = {"maximize": maximize, "foreach": foreach, "fused": fused}
@@ -88,8 +89,9 @@ class VRSGD(InGroups, torch.optim.SGD):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            check_not_negative(**{name: float(group[name]) for name in ("lr", "momentum", "weight_decay")})
-            for name, parameter in zip(names_of(group), group["params"], strict=True):
+            check_rate(**{name: float(group[name]) for name in ("lr", "momentum", "weight_decay")})
+            first = sum(len(each["params"]) for each in self.param_groups[:-1])
+            for name, parameter in zip(names_of(group, first), group["params"], strict=True):
                 if not parameter.is_floating_point():
                     raise InputError(f"VRSGD takes real parameters, got {name} of {parameter.dtype}")
         except InputError:
@@ -235,7 +237,7 @@ class VRAdam(_Smoothed):
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Refuses what is out of range."""
-        check_not_negative(**{name: float(group[name]) for name in ("lr", "weight_decay", "eps")})
+        check_rate(**{name: float(group[name]) for name in ("lr", "weight_decay", "eps")})
         check_betas(group["betas"])
         _check_second_moment(group)
 

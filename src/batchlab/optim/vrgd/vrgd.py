@@ -235,9 +235,11 @@ class VRGradient:
 
     def _parameters(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
         groups = self._source.param_groups if isinstance(self._source, torch.optim.Optimizer) else [self._source]
+        first = 0
         for group in groups:
-            for name, parameter in zip(names_of(group), group["params"], strict=True):
+            for name, parameter in zip(names_of(group, first), group["params"], strict=True):
                 yield name, parameter, group
+            first += len(group["params"])
 
     def _check(self, name: str, parameter: Tensor) -> None:
         if not parameter.is_floating_point():
