@@ -1,6 +1,7 @@
 """The verbs as users run them, in processes of their own, on a user's job file."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -187,7 +188,39 @@ def test_a_defect_has_a_traceback_and_1(place):
     (place / "broken.py").write_text("raise RuntimeError('the job is broken')\n")
     done = batchlab("tune broken.py:job", place)
     assert done.returncode == 1 and done.stdout == ""
-    assert "Traceback" in done.stderr and done.stderr.splitlines()[-1] == "RuntimeError: the job is broken"
+    assert done.stderr.count("Traceback") == 1 and "batchlab/cli" not in done.stderr
+    assert done.stderr.splitlines()[-1] == "batchlab: error: RuntimeError: the job is broken, from broken.py:1"
+
+
+RAISING = """
+import dataclasses
+
+
+class Data(list):
+    def __getitem__(self, index):
+        raise KeyError(f"no image {index}")
+
+
+job = dataclasses.replace(job, train=Data(job.train))
+"""
+
+
+def test_what_raises_within_the_users_data_is_told_with_its_place(place):
+    text = (place / "train.py").read_text() + RAISING
+    (place / "at17.py").write_text(text)
+    line = 1 + text[: text.index("raise KeyError")].count("\n")
+    done = batchlab("probe at17.py:job --budget 1", place)
+    said = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and "batchlab/cli" not in done.stderr
+    assert re.fullmatch(rf"batchlab: error: KeyError: 'no image \d+', from at17.py:{line}", said)
+
+
+def test_a_run_is_resumed_by_its_own_seed(place):
+    first = batchlab("train train.py:job --plan never.json --out runs/seeded --seed 3 --max-steps 3", place)
+    assert first.returncode == 0, first.stderr
+    more = batchlab("train train.py:job --out runs/seeded --resume --max-steps 5 --json", place)
+    assert more.returncode == 0, more.stderr
+    assert Run.open(place / "runs/seeded").meta["seed"] == 3
 
 
 def test_only_the_first_rank_speaks(place):

@@ -183,3 +183,8 @@ def test_grids_take_whole_numbers_and_numpys():
             device_grid(bad)
     with pytest.raises(InputError, match="highest must be an integer of at least 1, got 64.0"):
         size_grid(5, 64.0)
+
+
+def test_a_range_without_a_size_of_the_grid_is_its_upper_end():
+    """As where the data set is smaller than the critical batch size."""
+    assert size_grid(40, 40) == [40] and size_grid(41, 47) == [47]

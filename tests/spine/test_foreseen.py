@@ -33,7 +33,8 @@ def test_a_warm_up_that_outlasts_the_run_or_the_target_is_said():
         "the warm-up takes 1,281 examples and the run has 1,280: the learning rate never comes to its peak"
     ]
     assert said(warmup_examples=321, **FIVE) == [
-        "the warm-up takes 321 examples, more than the 320 after which the target is predicted to be met"
+        "the warm-up takes 321 examples, more than the 320 after which the target is predicted to be met: "
+        "the rate still rises then"
     ]
 
 
@@ -126,3 +127,13 @@ def test_what_was_foreseen_of_the_planned_length_is_not_said_of_another(tmp_path
     assert len(planned.notes) == 2
     run = train(toy_job(), dataclasses.replace(planned, steps=6), out=tmp_path / "r", device="cpu")
     assert run.plan.notes == ("kept",) and run.plan.reasons["steps"].value == 6
+
+
+def test_a_batch_size_that_was_given_since_has_no_prediction():
+    planned = plan(hand_job(), hand_facts())
+    assert planned.prediction is not None and planned.planned_batch_size == planned.batch_size
+    other = dataclasses.replace(planned, batch_size=planned.batch_size * 2, accumulation=planned.accumulation * 2)
+    assert other.prediction is None and other.planned_batch_size == planned.batch_size
+    assert any(
+        f"the predicted steps are those of batch size {planned.batch_size:,}" in note for note in foreseen(other)
+    )

@@ -275,7 +275,12 @@ def test_the_terminal_gets_no_control_characters(tmp_path, make):
         ("reached", {"target_step": 131}, "good", "1.09 times the 120 predicted, inside"),
         ("reached", {"target_step": 181}, "bad", "1.51 times the 120 predicted, outside"),
         ("reached", {"target_step": 86}, "open", "0.717 times the 120 predicted, outside"),
-        ("reached", {"target_step": 0}, "open", "no prediction to hold it against"),
+        (
+            "reached",
+            {"target_step": 0},
+            "open",
+            "was met before any update: it is no test of the plan",
+        ),
         ("not reached", {"final": {"accuracy": 0.5}}, "bad", "was not met in 300 steps; it ended at 0.5."),
         ("interrupted", {}, "open", "Interrupted after 300 steps of 300"),
         ("stopped", {"skipped_steps": 5}, "bad", "5 steps had a loss or gradient that is not finite"),

@@ -27,7 +27,7 @@ from batchlab.core.errors import (
 from batchlab.core.facts import Estimate
 from batchlab.core.job import Target
 from batchlab.core.plan import FrontierRow, Plan, Reason
-from batchlab.core.run import Run
+from batchlab.core.run import STEPS_FILE, Run
 from batchlab.core.store import RunWriter
 from batchlab.spine.train import train
 from tests.spine.forked import in_child
@@ -366,7 +366,7 @@ def test_non_finite_steps_are_recorded_and_stop_the_run_when_there_are_too_many(
         return value * math.inf if 8 < sum(calls) <= 12 or sum(calls) > 24 else value
 
     with pytest.raises(
-        NonFiniteError, match="5 updates in a row had a loss or gradient that is not finite, the last at step 11"
+        NonFiniteError, match="not finite, the last at step 11 .* The learning rate was 0.01: take a lower one, in another"
     ):
         train(toy_job(loss=loss), toy_plan(), out=tmp_path / "r", device="cpu")
     run = Run.open(tmp_path / "r")
@@ -461,3 +461,22 @@ def test_what_is_written_holds_no_pickle(uninterrupted):
     assert written == {".json", ".jsonl", ".safetensors", ".lock"}
     for path in checkpoints(uninterrupted / "checkpoints"):
         assert load_checkpoint(path)["learner"]["seed"] == 0
+
+
+def test_lines_that_are_gone_are_told_of_once(tmp_path):
+    folder = tmp_path / "r"
+    train(toy_job(), toy_plan(steps=6, checkpoint_every=2), out=folder, device="cpu")
+    kept = (folder / STEPS_FILE).read_text().splitlines(keepends=True)[:2]
+    (folder / STEPS_FILE).write_text("".join(kept))
+    for steps, before in ((8, 6), (9, 8)):
+        plan = dataclasses.replace(Run.open(folder).plan, steps=steps)
+        run = train(toy_job(), plan, out=folder, resume=True, device="cpu")
+        (lacking,) = [note for note in run.plan.notes if "lacks" in note]
+        assert lacking.startswith(f"{STEPS_FILE} lacks 4 of the {before} updates before the checkpoint")
+
+
+def test_a_run_without_a_seed_is_resumed_by_its_own(tmp_path):
+    whole = train(toy_job(), toy_plan(steps=6), out=tmp_path / "whole", seed=5, device="cpu")
+    train(toy_job(), toy_plan(steps=3), out=tmp_path / "r", seed=5, device="cpu")
+    run = train(toy_job(), toy_plan(steps=6), out=tmp_path / "r", resume=True, device="cpu")
+    assert run.meta["seed"] == 5 and [line["loss"] for line in run.steps()] == [line["loss"] for line in whole.steps()]

@@ -7,9 +7,11 @@ import itertools
 import os
 import signal
 import sys
+import sysconfig
 import threading
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -24,7 +26,8 @@ class Ended(SystemExit):
 def exit_code(command: Callable[[], int]) -> int:
     """Runs `command` and answers whatever comes of it with an exit code and, where there is something to say, a line.
 
-    0 to 2 as the command says; bad input 2; foreseen failures 1; anything unforeseen 1 with its traceback.
+    0 to 2 as the command says; bad input 2; foreseen failures 1; anything unforeseen 1 with its traceback, and a line
+    where it is the user's code that raised.
     A signal's 128 + number ends the process here and now: no thread and no exit handler can hold it up. It is the
     answer too where the code that was interrupted made an error of it, as an extension module half imported does.
     """
@@ -120,8 +123,27 @@ def _answer_error(error: SystemExit | Exception) -> int:
         raise Ended(128 + error.signum) from None
     if isinstance(error, BatchlabError):
         return _fail(str(error), FAILURE)
-    traceback.print_exception(error)
-    return FAILURE
+    return _answer_unforeseen(error)
+
+
+def _answer_unforeseen(error: Exception) -> int:
+    """The traceback; where it went through the user's own code, from there on, and a line that says where."""
+    told = traceback.TracebackException.from_exception(error)
+    own = [place for place, frame in enumerate(told.stack) if _is_users(frame.filename)]
+    if own:
+        del told.stack[: own[0]]
+    print("".join(told.format()), end="", file=sys.stderr)
+    if not own:
+        return FAILURE
+    last = told.stack[own[-1] - own[0]]
+    said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return _fail(f"{said}, from {os.path.relpath(last.filename)}:{last.lineno}", FAILURE)
+
+
+def _is_users(file: str) -> bool:
+    paths = sysconfig.get_paths()
+    ours = [str(Path(__file__).parents[1]), *(paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib"))]
+    return os.path.isfile(file) and not any(Path(file).is_relative_to(each) for each in ours)
 
 
 def _fail(message: str, code: int) -> int:

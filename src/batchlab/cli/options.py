@@ -71,6 +71,12 @@ AtMost: TypeAlias = Annotated[
 ]
 GoalOption: TypeAlias = Annotated[Goal, typer.Option("--goal", help="What the batch size is chosen for.")]
 Seed: TypeAlias = Annotated[int, typer.Option(help="Of weights, sample order and all else that is random.")]
+RunSeed: TypeAlias = Annotated[
+    int | None,
+    typer.Option(
+        help="Of weights, sample order and all else that is random.", show_default="0; with --resume, the run's own"
+    ),
+]
 Device: TypeAlias = Annotated[
     str | None, typer.Option(help="Where to compute, as torch names it.", show_default="the first GPU, else the CPU")
 ]

@@ -26,6 +26,7 @@ from batchlab.cli.options import (
     MaxSteps,
     Precision,
     RunOut,
+    RunSeed,
     Schedule,
     Seed,
 )
@@ -207,7 +208,7 @@ def train(
         Path | None, typer.Option(help="What plan chose.", metavar="FILE", show_default="with --resume, the run's own")
     ] = None,
     out: RunOut = None,
-    seed: Seed = 0,
+    seed: RunSeed = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
     device: Device = None,
     max_steps: MaxSteps = None,

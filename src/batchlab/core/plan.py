@@ -162,6 +162,8 @@ class Plan(JsonNoun):
             raise InputError(f"plan average_power must be finite and >= 0, got {self.average_power!r}")
         if self.ema_half_life is not None and self.average_power is not None:
             raise InputError("plan ema_half_life and average_power are two averages: give one of them")
+        if self.predicted_step_seconds is not None and not 0 < self.predicted_step_seconds < float("inf"):
+            raise InputError(f"plan predicted_step_seconds must be finite and > 0, got {self.predicted_step_seconds!r}")
         if self.warmup_examples < 0:
             raise InputError(f"plan warmup_examples must not be negative, got {self.warmup_examples!r}")
 
@@ -174,8 +176,15 @@ class Plan(JsonNoun):
 
     @property
     def prediction(self) -> Estimate | None:
-        """`predicted_steps`, where they are this run's: they are those of a batch that stays."""
-        return self.predicted_steps if self.batch_schedule == "fixed" else None
+        """`predicted_steps`, where they are this run's: they are those of a batch that stays, of the planned size."""
+        own = self.batch_schedule == "fixed" and self.batch_size == self.planned_batch_size
+        return self.predicted_steps if own else None
+
+    @property
+    def planned_batch_size(self) -> int:
+        """The one that `predicted_steps` are of: another than `batch_size` where that was given another value since."""
+        reason = self.reasons.get("predicted_steps")
+        return int(reason.inputs.get("batch_size", self.batch_size)) if reason else self.batch_size
 
     def because(self, rule: str, source: str, **numbers: Any) -> Plan:
         """With other numbers, for a reason that is not the user's."""

@@ -18,10 +18,11 @@ from batchlab.core.job import Job
 from batchlab.core.jsonio import from_plain, to_plain
 from batchlab.core.plan import Plan
 from batchlab.core.provenance import git_commit, machine, versions
-from batchlab.core.run import CHECKPOINTS, SCHEMA, Run, summarize
+from batchlab.core.run import CHECKPOINTS, SCHEMA, STEPS_FILE, Run, summarize
 from batchlab.core.store import RunWriter, reserved
 from batchlab.parallel.torchrun import agree_max, is_main
 from batchlab.spine.learner import Learner
+from batchlab.spine.words import plural
 
 WEIGHTS_FILE = "model.safetensors"
 WRITE_FAILED = 255
@@ -74,11 +75,19 @@ class RunFolder:
             learner.load_state_dict(state["learner"])
         elif begun.meta["seed"] != learner.seed:
             raise InputError(f"cannot resume with another seed: the run has {begun.meta['seed']}, got {learner.seed}")
+        self._note_lacking(sum(line["step"] <= learner.step for line in begun.steps()), learner.step)
         self._write(lambda writer: writer.write_meta(**self._meta))
         self._write(lambda writer: writer.keep_steps(learner.step))
         self._agree()
         summary = summarize(Run.open(self.path).steps(), learner.plan, "running")
         return "running" if summary["target_step"] is None else "reached"
+
+    def _note_lacking(self, lines: int, steps: int) -> None:
+        notes = [note for note in self._meta["plan"]["notes"] if not note.startswith(f"{STEPS_FILE} lacks")]
+        if lines < steps:
+            said = f"{STEPS_FILE} lacks {steps - lines:,} of the {plural(steps, 'update')} before the checkpoint"
+            notes.append(f"{said}: times, curves and what is reached leave them out")
+        self._meta["plan"]["notes"] = notes
 
     def note_initial(self, values: dict[str, float]) -> None:
         """Records the evaluation before the first update."""

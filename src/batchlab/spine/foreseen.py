@@ -19,6 +19,9 @@ def foreseen(plan: Plan, controller: BatchController | None = None) -> list[str]
     What a plan for a target predicts is the end that counts: a run that meets the target ends there.
     """
     said = [MOVES] if plan.batch_schedule != "fixed" and plan.predicted_steps is not None else []
+    if plan.predicted_steps is not None and plan.batch_size != plan.planned_batch_size:
+        told = f"the predicted steps are those of batch size {plan.planned_batch_size:,}"
+        said.append(f"{told}, and the time is that of its updates; this run has {plan.batch_size:,}")
     return [*said, *warm_up(plan), *_falling(plan), *_points(plan, controller), *_patience(plan)]
 
 
@@ -26,6 +29,8 @@ def expected_examples(plan: Plan) -> int | None:
     """Those after which a batch that stays is predicted to meet the target, where that is before the run's end."""
     predicted = plan.predicted_steps
     if plan.target is None or predicted is None or not predicted.defined:
+        return None
+    if plan.batch_size != plan.planned_batch_size:
         return None
     examples = max(1, round(predicted.value)) * plan.batch_size
     return examples if examples < plan.examples else None
@@ -38,7 +43,8 @@ def warm_up(plan: Plan) -> list[str]:
     if warmup > plan.examples:
         return [f"{said} and the run has {plan.examples:,}: the learning rate never comes to its peak"]
     if expected is not None and warmup > expected:
-        return [f"{said}, more than the {expected:,} after which the target is predicted to be met"]
+        met = f"the {expected:,} after which the target is predicted to be met"
+        return [f"{said}, more than {met}: the rate still rises then"]
     return []
 
 

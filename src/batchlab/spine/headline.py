@@ -13,6 +13,7 @@ from batchlab.spine.words import aim, duration, figure, plural
 
 Line = tuple[str, str, str]  # name, value, remark
 CLOSE = 1.25
+FEW = 20
 MOVES = {
     "fixed": "in each step",
     "adaptive": "follows the measured noise scale during the run",
@@ -66,7 +67,7 @@ def outcome(plan: Plan, summary: Mapping[str, Any]) -> list[Line]:
             ("Time", duration(summary["seconds"]), "evaluations left out"),
         ]
     predicted, reached = plan.prediction, summary["target_step"]
-    said = "unknown" if predicted is None else figure(round(predicted.value) if predicted.defined else math.nan)
+    said = "unknown" if predicted is None else _steps(predicted.value)
     range_ = (
         _not_predicted(plan)
         if predicted is None
@@ -88,7 +89,14 @@ def _not_predicted(plan: Plan) -> str:
     fixed = plan.predicted_steps
     if fixed is None or not fixed.defined:
         return "the plan predicted none"
-    return f"{figure(round(fixed.value))} for a batch that stays at {plan.batch_size:,}; this one moves"
+    if plan.batch_schedule == "fixed":
+        return f"{_steps(fixed.value)} at batch size {plan.planned_batch_size:,}, which is not this one's"
+    return f"{_steps(fixed.value)} for a batch that stays at {plan.planned_batch_size:,}; this one moves"
+
+
+def _steps(value: float) -> str:
+    """Few of them with a decimal, so that a ratio to what is shown is the one that is told."""
+    return figure(round(value, 1) if value < FEW else round(value) if math.isfinite(value) else value)
 
 
 def verdict(plan: Plan, summary: Mapping[str, Any]) -> Verdict:
@@ -112,14 +120,19 @@ def verdict(plan: Plan, summary: Mapping[str, Any]) -> Verdict:
 
 def _held(plan: Plan, reached: int) -> Verdict:
     assert plan.target is not None
+    if reached == 0:
+        easy = f"The target, {aim(plan.target)}, was met before any update"
+        return Verdict(f"{easy}: it is no test of the plan. Give the job a harder one, or the probe more time.", "open")
     met = f"Met the target, {aim(plan.target)}, after {plural(reached, 'step')}"
     predicted = plan.prediction
+    if predicted is None and plan.predicted_steps is not None and plan.batch_schedule == "fixed":
+        return Verdict(f"{met}; the prediction is another batch size's, {plan.planned_batch_size:,}.", "open")
     if predicted is None and plan.predicted_steps is not None:
         return Verdict(f"{met}; its batch moves, so no prediction can be held against it.", "open")
-    if predicted is None or not predicted.defined or reached == 0:
+    if predicted is None or not predicted.defined:
         return Verdict(f"{met}; there was no prediction to hold it against.", "open")
     ratio = reached / predicted.value if predicted.value > 0 else math.inf
-    said = f"{met}: {figure(float(f'{ratio:.3g}'))} times the {figure(round(predicted.value))} predicted"
+    said = f"{met}: {figure(float(f'{ratio:.3g}'))} times the {_steps(predicted.value)} predicted"
     inside = predicted.low <= reached <= predicted.high
     if inside and math.isfinite(predicted.high):
         return Verdict(f"{said}, inside the prediction's interval.", "good")

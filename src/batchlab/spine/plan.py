@@ -111,7 +111,8 @@ def _size(
     else:
         rule, source = "the base batch size: the noise scale to move it by is not known", MEASURED
     sizes = [row.batch_size for row in rows if row.devices == chosen.devices]
-    bounds, data = "the frontier's range, B_crit/16 to 16·B_crit", {"train_examples": facts.train_examples}
+    bounds = "the frontier's range: B_crit/16 to 16·B_crit within the data set, and the base batch size"
+    data = {"train_examples": facts.train_examples, "base_batch_size": facts.base_batch_size}
     noise = facts.noise_scale if prediction.noise_known else None
     if noise:
         high = "unbounded" if math.isinf(prediction.b_crit_high) else prediction.b_crit_high

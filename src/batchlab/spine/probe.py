@@ -163,14 +163,17 @@ def _speed(job: Job, watch: Stopwatch, *, least: int, seed: int, device: torch.d
 
 
 def _base_batch(job: Job, speed: Throughput, budget: float) -> tuple[int, list[str]]:
-    """The base batch size: 64, or the power of two below a tenth of the data; halved while updates are too slow."""
+    """The base batch size: 64, or the power of two below a tenth of the data, but no less than 8 or two a device.
+
+    Halved while updates are too slow.
+    """
     least = max(LEAST_BASE_BATCH, 2 * _world())
     base = min(BASE_BATCH, _power_of_two(len(job.train) / DATA_SHARE))
     base = min(max(base, least), len(job.train))
     wished = base
     while base >= 2 * least and WANTED_UPDATES * _update_seconds(speed, base, base) > budget:
         base //= 2
-    why = "64, or the power of two below a tenth of the training data if that is less"
+    why = f"64, or the power of two below a tenth of the training data if that is less, but no less than {least}"
     if base < wished:
         why = f"halved from {wished} until {WANTED_UPDATES} updates fit in the budget, or to {least}"
     return base, [f"base batch size {base}: {why}"]

@@ -69,6 +69,12 @@ def verdict(study: Study) -> tuple[str, Literal["good", "bad", "open"]]:
     inside = 1 / FACTOR <= value <= FACTOR
     text = f"The measured critical batch size is {figure(float(f'{value:.3g}'))} times the predicted one"
     text += f", {'within' if inside else 'not within'} a factor of {FACTOR:g}"
+    if not inside and (said := summary.get("predicted")) is not None:
+        told = _as_estimate(said)
+        if told.low <= fit.b_crit.high and fit.b_crit.low <= told.high:
+            text += ", though the intervals of the two overlap"
+            if fit.bracketed:
+                return f"{text}: more trials would tell.", "open"
     if not fit.bracketed:
         return f"{text}; the sweep does not bound it on both sides.", "open"
     return f"{text}.", "good" if inside else "bad"

@@ -39,7 +39,7 @@ def train(
     plan: Plan,
     *,
     out: str | Path,
-    seed: int = 0,
+    seed: int | None = None,
     resume: bool = False,
     callbacks: Iterable[StepCallback] = (),
     device: str | None = None,
@@ -47,7 +47,8 @@ def train(
 ) -> Run:
     """Trains `job` as `plan` says and writes the folder `out`, until the target is met or the steps are done.
 
-    seed: of the weights, the sample stream and all else that is random. resume: go on from the newest whole
+    seed: of the weights, the sample stream and all else that is random; None for 0, or with resume for the run's own.
+    resume: go on from the newest whole
     checkpoint in `out`; micro-batch, world size, number of steps, target and evaluation may differ from before, and
     nothing that an update depends on. It goes on bit for bit where the model's kernels are deterministic, which on a
     GPU not all are (`torch.backends.cudnn.deterministic` for convolutions); on another device, to within rounding.
@@ -62,9 +63,10 @@ def train(
     Raises `InputError` for a job or plan that cannot run (nothing is written then), `RunLockedError` if another
     process is writing in `out`, `StorageError` if the disk refuses.
     """
-    _check(job, plan, seed)
+    _check(job, plan, 0 if seed is None else seed)
     check_folder(out)
-    plan, seed = _as_run(_told(job, plan, Path(out) if resume else None)), operator.index(seed)
+    plan = _as_run(_told(job, plan, Path(out) if resume else None))
+    seed = _own_seed(Path(out), resume=resume) if seed is None else operator.index(seed)
     with preserved_generators(), StopSignals() as signals:
         learner = Learner(job, plan, seed=seed, device=device)
         try:
@@ -118,7 +120,7 @@ def _run(
         if stop or hopeless or last or status != "running" or update.step % plan.checkpoint_every == 0:
             folder.save(learner)
         if hopeless:
-            raise _hopeless(update)
+            raise _hopeless(update, folder)
         if stop and status == "running":
             folder.finish("interrupted")
             said = f"stopped by {signal.Signals(stop).name} after step {update.step}"
@@ -138,10 +140,17 @@ def _end_if_asked(signals: StopSignals) -> None:
         raise Interrupted(f"stopped by {signal.Signals(stop).name} when the run had ended; all of it is saved", stop)
 
 
-def _hopeless(update: Update) -> NonFiniteError:
+def _own_seed(out: Path, *, resume: bool) -> int:
+    begun = resume and (out / RUN_FILE).is_file()
+    return int(Run.open(out).meta["seed"]) if begun else 0
+
+
+def _hopeless(update: Update, folder: RunFolder) -> NonFiniteError:
     return NonFiniteError(
         f"{MAX_SKIPPED_IN_A_ROW} updates in a row had a loss or gradient that is not finite, the last at step "
-        f"{update.step} (loss {update.loss}, gradient norm {update.grad_norm}); nothing of them was applied"
+        f"{update.step} (loss {update.loss}, gradient norm {update.grad_norm}); nothing of them was applied. The "
+        f"learning rate was {update.learning_rate:.4g}: take a lower one, in another folder than {folder.path}, for a "
+        "run that is resumed keeps its rate"
     )
 
 
@@ -202,7 +211,7 @@ def _told(job: Job, plan: Plan, begun: Path | None) -> Plan:
 
 def _as_planned(plan: Plan) -> Plan:
     """With the length and the warm-up that others stand in place of."""
-    reasons = {name: plan.reasons[name] for name in ("steps", "warmup_examples") if name in plan.reasons}
+    reasons = {name: plan.reasons[name] for name in ("steps", "warmup_examples", "batch_size") if name in plan.reasons}
     planned = {name: why.inputs["in_place_of"] for name, why in reasons.items() if "in_place_of" in why.inputs}
     return dataclasses.replace(plan, reasons={}, **planned)
 
