@@ -15,6 +15,7 @@ from torch import Tensor
 from batchlab.core.c_library import compiler
 from batchlab.core.errors import InputError
 from batchlab.optim import on_cpu
+from batchlab.optim.buckets import buckets
 from batchlab.optim.leaf import Leaf, Steady, asks_for_state, is_flattened, leaf_of, name_at, names_of
 from batchlab.optim.rule import Form, Numbers, Rule, alone, compiled, side_by_side, squares
 from batchlab.optim.state_dtype import StateDtype, checked_state_dtype, in_dtype, state_like
@@ -223,7 +224,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         """Runs the rules of plain tensors; returns those that must run side by side, for they sum over ranks."""
         forms, as_it_is = self.forms(group), group["foreach"] is not None and not group["fused"]
         loose: list[tuple[Rule, list[Leaf]]] = []
-        for bucket, tensors, numbers, listed in _buckets(self, group, leaves):
+        for bucket, tensors, numbers, listed in buckets(self, group, leaves):
             form = cast(Form, forms[listed])
             own = None if as_it_is else self.kernel(form, tensors, numbers, group)
             if bucket[0].layout.mesh is not None:
@@ -384,31 +385,6 @@ def _no_autocast(devices: set[str]) -> Iterator[None]:
         yield
 
 
-def _buckets(optimizer: RuleOptimizer, group: dict[str, Any], leaves: list[Leaf]) -> list[_Bucket]:
-    """Those for lists hold what is alike in device, dtype, layout and numbers."""
-    alike: dict[Any, tuple[Numbers, list[Any] | None]] = {}
-    lists: dict[Any, list[Any]] = {}
-    singles: list[_Bucket] = []
-    for leaf in leaves:
-        known = alike.get((leaf.kind, leaf.t))
-        if known is None:
-            numbers, members = optimizer.numbers(leaf, group), None
-            if optimizer.listed(leaf, group):
-                kind = (leaf.w.dtype, leaf.w.device, leaf.layout)
-                members = lists.setdefault((*kind, *numbers.items()), [numbers])
-            known = alike[leaf.kind, leaf.t] = numbers, members
-        if known[1] is None:
-            singles.append(_Bucket([leaf], optimizer.tensors(leaf, group), known[0], listed=False))
-        else:
-            known[1].append(leaf)
-    return singles + [_listed(optimizer, group, members[1:], members[0]) for members in lists.values()]
-
-
-def _listed(optimizer: RuleOptimizer, group: dict[str, Any], leaves: list[Leaf], numbers: Numbers) -> _Bucket:
-    columns = zip(*[optimizer.tensors(leaf, group) for leaf in leaves], strict=True)
-    return _Bucket(leaves, [list(column) for column in columns], numbers, listed=True)
-
-
 class _Given(NamedTuple):
     """What a step is given of a group. first: the place of its first parameter among those of all groups. places: of
     those that have a gradient, within the group.
@@ -419,12 +395,3 @@ class _Given(NamedTuple):
     places: list[int]
     parameters: Sequence[Tensor]
     gradients: list[Tensor]
-
-
-class _Bucket(NamedTuple):
-    """One leaf and its tensors, or for the form for lists many and a list of each of their tensors."""
-
-    leaves: list[Leaf]
-    tensors: Sequence[Any]
-    numbers: Numbers
-    listed: bool
