@@ -78,7 +78,8 @@ def test_the_target_is_what_the_reference_runs_reach(measured):
     assert facts.target_origin == "reference run" and any("the job has no target" in note for note in facts.notes)
     initial, least = run.evaluations[0][1], min(value for _, value in run.evaluations)
     assert least < facts.target.value < initial
-    assert facts.target.value >= least + 0.05 * (initial - least) - 1e-12
+    if len(run.steps_by_seed) == 1:  # of several the lowest start and the one that came least far set it
+        assert facts.target.value == pytest.approx(least + 0.05 * (initial - least), abs=1e-12)
     known = [steps for steps in run.steps_by_seed if steps is not None]
     assert len(known) == len(run.steps_by_seed)  # the run that came least far set it, so that all reach it
     assert run.steps_to_target == statistics.median_high(known)

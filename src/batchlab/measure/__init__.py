@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from batchlab.measure.course.contraction import max_stable_lr as max_stable_lr
     from batchlab.measure.course.coordinate_check import CoordinateCheck as CoordinateCheck
     from batchlab.measure.course.coordinate_check import coordinate_check as coordinate_check
+    from batchlab.measure.course.decay_grid import DecayChoice as DecayChoice
+    from batchlab.measure.course.decay_grid import weight_decay_grid as weight_decay_grid
     from batchlab.measure.course.diffusion import Diffusion as Diffusion
     from batchlab.measure.course.learning_rate import Cycle as Cycle
     from batchlab.measure.course.learning_rate import RangeTest as RangeTest
@@ -135,6 +137,8 @@ _HOME = {
     "SpikeFit": "hessian.stability_limit",
     "rate_ceiling": "hessian.stability_limit",
     "max_stable_lr": "course.contraction",
+    "weight_decay_grid": "course.decay_grid",
+    "DecayChoice": "course.decay_grid",
     "coordinate_check": "course.coordinate_check",
     "CoordinateCheck": "course.coordinate_check",
     "lr_range": "course.learning_rate",

@@ -93,9 +93,9 @@ class TrainingStep:
         step_alone(self.optimizer)
         self.clear()
 
-    def reset_optimizer(self) -> None:
+    def reset_optimizer(self, **hyperparameters: Any) -> None:
         """A fresh optimizer without state, for training in earnest: set its learning rate at each step."""
-        self.optimizer = create(self.job.optimizer, self.model, lr=0.0)
+        self.optimizer = create(self.job.optimizer, self.model, lr=0.0, **hyperparameters)
 
     def batch(self, size: int) -> Any:
         """The first `size` examples of the stream, on the device; epoch after epoch where they are more than it has."""

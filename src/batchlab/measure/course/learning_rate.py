@@ -6,20 +6,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any, cast
 
-import numpy as np
 import torch
-from torch import nn
 
 from batchlab.core.checks import check_count, holds, is_count
 from batchlab.core.device import pick_device
 from batchlab.core.errors import InputError
 from batchlab.core.job import Job
-from batchlab.core.model import least_examples
-from batchlab.core.modes import evaluating
 from batchlab.core.random import derive_seed, preserved_generators, reseed
-from batchlab.data.fetch import fetch, to_device
 from batchlab.data.stream import SampleStream
 from batchlab.measure.course.range_reading import ONE_CYCLE as ONE_CYCLE
 from batchlab.measure.course.range_reading import Cycle as Cycle
@@ -29,13 +23,12 @@ from batchlab.measure.course.rate_search import RATIO as RATIO
 from batchlab.measure.course.rate_search import Choice as Choice
 from batchlab.measure.course.rate_search import Trial as Trial
 from batchlab.measure.course.rate_search import choose as choose
+from batchlab.measure.course.short_runs import loss_on, spread_evenly, train_on
 from batchlab.measure.training_step import TrainingStep
-from batchlab.optim.by_name import in_groups
 
 LOW, HIGH, STEPS = 1e-6, 10.0, 100
 SMOOTHING, STOP_FACTOR = 0.05, 4.0
 _ABOVE = 3.0
-GROUPS = 8  # of a batch, as in `train`, where an optimizer takes the gradient in groups
 
 
 def ramp(low: float, high: float, steps: int, spacing: Spacing = "geometric") -> list[float]:
@@ -197,9 +190,9 @@ def lr_range(
                 set_momentum(step.optimizer, momenta[done])
             indices = stream.indices(done * batch_size, batch_size).tolist()
             done += 1
-            return _trained(step, indices)
+            return train_on(step, indices)
 
-        fixed = [i * len(job.valid) // validation for i in range(validation)]
+        fixed = spread_evenly(len(job.valid), validation)
         found = range_test(
             update,
             low=low,
@@ -208,35 +201,9 @@ def lr_range(
             smoothing=smoothing,
             stop_factor=stop_factor,
             spacing=spacing,
-            validate=(lambda: _loss_on(job, step.model, fixed, batch_size, where)) if fixed else None,
+            validate=(lambda: loss_on(job, step.model, fixed, batch_size, where)) if fixed else None,
         )
     return replace(found, momenta=tuple(momenta[: len(found.learning_rates)]))
-
-
-def _trained(step: TrainingStep, indices: list[int]) -> float:
-    """One update on the examples at `indices`: the mean loss over their units before it.
-
-    An optimizer that takes the gradient in groups gets eight, or as many as the batch allows.
-    """
-    job, optimizer = step.job, step.optimizer
-    most = len(indices) // least_examples(step.model) if in_groups(optimizer) else 1
-    parts = [part.tolist() for part in np.array_split(indices, max(1, min(GROUPS, most)))]
-    batches = [to_device(fetch(job.train, part, job.collate), step.device) for part in parts]
-    units = [_units(job, batch, len(part)) for batch, part in zip(batches, parts, strict=True)]
-    total = 0.0
-    for batch, count in zip(batches, units, strict=True):
-        share = count / max(sum(units), 1) if len(parts) > 1 else 1.0
-        total += share * float(step.backward_on(batch, share=share))
-        if in_groups(optimizer):
-            cast(Any, optimizer).add_group(examples=count)
-    optimizer.step()
-    step.clear()
-    return total
-
-
-def _units(job: Job, batch: Any, examples: int) -> int:
-    per_example = job.units_per_example
-    return int(per_example(batch)) if callable(per_example) else per_example * examples
 
 
 def _falling(momentum: tuple[float, float], steps: int) -> list[float]:
@@ -261,17 +228,3 @@ def set_momentum(optimizer: torch.optim.Optimizer, momentum: float) -> None:
             group["momentum"] = momentum
         else:
             raise InputError(f"a cyclical momentum needs momentum or betas, {type(optimizer).__name__} has neither")
-
-
-@torch.no_grad()
-def _loss_on(job: Job, model: nn.Module, indices: Sequence[int], batch_size: int, device: torch.device) -> float:
-    """The mean loss over all units of the validation examples at `indices`, in evaluation mode."""
-    total, units = 0.0, 0
-    with evaluating(model):
-        for start in range(0, len(indices), batch_size):
-            part = list(indices[start : start + batch_size])
-            batch = to_device(fetch(job.valid, part, job.collate), device)
-            count = _units(job, batch, len(part))
-            total += float(job.loss(model, batch)) * count if count else 0.0
-            units += count
-    return total / units if units else math.nan
