@@ -181,6 +181,8 @@ def test_a_newer_schema_is_refused():
         ({"min_batch_size": 0}, "plan min_batch_size must be an integer of at least 1, got 0"),
         ({"max_batch_size": 1e3}, "plan max_batch_size must be an integer of at least 1, got 1000.0"),
         ({"batch_schedule": "adaptve"}, r"plan batch_schedule must be one of \['fixed', 'adaptive', .* got 'adaptve'"),
+        ({"goal": "foo"}, r"plan goal must be one of \['time', 'cost', 'balanced', 'probe'\], got 'foo'"),
+        ({"predicted_step_seconds": -1.0}, "plan predicted_step_seconds must be finite and > 0, got -1.0"),
         ({"learning_rate_rule": "root"}, "plan learning_rate_rule must be one of .* got 'root'"),
         ({"precision": "fp16"}, r"plan precision must be one of \['float32', 'bf16'\], got 'fp16'"),
         ({"batch_settings": None}, "plan batch_settings must be an object, got None"),

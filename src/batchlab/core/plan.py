@@ -58,6 +58,7 @@ class Plan(JsonNoun):
     """What to run. Counts of examples are global, over all devices; schedules are counted in examples.
 
     Numbers of any library are taken, and kept as Python's own; sequences in the settings are kept as lists.
+    goal: what was planned for; "probe" of a probe's own short runs.
     reasons: by the numbers' names, hyperparameters' too. In a plan that has reasons, a number that is not its reason's
         (`dataclasses.replace`, an edited file) says that it was given; `because` gives it another reason.
 
@@ -87,7 +88,7 @@ class Plan(JsonNoun):
     """
 
     job: str
-    goal: str
+    goal: Literal["time", "cost", "balanced", "probe"]
     batch_size: int
     micro_batch: int
     accumulation: int

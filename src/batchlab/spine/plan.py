@@ -45,7 +45,7 @@ def plan(
     Raises `InputError` for an unknown goal, facts of another job, a batch larger than the data set or smaller than
     the number of devices.
     """
-    goals.check_goal(goal)
+    aim = goals.check_goal(goal)
     for name, value, noun in (("job", job, Job), ("facts", facts, Facts)):
         if not isinstance(value, noun):
             raise InputError(f"{name} must be a batchlab.{noun.__name__}, got {type(value).__name__}")
@@ -57,7 +57,7 @@ def plan(
     rows = _rows(facts, prediction, devices, batch_size, least=devices if all_devices else 1)
     if batch_size is None:
         choices = [row for row in rows if row.devices == devices] if all_devices else rows
-        chosen = goals.pick(choices, goal, b_crit=prediction.b_crit)
+        chosen = goals.pick(choices, aim, b_crit=prediction.b_crit)
     else:
         chosen = next(row for row in rows if (row.batch_size, row.devices) == (batch_size, devices))
     why = Reasons()
@@ -69,7 +69,7 @@ def plan(
     why.keep("frontier", len(rows), "S(B)·t(B, n), and n times it, for each batch size and number of devices", OURS)
     made = Plan(
         job=job.name,
-        goal=goal,
+        goal=aim,
         target=facts.target,
         frontier=tuple(dataclasses.replace(row, picked=row is chosen) for row in rows),
         notes=tuple(_notes(facts, prediction, chosen, devices)),
