@@ -250,3 +250,21 @@ def test_probe_only_measures_what_is_asked_for_and_keeps_it_in_the_run(place):
 def test_probe_only_names_what_is_wrong(place, words, message):
     done = batchlab(f"probe train.py:job {words}", place)
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+MUTE = """
+class Mute(Exception):
+    def __str__(self):
+        return self.message
+
+
+"""
+
+
+def test_an_exception_that_cannot_be_told_is_told_of(place):
+    raising = RAISING.replace('raise KeyError(f"no image {index}")', "raise Mute")
+    (place / "mute.py").write_text((place / "train.py").read_text() + MUTE + raising)
+    done = batchlab("probe mute.py:job --budget 1", place)
+    said = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and "another exception" not in done.stderr
+    assert "Mute" in said and "from mute.py:" in said

@@ -220,6 +220,7 @@ class _Endless(IterableDataset):
     "arguments, options, message",
     [
         ({"max_steps": 1}, {"train_dataset": _Endless(), "examples": 8}, "map-style dataset with a length"),
+        ({}, {"train_dataset": _Endless(), "examples": 8}, "map-style dataset with a length"),
         ({"train_sampling_strategy": "group_by_length"}, {}, "must be \"random\", got 'group_by_length'"),
         ({}, {"schedule": None, "lr_rule": None}, 'lr_scheduler_type must be "constant" without schedule'),
         ({"logging_strategy": "epoch"}, {}, 'strategy of logging must be "steps"'),

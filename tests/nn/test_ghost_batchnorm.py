@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import update_bn
+from torch.utils.checkpoint import checkpoint
 
 from batchlab.core.errors import InputError
 from batchlab.nn import (
@@ -395,3 +396,20 @@ def test_other_libraries_integers_are_sizes(size):
     expected = GhostBatchNorm2d(4, 8)(x)
     assert torch.equal(layer(x), expected)
     assert torch.equal(ghost_batch_norm(x, None, None, size, layer.weight, layer.bias, training=True), expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"fused": True}, {"interleaved": True}])
+def test_a_plain_mean_under_activation_checkpointing_is_the_mean(options):
+    """Which ends its second pass once all saved tensors are there: counter and statistics must move together."""
+    layer = GhostBatchNorm2d(1, ghost_size=4, momentum=None, **options)
+    for mean in range(10):
+        x = torch.full((8, 1, 2, 2), float(mean)) + torch.linspace(-0.1, 0.1, 32).view(8, 1, 2, 2)
+        checkpoint(layer, x.requires_grad_(), use_reentrant=False).square().sum().backward()
+    assert layer.running_mean.item() == pytest.approx(4.5, abs=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"fused": True}])
+def test_half_precision_under_autocast_to_another(options):
+    layer, x = GhostBatchNorm2d(3, ghost_size=4, **options), torch.randn(10, 3, 2, 2).half()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.float16

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.optim.swa_utils import update_bn
+from torch.utils.checkpoint import checkpoint
 
 from batchlab.core.errors import InputError
 from batchlab.nn import (
@@ -153,3 +154,11 @@ def test_bad_input():
         SplitBatchNorm1d(3, 3)(torch.randn(3, 3))
     with pytest.raises(InputError, match="got one at '': call convert_plain_batchnorm first$"):
         convert_split_batchnorm(GhostBatchNorm1d(3, 4), 2)
+
+
+def test_evaluation_has_what_activation_checkpointing_left_unmerged():
+    layer = SplitBatchNorm2d(1, num_splits=2, momentum=None)
+    for mean in range(10):
+        x = torch.full((8, 1, 2, 2), float(mean)) + torch.linspace(-0.1, 0.1, 32).view(8, 1, 2, 2)
+        checkpoint(layer, x.requires_grad_(), use_reentrant=False).square().sum().backward()
+    assert layer.eval().running_mean.item() == pytest.approx(4.5, abs=1e-5)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from batchlab.core.errors import InputError
-from batchlab.optim.by_name import create, groups
+from batchlab.optim.by_name import create, group_as_saved, groups
 from batchlab.optim.gains import gains_of
 from batchlab.optim.muon import muon_groups
 
@@ -62,3 +62,21 @@ def test_what_is_no_model_or_no_decay_is_refused_by_name():
                 make("adamw", model, lr=0.1, weight_decay=decay)
         with pytest.raises(InputError, match="weight_decay must be finite and >= 0, got"):
             muon_groups(model, weight_decay=decay)
+
+
+def test_a_norm_whose_scale_is_parametrised():
+    layer = nn.LayerNorm([2, 2])
+    nn.utils.parametrize.register_parametrization(layer, "weight", nn.Identity())
+    assert gains_of(layer) == {id(p) for p in layer.parameters()} and len(gains_of(layer)) == 2
+
+
+def test_groups_are_put_as_a_saved_state_has_them():
+    model = picture()
+    optimizer = create("adamw", model, lr=0.1)
+    one_then_other = [["0.weight", "1.weight", "1.bias", "3.weight"], ["0.bias", "3.bias"]]
+    group_as_saved(optimizer, [{"param_names": names} for names in one_then_other])
+    assert [group["param_names"] for group in optimizer.param_groups] == one_then_other
+    named = dict(model.named_parameters())
+    assert all(named[n] is p for group in optimizer.param_groups for n, p in zip(group["param_names"], group["params"]))
+    group_as_saved(optimizer, [{"param_names": ["other"]}])
+    assert [group["param_names"] for group in optimizer.param_groups] == one_then_other

@@ -14,6 +14,7 @@ from torch import nn
 
 from batchlab.core.errors import InputError
 from batchlab.optim import CAME, LAMB, LARS, MARS, AdaGradNorm, AdEMAMix, Lion, MTAdamW, Muon, Signum
+from batchlab.optim.shell import RuleOptimizer
 from batchlab.testing.optimizers import gradients_for, same, small_model, trained
 from tests.spine.forked import in_ranks
 
@@ -361,3 +362,62 @@ def test_infinite_rates_are_refused():
             LAMB([torch.nn.Parameter(torch.ones(2))], **numbers)
     with pytest.raises(InputError, match=r"state_dtype must be None, .* got \[1\]"):
         Lion([torch.nn.Parameter(torch.ones(2))], lr=0.1, state_dtype=[1])
+
+
+def rateless_(w, g, *, rho):
+    w.sub_(g, alpha=rho)
+
+
+class Rateless(RuleOptimizer):
+    """A rule of a user's own, which has no rate."""
+
+    def __init__(self, params, rho=0.5):
+        super().__init__(params, {"rho": rho})
+
+    def forms(self, group):
+        return rateless_, None
+
+    def numbers(self, leaf, group):
+        return {"rho": group["rho"]}
+
+
+def test_a_rule_of_ones_own_needs_no_rate():
+    w = torch.nn.Parameter(torch.ones(2))
+    optimizer = Rateless([w])
+    w.grad = torch.ones(2)
+    optimizer.step()
+    assert torch.equal(w.detach(), torch.full((2,), 0.5))
+
+
+def test_a_load_that_fails_in_any_way_leaves_all_as_it_was_and_is_seen_by_no_hook(monkeypatch):
+    w = torch.nn.Parameter(torch.ones(2))
+    optimizer, heard = LAMB([w], lr=0.1), []
+    w.grad = torch.ones(2)
+    optimizer.step()
+    state = optimizer.state_dict()
+    state["param_groups"][0] |= {"lr": 5.0}
+    before = optimizer.state[w]["exp_avg"]
+    optimizer.register_load_state_dict_post_hook(lambda _: heard.append(1))
+    with monkeypatch.context() as patched, pytest.raises(MemoryError):
+        patched.setattr(LAMB, "new_state", lambda *_: (_ for _ in ()).throw(MemoryError()))
+        optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["lr"] == 0.1 and optimizer.state[w]["exp_avg"] is before and not heard
+    state["param_groups"][0]["state_dtype"] = "nonsense"
+    with pytest.raises(InputError, match="state_dtype must be None"):
+        optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["lr"] == 0.1 and not heard
+
+
+def test_a_step_for_whose_state_there_is_no_memory_counts_nothing_and_holds_nothing(monkeypatch):
+    first, second = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    optimizer = LAMB([{"params": [first]}, {"params": [second]}], lr=0.1)
+    first.grad = torch.ones(2)
+    optimizer.step()
+    second.grad, gone = torch.ones(2), weakref.ref(first.grad)
+    with monkeypatch.context() as patched, pytest.raises(MemoryError):
+        patched.setattr(LAMB, "new_state", lambda *_: (_ for _ in ()).throw(MemoryError()))
+        optimizer.step()
+    assert optimizer.state[first]["step"] == 1
+    first.grad = None
+    gc.collect()
+    assert gone() is None

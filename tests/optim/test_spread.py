@@ -4,9 +4,11 @@ from functools import partial
 
 import pytest
 import torch
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from batchlab.core import c_library
-from batchlab.optim import on_cpu, shell
+from batchlab.core.errors import InputError
+from batchlab.optim import LAMB, AdaGradNorm, MTAdamW, on_cpu, shell
 from batchlab.testing.optimizers import same
 from batchlab.testing.optimizers_spread import HOW, model_to_spread, spread, spread_equals_whole, take_steps
 from tests.optim.cases import CASES, LISTED
@@ -123,3 +125,19 @@ def test_a_save_on_four_ranks_goes_on_on_two(names, tmp_path):
     """Through torch.distributed.checkpoint, by the names of the parameters."""
     assert in_ranks(4, tmp_path, _save_all, names, tmp_path, "fsdp", timeout=300) == [0] * 4
     assert in_ranks(2, tmp_path, _go_on_all, names, tmp_path, "fsdp", timeout=300) == [0] * 2
+
+
+def _in_zero():
+    w = torch.nn.Parameter(torch.ones(4, 4))
+    made = partial(ZeroRedundancyOptimizer, [w], lr=0.1)
+    for whole, options in ((AdaGradNorm, {}), (LAMB, {"max_grad_norm": 1.0}), (MTAdamW, {"ratios": {"a": 1.0}})):
+        with pytest.raises(
+            InputError, match="is over all tensors together, and ZeroRedundancyOptimizer gives each rank"
+        ):
+            made(optimizer_class=whole, **options)
+    w.grad = torch.ones(4, 4)
+    made(optimizer_class=LAMB).step()
+
+
+def test_what_is_over_all_tensors_is_refused_in_a_zero_redundancy_optimizer(tmp_path):
+    assert in_ranks(2, tmp_path, _in_zero) == [0, 0]

@@ -188,3 +188,7 @@ def test_grids_take_whole_numbers_and_numpys():
 def test_a_range_without_a_size_of_the_grid_is_its_upper_end():
     """As where the data set is smaller than the critical batch size."""
     assert size_grid(40, 40) == [40] and size_grid(41, 47) == [47]
+
+
+def test_an_empty_range_has_no_size():
+    assert size_grid(10, 5) == []

@@ -47,7 +47,6 @@ def hostile_run(folder):
     plan = made.plan(
         name=HOSTILE,
         metric=HOSTILE,
-        goal=HOSTILE,
         optimizer=HOSTILE,
         noise_scale=told,
         notes=(HOSTILE,),

@@ -29,6 +29,7 @@ from batchlab.core.job import Target
 from batchlab.core.plan import FrontierRow, Plan, Reason
 from batchlab.core.run import STEPS_FILE, Run
 from batchlab.core.store import RunWriter
+from batchlab.optim import by_name
 from batchlab.spine.train import train
 from tests.spine.forked import in_child
 from tests.spine.jobs import squared_error, toy_job, toy_plan
@@ -479,3 +480,17 @@ def test_a_run_without_a_seed_is_resumed_by_its_own(tmp_path):
     train(toy_job(), toy_plan(steps=3), out=tmp_path / "r", seed=5, device="cpu")
     run = train(toy_job(), toy_plan(steps=6), out=tmp_path / "r", resume=True, device="cpu")
     assert run.meta["seed"] == 5 and [line["loss"] for line in run.steps()] == [line["loss"] for line in whole.steps()]
+
+
+def test_a_run_whose_groups_were_parted_in_another_way_is_resumed_in_those(tmp_path, monkeypatch):
+    def normed():
+        return nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 1)).double()
+
+    job = dataclasses.replace(toy_job(), model=normed)
+    whole = by_name.gains_of
+    monkeypatch.setattr(by_name, "gains_of", lambda model: whole(model) | {id(model[0].weight)})
+    train(job, toy_plan(steps=4), out=tmp_path / "r", device="cpu")
+    there = train(job, toy_plan(steps=8), out=tmp_path / "whole", device="cpu")
+    monkeypatch.undo()
+    run = train(job, toy_plan(steps=8), out=tmp_path / "r", resume=True, device="cpu")
+    assert [line["loss"] for line in run.steps()] == [line["loss"] for line in there.steps()]

@@ -135,9 +135,12 @@ def _answer_unforeseen(error: Exception) -> int:
     print("".join(told.format()), end="", file=sys.stderr)
     if not own:
         return FAILURE
-    last = told.stack[own[-1] - own[0]]
-    said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    return _fail(f"{said}, from {os.path.relpath(last.filename)}:{last.lineno}", FAILURE)
+    last, said = told.stack[own[-1] - own[0]], "".join(told.format_exception_only()).strip()
+    try:
+        file = os.path.relpath(last.filename)
+    except (OSError, ValueError):  # the working directory is gone, or on another drive
+        file = last.filename
+    return _fail(f"{said}, from {file}:{last.lineno}", FAILURE)
 
 
 def _is_users(file: str) -> bool:

@@ -243,7 +243,7 @@ def _check_sampler(controller: BatchController, sampler: StreamBatches, max_micr
                 f"the controller's multiple_of must be a multiple of accumulation {pieces} x ranks "
                 f"{sampler.world_size} = {unit}, so that micro-batches are equal, got {controller.multiple_of}"
             )
-    if controller.lowest < unit:
+    if -(-controller.minimum // controller.multiple_of) * controller.multiple_of < unit:
         raise InputError(f"the controller's minimum must be at least the {unit} ranks, got {controller.minimum}")
     if max_micro_batch is None:
         return

@@ -89,6 +89,9 @@ class AdaptiveBatchTrainer(Trainer):  # type: ignore[misc, unused-ignore]
             raise InputError(f"args must be TrainingArguments, got {type(args).__name__}")
         if not isinstance(controller, BatchController):
             raise InputError(f"controller must be a BatchController, got {type(controller).__name__}")
+        data = further[1] if len(further) > 1 else arguments.get("train_dataset")
+        if data is not None and not hasattr(data, "__len__"):
+            raise InputError(f"{type(self).__name__}: train_dataset must be a map-style dataset with a length")
         args = copy.copy(args)
         args.ignore_data_skip = True  # the sampler itself goes on where it was
         super().__init__(model, args, *further, **arguments)

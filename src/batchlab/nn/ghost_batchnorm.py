@@ -84,7 +84,9 @@ def ghost_batch_norm(
     again = partial(_by_calls, full=full, ghost_size=ghost_size, rest=rest, eps=eps, interleaved=interleaved, loop=loop)
     if loop is None and not interleaved and k > 1 and takes(input, weight, bias, running_mean, running_var):
         sizes = (ghost_size,) * full + (rest,) * (rest > 0)
-        since = 1 if tracked is None or momentum is not None else int(tracked) + 1
+        if tracked is not None:
+            tracked.add_(k)  # before what moves the statistics: activation checkpointing may end a pass right after it
+        since = 1 if tracked is None or momentum is not None else int(tracked) - k + 1
         momenta = (momentum,) * k if momentum is not None else tuple([1 / (since + i) for i in range(k)])
         in_c = fused and may_be_c(input, weight, bias, running_mean, running_var) and compiler()
         way = ghosts_in_c if in_c else ghosts_on_cpu
@@ -96,8 +98,8 @@ def ghost_batch_norm(
         for run, each in zip(runs, stats, strict=True):
             if run is not None and each is not None:
                 _advance(run, each, tracked, momentum)
-    if tracked is not None:
-        tracked.add_(k)
+        if tracked is not None:
+            tracked.add_(k)
     return output
 
 
@@ -126,7 +128,12 @@ def _by_calls(
     for i, part in enumerate(parts, full if at_once else 0):
         own = None if mean is None else mean[i], None if var is None else var[i]
         outputs.append(F.batch_norm(part, *own, weight, bias, True, 1.0, eps))  # momentum 1: the statistics themselves
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    if len(outputs) == 1:
+        return outputs[0]
+    if not torch.is_autocast_enabled(x.device.type):
+        return torch.cat(outputs)
+    with torch.autocast(x.device.type, enabled=False):  # which on CPUs joins nothing that is in float16
+        return torch.cat(outputs)
 
 
 def ghosts(batch: int, ghost_size: int, values: int, ragged: Ragged = "own") -> tuple[int, int]:
@@ -264,7 +271,8 @@ class GhostBatchNorm2d(_GhostBatchNorm, nn.BatchNorm2d):
 
     Not for batches in the order of their classes (a ghost sees one), nor where BatchNorm's statistics are too noisy
     already: that is `nn.SyncBatchNorm`'s case, which joins what this divides, and
-    `nn.SyncBatchNorm.convert_sync_batchnorm` would make plain synchronised layers of these.
+    `nn.SyncBatchNorm.convert_sync_batchnorm` would make plain synchronised layers of these. `torch.jit.script` takes a
+    model after `convert_plain_batchnorm`, which evaluates alike.
 
     >>> layer = GhostBatchNorm2d(3, ghost_size=4)
     >>> y = layer(torch.randn(10, 3, 5, 5))

@@ -13,7 +13,7 @@ The last term is the spread of the running means, which their average over updat
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +70,13 @@ class _SplitBatchNorm(OfParts):
         if self.track_running_stats and hasattr(self, "split_mean"):
             self.split_mean.zero_()
             self.split_var.fill_(1)
+
+    def train(self, mode: bool = True) -> Self:
+        """As of all modules; what activation checkpointing left out of the merged statistics joins them."""
+        super().train(mode)
+        if not mode and hasattr(self, "split_mean"):
+            self._merge()
+        return self
 
     def forward(self, input: Tensor) -> Tensor:
         """Of the input's shape: by the parts' statistics in training, as `nn.BatchNorm` in evaluation."""

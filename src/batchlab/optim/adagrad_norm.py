@@ -17,7 +17,7 @@ from torch import Tensor
 
 from batchlab.core.checks import check_positive, check_rate
 from batchlab.core.errors import InputError
-from batchlab.optim.leaf import Leaf
+from batchlab.optim.leaf import Leaf, check_not_in_zero
 from batchlab.optim.rule import Form, Numbers, Sum
 from batchlab.optim.shell import RuleOptimizer
 from batchlab.parallel.sums import sums_over
@@ -78,6 +78,7 @@ class AdaGradNorm(RuleOptimizer):
         differentiable: bool = False,
     ) -> None:
         check_positive(b0=b0)
+        check_not_in_zero("AdaGradNorm's b")
         defaults = {"lr": lr, "b0": b0, "weight_decay": weight_decay, "sum_sq": None}
         options: dict[str, Any] = {"foreach": foreach, "fused": fused, "maximize": maximize}
         super().__init__(params, defaults, **options, differentiable=differentiable)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
+from itertools import chain
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -145,6 +146,21 @@ def create(name: str, model: nn.Module, **hyperparameters: Any) -> torch.optim.O
         raise
     except (ValueError, TypeError) as error:
         raise InputError(f"{name} refuses its hyperparameters: {error}") from None
+
+
+def group_as_saved(optimizer: torch.optim.Optimizer, saved: Sequence[Mapping[str, Any]]) -> None:
+    """Puts an optimizer's parameters into the groups that a state of it has, where these are the same ones by name.
+
+    So that a run goes on as it began, though `groups` may part them in another way by now.
+    """
+    own = optimizer.param_groups
+    names, wanted = ([list(group.get("param_names", ())) for group in each] for each in (own, saved))
+    if names == wanted or sorted(chain(*names)) != sorted(chain(*wanted)):
+        return
+    held = {name: (p, group) for group in own for name, p in zip(group["param_names"], group["params"], strict=True)}
+    own[:] = [
+        {**held[each[0]][1], "params": [held[name][0] for name in each], "param_names": each} for each in wanted if each
+    ]
 
 
 def first_step(name: str) -> None:

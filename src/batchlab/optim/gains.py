@@ -35,7 +35,7 @@ def gains_of(model: nn.Module) -> set[int]:
     found: set[int] = set()
     for module in model.modules():
         if isinstance(module, NORMS):
-            found |= {id(p) for p in module.parameters(recurse=False)}
+            found |= {id(p) for p in module.parameters()}  # with those of its parametrizations
         found |= {id(p) for name, p in module.named_parameters(recurse=False) if name in BIASES}
         if isinstance(module, nn.utils.parametrize.ParametrizationList) and isinstance(module[0], _WeightNorm):
             found.add(id(module.original0))

@@ -22,7 +22,7 @@ from batchlab.core.checks import check_positive, check_rate, check_share, holds
 from batchlab.core.errors import InputError
 from batchlab.optim import on_cpu, on_gpu
 from batchlab.optim.lars import adapted
-from batchlab.optim.leaf import Leaf, plain, total_norm
+from batchlab.optim.leaf import Leaf, check_not_in_zero, plain, total_norm
 from batchlab.optim.moments import adam_numbers, check_betas
 from batchlab.optim.rule import Form, Numbers, Rule, squares, squares_of_lists
 from batchlab.optim.shell import RuleOptimizer
@@ -171,6 +171,7 @@ class LAMB(RuleOptimizer):
         defaults |= {"bias_correction": bias_correction, "max_ratio": max_ratio, "exclude_vectors": exclude_vectors}
         if max_grad_norm is not None:
             check_positive(max_grad_norm=max_grad_norm)
+            check_not_in_zero("max_grad_norm")
         self.max_grad_norm = max_grad_norm
         options: dict[str, Any] = {"foreach": foreach, "fused": fused, "maximize": maximize}
         super().__init__(params, defaults, **options, differentiable=differentiable, state_dtype=state_dtype)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import count
 from operator import attrgetter, is_
+from types import FrameType
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from batchlab.core.errors import InputError
 from batchlab.optim.rule import Sum
 from batchlab.optim.state_dtype import in_dtype
 from batchlab.parallel.shards import is_spread, share
@@ -170,13 +173,42 @@ def asks_for_state(optimizer: torch.optim.Optimizer) -> bool:
     there is none yet, all rates are 0, and the gradients are there and all 0, over all ranks.
     """
     groups = optimizer.param_groups
-    if any(optimizer.state.values()) or any(float(group["lr"]) != 0 for group in groups):
+    if any(optimizer.state.values()) or any(float(group.get("lr", 1)) != 0 for group in groups):
         return False
     gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
     if not gradients or any(each.is_sparse for each in gradients):
         return False
     counts = [Sum(share(each).part.count_nonzero()) for each in gradients]
     return not any(sums_over(counts, [layout_of(each) for each in gradients]))
+
+
+def checkpoint_calls() -> bool:
+    """Whether torch.distributed.checkpoint is what calls, by whatever way: to have the state of an optimizer made.
+
+    For optimizers whose replicas have gradients of their own, of which one may be 0: `asks_for_state` would part them.
+    """
+    return _called_from("torch.distributed.checkpoint.state_dict")
+
+
+def check_not_in_zero(what: str) -> None:
+    """Refuses to be made by torch's `ZeroRedundancyOptimizer`, which gives each rank's optimizer a part of the tensors.
+
+    what: looks at all tensors together.
+    """
+    if _called_from("torch.distributed.optim.zero_redundancy_optimizer"):
+        raise InputError(
+            f"{what} is over all tensors together, and ZeroRedundancyOptimizer gives each rank some of them: shard "
+            "with torch.distributed.fsdp.fully_shard (FSDP2)"
+        )
+
+
+def _called_from(module: str) -> bool:
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__") == module:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def names_of(group: Mapping[str, Any], first: int = 0) -> list[str]:

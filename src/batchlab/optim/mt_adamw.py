@@ -22,7 +22,7 @@ from torch import Tensor
 
 from batchlab.core.checks import check_positive, check_rate
 from batchlab.core.errors import InputError
-from batchlab.optim.leaf import Leaf, asks_for_state, total_norm
+from batchlab.optim.leaf import Leaf, asks_for_state, check_not_in_zero, total_norm
 from batchlab.optim.moments import bias_corrections, check_betas
 from batchlab.optim.rule import Form, Numbers
 from batchlab.optim.shell import RuleOptimizer
@@ -149,6 +149,7 @@ class MTAdamW(RuleOptimizer):
         differentiable: bool = False,
         state_dtype: StateDtype = None,
     ) -> None:
+        check_not_in_zero("MTAdamW's norm of a gradient")
         self.ratios = _ratios(ratios)
         self.weights = _weights(weights, self.ratios)
         if inactive not in ("decay", "hold"):

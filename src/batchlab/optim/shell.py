@@ -78,8 +78,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         group = self.param_groups[-1]
         try:
             own = type(self).__name__
-            if isinstance(group["lr"], Tensor) and group["lr"].ndim:
-                shape = tuple(group["lr"].shape)
+            if isinstance(lr := group.get("lr"), Tensor) and lr.ndim:
+                shape = tuple(lr.shape)
                 raise InputError(f"lr must be a number or a tensor without dimensions, got one of shape {shape}")
             group["state_dtype"] = checked_state_dtype(group["state_dtype"], own, allowed=self.LOW_BITS)
             self.check_group(group)
@@ -87,7 +87,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             for name, parameter in zip(names_of(group, first), group["params"], strict=True):
                 self.check_parameter(name, parameter, group)
             self._prepare(group)
-        except InputError:
+        except BaseException:
             self.param_groups.pop()
             raise
 
@@ -172,8 +172,10 @@ class RuleOptimizer(torch.optim.Optimizer):
         self._noted = []
         given = [self._given(group, first) for group, first in self._numbered()]  # refused before any step is counted
         self._steady = {each.first: self._steady[each.first] for each in given if each.first in self._steady}
-        leaves = [(each.group, self._leaves(each)) for each in given]
+        states = [[self.state_of(parameter, each.group) for parameter in each.parameters] for each in given]
+        leaves: list[tuple[dict[str, Any], list[Leaf]]] = []
         try:
+            leaves += [(each.group, self._leaves(each, held)) for each, held in zip(given, states, strict=True)]
             with _no_autocast({device.type for _, _, device, _ in self._kinds}):
                 if self.before(leaves) is False or asked:
                     self.uncount(leaves)
@@ -256,9 +258,8 @@ class RuleOptimizer(torch.optim.Optimizer):
             )
         return _Given(group, first, places, parameters, gradients)
 
-    def _leaves(self, given: _Given) -> list[Leaf]:
+    def _leaves(self, given: _Given, states: Sequence[dict[str, Any]]) -> list[Leaf]:
         group, first, places, parameters, gradients = given
-        states = [self.state_of(parameter, group) for parameter in parameters]
         if states:
             torch._foreach_add_([state["step"] for state in states], _ONE, alpha=1.0)
         steady = self._steady.get(first)
@@ -317,18 +318,24 @@ class RuleOptimizer(torch.optim.Optimizer):
         before = {name: self.__dict__[name] for name in ("state", "param_groups")}
         seen: list[dict[str, Any]] = []
         last = self.register_load_state_dict_pre_hook(lambda _, given: seen.append(given))
+        first = self.register_load_state_dict_post_hook(lambda _: self._settle(seen[0]), prepend=True)
         try:
             super().load_state_dict(state_dict)
-        finally:
-            last.remove()
-        try:
-            self._take_dtypes(seen[0])
-            for group, first in self._numbered():
-                self._prepare(group)
-                self._check_state(group, first)
-        except InputError:
+        except BaseException:
             self.__dict__.update(before)
             raise
+        finally:
+            last.remove()
+            first.remove()
+
+    def _settle(self, loaded: Mapping[str, Any]) -> None:
+        """What is done with a state that was loaded before anyone else sees it."""
+        self._take_dtypes(loaded)
+        for group, first in self._numbered():
+            own = type(self).__name__
+            group["state_dtype"] = checked_state_dtype(group["state_dtype"], own, allowed=self.LOW_BITS)
+            self._prepare(group)
+            self._check_state(group, first)
 
     def _check_state(self, group: dict[str, Any], first: int) -> None:
         for name, parameter in zip(names_of(group, first), group["params"], strict=True):

@@ -44,7 +44,7 @@ def size_grid(lowest: int, highest: int) -> list[int]:
     check_count(lowest=lowest, highest=highest)
     lowest, highest = int(lowest), int(highest)
     both = {size for k in range(highest.bit_length() + 1) for size in (2**k, 3 * 2**k)}
-    return sorted(size for size in both if lowest <= size <= highest) or [highest]
+    return sorted(size for size in both if lowest <= size <= highest) or [highest] * (lowest <= highest)
 
 
 def device_grid(devices: int) -> list[int]:

@@ -96,7 +96,9 @@ def _not_predicted(plan: Plan) -> str:
 
 def _steps(value: float) -> str:
     """Few of them with a decimal, so that a ratio to what is shown is the one that is told."""
-    return figure(round(value, 1) if value < FEW else round(value) if math.isfinite(value) else value)
+    if value < FEW:
+        return figure(float(f"{value:.3g}"))
+    return figure(round(value) if math.isfinite(value) else value)
 
 
 def verdict(plan: Plan, summary: Mapping[str, Any]) -> Verdict:

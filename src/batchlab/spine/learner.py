@@ -27,7 +27,7 @@ from batchlab.data.stream import SampleStream
 from batchlab.measure.course.learning_rate import set_momentum
 from batchlab.measure.noise.gradient_noise import GradientNoise
 from batchlab.optim.average import WeightAverage
-from batchlab.optim.by_name import create
+from batchlab.optim.by_name import create, group_as_saved
 from batchlab.optim.watch import watched_step
 from batchlab.rules.learning_rate import rescale
 from batchlab.schedule.batches.controller import StepFacts
@@ -243,6 +243,7 @@ class Learner:
         self.skipped_in_a_row = state["skipped_in_a_row"]
         self.batch_size = self.plan.batch_size if self.controller is None else state["batch_size"]
         self.model.load_state_dict(state["model"])
+        group_as_saved(self.optimizer, state["optimizer"]["param_groups"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average is not None and state["average"] is not None:
             self.average.load_state_dict(state["average"])

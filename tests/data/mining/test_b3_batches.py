@@ -235,3 +235,7 @@ def test_other_things_than_labels_places_and_indexes_are_refused():
             purity([group], [1, 1])
     with pytest.raises(InputError, match="indexes must be a B3Index or several, got None"):
         B3Batches(None, 14)
+
+
+def test_purity_of_groups_that_come_once():
+    assert purity(([0, 1] for _ in range(2)), [0, 0]) == 1.0

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -136,3 +137,16 @@ def test_each_run_begins_alike_and_shared_updates_are_made_once():
 def test_bad_input_is_refused(changes, message):
     with pytest.raises(InputError, match=message):
         weight_decay_grid(toy_job(), **{"learning_rate": 0.01, "steps": 10, "device": "cpu"} | changes)
+
+
+@pytest.mark.parametrize("values", [np.array([1e-3, 1e-4]), torch.tensor([1e-3, 1e-4])])
+def test_values_may_be_arrays(values):
+    assert choose_decay(lambda decay: decay, values, refine=0).weight_decay == pytest.approx(1e-4)
+
+
+def test_an_optimizer_without_a_momentum_is_told_what_to_give():
+    job = toy_job(optimizer="adagrad_norm")
+    with pytest.raises(InputError, match='cycles a momentum, which adagrad_norm has not: give schedule_settings={"mom'):
+        weight_decay_grid(job, learning_rate=0.01, steps=4, device="cpu")
+    settings = {"learning_rate": 0.01, "steps": 4, "values": (0.1,), "device": "cpu"}
+    assert weight_decay_grid(job, **settings, schedule_settings={"momentum": None}).weight_decay == 0.1

@@ -161,3 +161,14 @@ def test_hooks_and_profile_names_are_those_of_any_optimizer():
     train(model, optimizer, 3)
     assert calls == [1, 2, 3] and isinstance(optimizer, torch.optim.Optimizer)
     assert repr(optimizer).startswith("DiLoCo (\nParameter Group 0") and optimizer.bytes_sent == 0
+
+
+def test_a_step_at_rate_0_without_a_gradient_is_a_step():
+    """One replica may have a gradient of 0 where the others have none: all must count alike."""
+    model = nn.Linear(2, 1)
+    optimizer = DiLoCo(torch.optim.SGD(model.parameters(), lr=0.0), inner_steps=2, outer_lr=0.5)
+    for _ in range(3):
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+    assert (optimizer.position, optimizer.rounds, optimizer.steps) == (1, 1, 3)

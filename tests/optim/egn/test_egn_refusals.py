@@ -137,3 +137,9 @@ def test_a_closure_that_returns_no_pair_is_refused():
         EGN(nn.Linear(2, 1)).step(lambda: None)
     with pytest.raises(InputError, match="step takes inputs and targets"):
         EGN(nn.Linear(2, 1)).step()
+
+
+def test_a_batch_and_a_closure_are_one_too_many():
+    x, y = torch.ones(2, 2), torch.ones(2, 1)
+    with pytest.raises(InputError, match="got both"):
+        EGN(nn.Linear(2, 1)).step(x, y, closure=lambda: (x, y))

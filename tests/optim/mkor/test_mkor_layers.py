@@ -225,3 +225,12 @@ def test_the_projection_that_attention_never_calls_is_told_of():
     assert [row.name for row in optimizer.report()] == ["l"]
     with pytest.raises(InputError, match="model must be a torch.nn.Module, got NoneType"):
         MKOR(None, torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def test_a_step_at_rate_0_without_a_gradient_is_a_step():
+    model = nn.Linear(2, 1)
+    optimizer = MKOR(model, torch.optim.SGD(model.parameters(), lr=0.0))
+    for _ in range(3):
+        (model(torch.ones(4, 2)).sum() * 0).backward()
+        optimizer.step()
+    assert optimizer.steps == 3

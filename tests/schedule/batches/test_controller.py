@@ -6,6 +6,7 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -234,3 +235,8 @@ def test_a_wish_of_numpys_leaves_a_state_of_json():
     assert json.loads(json.dumps(control.state_dict()))["capped"] is True
     with pytest.raises(InputError, match=r"the state must be what state_dict gave, got \[\]"):
         control.load_state_dict([])
+
+
+def test_losses_of_other_libraries_are_numbers_without_a_warning():
+    for loss in (torch.tensor(2.0, requires_grad=True), np.ones(1) * 2, torch.full((1,), 2.0)):
+        assert StepFacts(8, 8, loss=loss).loss == 2.0

@@ -45,6 +45,7 @@ def purity(groups: Groups, labels: Sequence[int] | NDArray[np.int64] | Tensor) -
     0.75
     """
     of = labels.numpy(force=True) if isinstance(labels, Tensor) else np.asarray(labels)
+    groups = list(groups)
     for group in groups:
         if not all(is_count(each, 0) and each < len(of) for each in np.asarray(group).reshape(-1)):
             raise InputError(f"groups must hold places among the {len(of)} labels, from 0, got {group!r:.80}")

@@ -57,9 +57,10 @@ def choose_decay(run: Callable[[float], float], values: Sequence[float] = GRID, 
     (['0.0e+00', '1.0e-05', '1.0e-04', '3.2e-04', '5.6e-04', '1.0e-03'], '5.6e-04')
     """
     check_count(0, refine=refine)
-    if not values or not all(holds(lambda value: 0 <= value < math.inf, value) for value in values):
-        raise InputError(f"values must be weight decays, finite and >= 0, got {values!r:.80}")
-    losses = {float(value): run(float(value)) for value in values}
+    grid = list(values)
+    if not grid or not all(holds(lambda value: 0 <= value < math.inf, value) for value in grid):
+        raise InputError(f"values must be weight decays, finite and >= 0, got {grid!r:.80}")
+    losses = {decay: run(decay) for decay in map(float, grid)}
     for _ in range(refine):
         between = _between(losses)
         if between is None:
@@ -133,6 +134,12 @@ def weight_decay_grid(
     with preserved_generators():
         step = TrainingStep(job, device=where, seed=seed)
         step.reset_optimizer(weight_decay=1.0)
+        cycled = momentum_at(0, **course) is not None
+        if cycled and not all({"betas", "momentum"} & group.keys() for group in step.optimizer.param_groups):
+            raise InputError(
+                f"the schedule {schedule!r} cycles a momentum, which {job.optimizer} has not: give schedule_settings="
+                '{"momentum": None}, or schedule="constant"'
+            )
         decayed = [group for group in step.optimizer.param_groups if group["weight_decay"]]
         stream = SampleStream(len(job.train), derive_seed(seed, "stream"))
 
@@ -155,6 +162,6 @@ def weight_decay_grid(
                 trained = train(decay, shared, steps)
                 return loss_on(job, step.model, fixed, batch_size, where) if trained else math.inf
 
-        if shared and not train(sorted(values)[len(values) // 2], 0, shared):
+        if shared and not train(sorted(map(float, values))[len(values) // 2], 0, shared):
             raise InputError(f"the loss is not finite within the {shared} shared updates: lower learning_rate")
         return choose_decay(run, values, refine=refine)

@@ -24,7 +24,7 @@ from batchlab.core.errors import BatchlabError, InputError, NonFiniteError
 from batchlab.optim.by_name import in_groups
 from batchlab.optim.diloco.outer import CommonWeights, check_real, check_state, named_parameters, part_of, wide
 from batchlab.optim.diloco.replicas import Replicas, clip_, floating, in_buckets, over_shards
-from batchlab.optim.leaf import asks_for_state
+from batchlab.optim.leaf import checkpoint_calls
 from batchlab.optim.state_hooks import loads, saves
 from batchlab.parallel.agree import device_of
 
@@ -188,7 +188,7 @@ class DiLoCo(torch.optim.Optimizer):
 
         Where torch.distributed.checkpoint asks for a state that is not there yet, it is made and no step counted.
         """
-        if closure is None and asks_for_state(self.inner):
+        if closure is None and checkpoint_calls():
             return self.inner.step()
         self._adopt()
         if closure is None:

@@ -165,6 +165,8 @@ class EGN(torch.optim.Optimizer):
         returns the two, by place or by name. Where torch.distributed.checkpoint asks for a state that is not there
         yet, it is made, no step is taken and None returned.
         """
+        if closure is not None and inputs is not None:
+            raise InputError("step takes inputs and targets or a closure that returns them, got both")
         closure = inputs if targets is None and callable(inputs) else closure
         if inputs is None and closure is None and asks_for_state(self):
             self._make_state()

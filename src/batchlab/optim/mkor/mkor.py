@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from batchlab.core.checks import check_count, check_inside, check_positive, check_share, holds, is_count
 from batchlab.core.errors import InputError
 from batchlab.optim.by_name import in_groups
-from batchlab.optim.leaf import asks_for_state
+from batchlab.optim.leaf import checkpoint_calls
 from batchlab.optim.mkor.factors import Knee, Variant, input_sums, output_sum, wide_dtype
 from batchlab.optim.mkor.layers import Layer, all_finite, layers_of, mean_over_ranks, over_ranks
 from batchlab.optim.state_hooks import loads, saves
@@ -194,7 +194,7 @@ class MKOR(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        elif asks_for_state(self.base):
+        elif checkpoint_calls():
             return self.base.step()
         self._link()
         if self.second_order:

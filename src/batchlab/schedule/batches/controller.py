@@ -54,9 +54,7 @@ class StepFacts:
         for name in ("loss", "seconds"):
             value = getattr(self, name)
             if value is not None:
-                if isinstance(value, str) or not holds(lambda each: float(each) is not None, value):
-                    raise InputError(f"{name} must be a number or None, got {value!r:.80}")
-                object.__setattr__(self, name, float(value))
+                object.__setattr__(self, name, _number(name, value))
         if self.noise_scale is not None and not isinstance(self.noise_scale, Estimate):
             raise InputError(f"noise_scale must be an Estimate or None, got {self.noise_scale!r}")
         if self.batch_test is not None and not isinstance(self.batch_test, (Moments, CoordinateMoments)):
@@ -78,6 +76,15 @@ class StepFacts:
         if process_group is None and not dist.is_initialized():
             return self
         return replace(self, seconds=slowest if slowest >= 0 else None, skipped=bool(skipped))
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        if isinstance(value, str):
+            raise TypeError
+        return float(value.item() if hasattr(value, "item") else value)  # of an array or a tensor, without a warning
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(f"{name} must be a number or None, got {value!r:.80}") from None
 
 
 class BatchController(ABC):
@@ -188,10 +195,10 @@ class BatchController(ABC):
             size = math.floor(min(wanted, max(self.batch_size * self.growth, self.batch_size + unit)) / unit + _NEARLY)
             return max(size * unit, self.batch_size)
         least = math.ceil(min(self.batch_size / self.growth, self.batch_size - unit) / unit - _NEARLY)
-        return max(max(math.floor(wanted / unit + _NEARLY), least) * unit, self.lowest)
+        return max(max(math.floor(wanted / unit + _NEARLY), least) * unit, self._lowest)
 
     @property
-    def lowest(self) -> int:
+    def _lowest(self) -> int:
         """The least allowed size: the minimum, rounded up to a multiple."""
         return -(-self.minimum // self.multiple_of) * self.multiple_of
 
@@ -246,7 +253,7 @@ class BatchController(ABC):
         self.capped = bool(state.get("capped", False)) and self.batch_size + self.multiple_of > self.maximum
 
     def _allowed(self, size: int) -> int:
-        allowed = max(min(size, self.maximum) // self.multiple_of * self.multiple_of, self.lowest)
+        allowed = max(min(size, self.maximum) // self.multiple_of * self.multiple_of, self._lowest)
         if allowed != size:
             warnings.warn(
                 f"the state's batch_size {size} is not in {self.minimum}..{self.maximum} in multiples of "

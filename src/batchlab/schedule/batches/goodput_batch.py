@@ -104,7 +104,7 @@ class GoodputBatch(BatchController):
             return None
         low, high, noise = timed[0], timed[-1], facts.noise_scale.value
         if high / low < self.explore:
-            up, down = high * self.deadband <= self.maximum, low / self.deadband >= self.lowest
+            up, down = high * self.deadband <= self.maximum, low / self.deadband >= self._lowest
             if up and (noise >= self.batch_size or not down):
                 return min(high * self.explore, self.maximum)
             if down:
@@ -114,7 +114,7 @@ class GoodputBatch(BatchController):
         fixed, per_example = self.line()
         if per_example <= 0:
             return ANY_SIZE
-        return self.lowest if fixed <= 0 else best_batch(noise, fixed=fixed, per_example=per_example)
+        return self._lowest if fixed <= 0 else best_batch(noise, fixed=fixed, per_example=per_example)
 
     def times(self) -> dict[int, float]:
         """The median seconds of an update at each size that was timed often enough."""

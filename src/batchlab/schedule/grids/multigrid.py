@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-from batchlab.core.checks import check_count, check_not_negative, check_positive
+from batchlab.core.checks import check_count, check_not_negative, check_positive, holds
 from batchlab.core.errors import InputError
 from batchlab.schedule.grids.multigrid_cycles import (
     LONG_CYCLES,
@@ -78,7 +78,7 @@ class Multigrid:
 
     def __post_init__(self) -> None:
         for name in ("sizes", "steps"):
-            if not isinstance(given := getattr(self, name), Sequence):
+            if not _are_several(given := getattr(self, name)):
                 raise InputError(f"{name} must be several integers, one after the other, got {given!r:.80}")
         for size in self.sizes:
             check_count(sizes=size)
@@ -218,6 +218,10 @@ class MultigridLR(Counted):
         return base_lr * self.multigrid.rate(epoch + place / (self.batches.epoch_length(epoch) or 1))
 
 
+def _are_several(given: Any) -> bool:
+    return not isinstance(given, str) and holds(lambda each: len(each) >= 0, given)
+
+
 def _cycle(
     name: str,
     given: Sequence[Factors] | None,
@@ -227,6 +231,6 @@ def _cycle(
     if given is None and len(sizes) not in published:
         raise InputError(f"{name} must be given for shapes of {len(sizes)} axes: it is known for {sorted(published)}")
     for factors in () if given is None else given:
-        if not isinstance(factors, Sequence):
+        if not _are_several(factors):
             raise InputError(f"{name} must hold a factor for each axis of each of its shapes, got {factors!r:.80}")
     return tuple(tuple(factors) for factors in (published[len(sizes)] if given is None else given))

@@ -77,10 +77,11 @@ class Counted(Counting, LRScheduler, ABC):
     State: units seen, batch, updates, base rates and the rates in force, all plain numbers; settings are no part of
     it, so that a run may be resumed with others. Set `batch` after loading to go on with another one. Loading
     gives the groups the rates they were saved with, in whichever order optimizer and schedule are made and loaded; a
-    rate that something else wrote since is left alone until the next `step`. In `SequentialLR` and `ChainedScheduler`
-    every step counts `batch` units, and milestones are in updates.
+    rate that something else wrote since is left alone until the next `step`. In `SequentialLR` every step counts
+    `batch` units, and milestones are in updates.
 
-    Not for schedules that react to the loss: `torch.optim.lr_scheduler.ReduceLROnPlateau`.
+    Each step writes the whole rate: what another schedule made of it is undone, in `ChainedScheduler` and beside
+    `ReduceLROnPlateau` too. To have a factor on top, change `base_lrs`.
 
     >>> class Halving(Counted):
     ...     def rate(self, seen, base_lr):
