@@ -131,9 +131,7 @@ def _in_zero():
     w = torch.nn.Parameter(torch.ones(4, 4))
     made = partial(ZeroRedundancyOptimizer, [w], lr=0.1)
     for whole, options in ((AdaGradNorm, {}), (LAMB, {"max_grad_norm": 1.0}), (MTAdamW, {"ratios": {"a": 1.0}})):
-        with pytest.raises(
-            InputError, match="together, and ZeroRedundancyOptimizer gives each"
-        ):
+        with pytest.raises(InputError, match="together, and ZeroRedundancyOptimizer gives each"):
             made(optimizer_class=whole, **options)
     w.grad = torch.ones(4, 4)
     made(optimizer_class=LAMB).step()
