@@ -216,7 +216,7 @@ def _falling(momentum: tuple[float, float], steps: int) -> list[float]:
 def set_momentum(optimizer: torch.optim.Optimizer, momentum: float) -> None:
     """Sets the momentum of every parameter group: "momentum", or β₁ of "betas".
 
-    >>> optimizer = torch.optim.Adam([nn.Parameter(torch.zeros(1))])
+    >>> optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))])
     >>> set_momentum(optimizer, 0.85)
     >>> optimizer.param_groups[0]["betas"]
     (0.85, 0.999)
