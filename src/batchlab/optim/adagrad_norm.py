@@ -52,7 +52,8 @@ class AdaGradNorm(RuleOptimizer):
     by one that depends on the tensor before it, and its weight decay adds the gradient in place of the weights.
 
     State: one number, "sum_sq" = b² in float64, in `param_groups`, and a count a parameter. Under FSDP2 and tensor
-    parallelism the norm is of whole tensors: one all-reduce of one number a tensor.
+    parallelism the norm is of whole tensors: one all-reduce of one number a tensor. Refused within torch's
+    `ZeroRedundancyOptimizer`, which gives each rank some of the tensors; so is `LAMB(max_grad_norm=...)`.
 
     Raises `InputError` for hyperparameters out of range, and by name for sparse or complex tensors and for gradients
     that are not finite, which is looked at in every step and waits for the device.
