@@ -1,14 +1,17 @@
-"""Running a function in a forked child, which may be killed: torch is imported already, so that it is quick."""
+"""Running a function in a child, which may be killed; forked, torch is imported already, so that it is quick."""
 
 import multiprocessing
 
 import torch
 
 
-def in_child(function, *arguments, timeout=60):
-    """Runs `function(*arguments)` in a child; returns its exit code, negative for the signal that killed it."""
+def in_child(function, *arguments, timeout=60, method="fork"):
+    """Runs `function(*arguments)` in a child; returns its exit code, negative for the signal that killed it.
+
+    method: "spawn" for what is told by the memory of a process: a fork has what its parent freed and did not return.
+    """
     torch.set_num_threads(1)
-    child = multiprocessing.get_context("fork").Process(target=function, args=arguments)
+    child = multiprocessing.get_context(method).Process(target=function, args=arguments)
     child.start()
     child.join(timeout)
     assert child.exitcode is not None, "the child hangs"

@@ -1,7 +1,6 @@
 """A job in the finder: failures in each phase leave nothing behind, and neither model, generators nor data change."""
 
 import gc
-import multiprocessing
 import os
 import random
 import weakref
@@ -17,6 +16,7 @@ from batchlab.core.job import Job
 from batchlab.measure.memory.micro_batch import find_micro_batch
 from tests.measure.memory.limited import _quick as _quick
 from tests.measure.memory.limited import toy_job
+from tests.spine.forked import in_child
 from tests.spine.jobs import toy_data
 
 PHASES = ("data", "forward", "backward", "step", "evaluation")
@@ -117,10 +117,7 @@ def leaves_nothing_behind():
 
 
 def test_a_hundred_failures_in_each_phase_leave_nothing_behind():
-    child = multiprocessing.get_context("spawn").Process(target=leaves_nothing_behind)
-    child.start()
-    child.join(300)
-    assert child.exitcode == 0
+    assert in_child(leaves_nothing_behind, method="spawn", timeout=300) == 0
 
 
 def test_an_evaluation_that_runs_out_is_told_from_a_training_step():
