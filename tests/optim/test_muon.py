@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from batchlab.core.errors import InputError
+from batchlab.optim import muon
 from batchlab.optim.muon import DMuon, Muon, muon_groups, step_scale
 from batchlab.optim.newton_schulz import JORDAN
 from batchlab.testing.optimizers import compiled_equals_the_loop, gradients_for, same, small_model, trained
@@ -81,6 +82,34 @@ def test_it_takes_the_steps_of_torchs_muon(scale, name, nesterov):
     found = stepped(Muon(ours, lr=0.01, scale=scale, nesterov=nesterov), ours)
     expected = stepped(torch.optim.Muon(theirs, lr=0.01, adjust_lr_fn=name, nesterov=nesterov), theirs)
     for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+def like_matrices(count):
+    return [nn.Parameter(each) for each in torch.randn(count, 24, 48, generator=torch.Generator().manual_seed(0))]
+
+
+@pytest.mark.parametrize(
+    ("threads", "foreach", "expected"),
+    [(1, None, [1] * 5), (2, None, [2, 2, 1]), (3, None, [3, 2]), (3, False, [1] * 5), (1, True, [2, 2, 1])],
+)
+def test_threads_share_the_matrices_of_one_shape(threads, foreach, expected, monkeypatch):
+    """On a CPU; the same steps, but for rounding, as one matrix at a time takes."""
+    sizes, updates = [], muon.updates
+
+    def noting(us, **options):
+        sizes.append(len(us))
+        return updates(us, **options)
+
+    monkeypatch.setattr(muon, "updates", noting)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    ends = []
+    for each in (foreach, False):
+        sizes.clear()
+        ps = like_matrices(5)
+        ends.append(stepped(Muon(ps, lr=0.01, ns_dtype=torch.float64, foreach=each), ps, steps=1))
+        assert sizes == (expected if each is foreach else [1] * 5)
+    for a, b in zip(*ends, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 

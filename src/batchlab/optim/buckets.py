@@ -23,6 +23,9 @@ class Takes(Protocol):
     def listed(self, leaf: Leaf, group: dict[str, Any]) -> bool:
         """Whether a leaf goes with others."""
 
+    def at_once(self, leaf: Leaf, group: dict[str, Any]) -> int | None:
+        """How many leaves alike to this one go together at most."""
+
 
 class Bucket(NamedTuple):
     """One leaf and its tensors, or for the form for lists many and a list of each of their tensors."""
@@ -37,7 +40,7 @@ def buckets(optimizer: Takes, group: dict[str, Any], leaves: list[Leaf]) -> list
     """Those for lists hold what is alike in device, dtype, layout and numbers."""
     alike: dict[Any, tuple[Numbers, list[Any] | None]] = {}
     lists: dict[Any, list[Any]] = {}
-    singles: list[Bucket] = []
+    found: list[Bucket] = []
     for leaf in leaves:
         known = alike.get((leaf.kind, leaf.t))
         if known is None:
@@ -47,10 +50,14 @@ def buckets(optimizer: Takes, group: dict[str, Any], leaves: list[Leaf]) -> list
                 members = lists.setdefault((*kind, *numbers.items()), [numbers])
             known = alike[leaf.kind, leaf.t] = numbers, members
         if known[1] is None:
-            singles.append(Bucket([leaf], optimizer.tensors(leaf, group), known[0], listed=False))
+            found.append(Bucket([leaf], optimizer.tensors(leaf, group), known[0], listed=False))
         else:
             known[1].append(leaf)
-    return singles + [_listed(optimizer, group, members[1:], members[0]) for members in lists.values()]
+    for numbers, *members in lists.values():
+        most = optimizer.at_once(members[0], group) or len(members)
+        few = [members[start : start + most] for start in range(0, len(members), most)]
+        found += [_listed(optimizer, group, each, numbers) for each in few]
+    return found
 
 
 def _listed(optimizer: Takes, group: dict[str, Any], leaves: list[Leaf], numbers: Numbers) -> Bucket:

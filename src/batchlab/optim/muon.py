@@ -134,7 +134,8 @@ class Muon(RuleOptimizer):
     tensors must be matrices. "matrices": those that are none take AdamW. False: all do, with adamw_betas (the paper's)
     and adamw_eps. rows_below: matrices of that many rows or more take AdamW too. check_finite: refuse gradients that
     are not, of all tensors, before anything moves: one wait for the device a step; without it a matrix with one NaN is
-    NaN after it. foreach: batches the products of matrices of one shape. Others: `RuleOptimizer`.
+    NaN after it. foreach: batches the products of matrices of one shape; by default on GPUs, and on CPUs of several
+    threads. Others: `RuleOptimizer`.
 
     The defaults are those of torch.optim.Muon but for `scale`, which is "jordan" there. Not for embeddings and output
     heads, nor for small batches or fine-tuning of a model that AdamW trained. A fused QKV weight is one matrix here:
@@ -238,6 +239,20 @@ class Muon(RuleOptimizer):
                 "the loss down under float16"
             )
         return super().before(leaves)
+
+    def listed(self, leaf: Leaf, group: dict[str, Any]) -> bool:
+        """As of all; but on CPUs of several threads what is made orthogonal goes together, of whatever size."""
+        if group["foreach"] is None and not group["fused"] and self._shared_out(leaf, group):
+            return torch.get_num_threads() > 1
+        return super().listed(leaf, group)
+
+    def at_once(self, leaf: Leaf, group: dict[str, Any]) -> int | None:
+        """On CPUs as many as there are threads, or two: so each has a matrix, and larger stacks outgrow the caches."""
+        return max(2, torch.get_num_threads()) if self._shared_out(leaf, group) else super().at_once(leaf, group)
+
+    def _shared_out(self, leaf: Leaf, group: dict[str, Any]) -> bool:
+        """Not what is spread over ranks, which may have unlike numbers of threads."""
+        return leaf.w.is_cpu and leaf.layout.mesh is None and self.is_orthogonalised(leaf.shape, group)
 
     def forms(self, group: dict[str, Any]) -> tuple[Form, Form | None]:
         """The rule and its form for lists."""

@@ -222,6 +222,10 @@ class RuleOptimizer(torch.optim.Optimizer):
             return bool(group["foreach"])
         return on_gpu or (self.FLAT and leaf.shape.numel() <= SMALL)
 
+    def at_once(self, leaf: Leaf, group: dict[str, Any]) -> int | None:
+        """How many tensors alike to this one a list takes at most; None: all of them."""
+        return None
+
     def _run(self, group: dict[str, Any], leaves: list[Leaf]) -> list[tuple[Rule, list[Leaf]]]:
         """Runs the rules of plain tensors; returns those that must run side by side, for they sum over ranks."""
         forms, as_it_is = self.forms(group), group["foreach"] is not None and not group["fused"]
