@@ -1,8 +1,9 @@
 """Claim: on a CPU a step of Muon takes no longer than torch.optim.Muon's and ends at the same weights.
 
 The matrices of a GPT-2 of width 512 with 8 layers: fused queries, keys and values 1536 x 512, projection 512 x 512, MLP
-2048 x 512 and 512 x 2048, 25 million weights. `foreach` batches those of one shape; `no_check` does not look
-for gradients that are not finite. A rate of 0 keeps the work the same; the results are compared at a rate of 0.01.
+2048 x 512 and 512 x 2048, 25 million weights. `foreach` batches those of one shape, as many at a time as there are
+threads, which is the default on several; `no_check` does not look for gradients that are not finite. A rate of 0 keeps
+the work the same; the results are compared at a rate of 0.01.
 """
 
 from functools import partial
