@@ -293,6 +293,24 @@ def test_verdicts(status, changes, tone, said):
         assert verdict.tone == tone
 
 
+@pytest.mark.parametrize(
+    ("predicted", "reached", "said", "range_"),
+    [
+        ((51.6, 43.4, 60.6), 43, "0.827 times the 52 predicted, inside", "95 % interval 43 to 61"),
+        ((51.6, 43.4, 60.6), 61, "1.17 times the 52 predicted, inside", "95 % interval 43 to 61"),
+        ((51.6, 43.4, 60.6), 62, "1.19 times the 52 predicted, just outside", "95 % interval 43 to 61"),
+        ((14.53, 9.876, 20.2), 14, "0.966 times the 14.5 predicted, inside", "95 % interval 9.88 to 20"),
+        ((14.53, 9.876, math.inf), 9, "0.621 times the 14.5 predicted, outside", "95 % interval 9.88 to unbounded"),
+    ],
+)
+def test_what_is_told_of_a_prediction_is_so_of_the_figures_shown(predicted, reached, said, range_):
+    plan = made.plan(predicted_steps=Estimate(*predicted, "S_min (1 + B_crit/B)"))
+    summary = {"status": "reached", "steps": 300, "target_step": reached, "target_seconds": None, "seconds": 1.0}
+    assert said in headline.verdict(plan, summary).text
+    lines = {name: (value, remark) for name, value, remark in headline.outcome(plan, summary)}
+    assert lines["Predicted steps to target"][1] == range_
+
+
 def test_a_batch_that_moves_is_held_against_no_prediction(tmp_path):
     moving, fixed = made.reached_run(tmp_path / "m", batch_schedule="adaptive"), made.reached_run(tmp_path / "f")
     lines = {name: (value, remark) for name, value, remark in headline.of_run(moving)}

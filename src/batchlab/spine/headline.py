@@ -71,7 +71,7 @@ def outcome(plan: Plan, summary: Mapping[str, Any]) -> list[Line]:
     range_ = (
         _not_predicted(plan)
         if predicted is None
-        else f"{100 * predicted.coverage:.4g} % interval {_ends(predicted.low, predicted.high)}"
+        else f"{100 * predicted.coverage:.4g} % interval {_steps(predicted.low)} to {_steps(predicted.high)}"
     )
     took = f"{reached:,}" if reached is not None else "not met"
     lines = [
@@ -95,10 +95,14 @@ def _not_predicted(plan: Plan) -> str:
 
 
 def _steps(value: float) -> str:
-    """Few of them with a decimal, so that a ratio to what is shown is the one that is told."""
-    if value < FEW:
-        return figure(float(f"{value:.3g}"))
-    return figure(round(value) if math.isfinite(value) else value)
+    return figure(_shown(value))
+
+
+def _shown(steps: float) -> float:
+    """Few of them with a decimal, more as whole ones: what is told of a prediction is so of the figures shown."""
+    if not math.isfinite(steps):
+        return steps
+    return float(f"{steps:.3g}") if steps < FEW else round(steps)
 
 
 def verdict(plan: Plan, summary: Mapping[str, Any]) -> Verdict:
@@ -133,9 +137,10 @@ def _held(plan: Plan, reached: int) -> Verdict:
         return Verdict(f"{met}; its batch moves, so no prediction can be held against it.", "open")
     if predicted is None or not predicted.defined:
         return Verdict(f"{met}; there was no prediction to hold it against.", "open")
-    ratio = reached / predicted.value if predicted.value > 0 else math.inf
-    said = f"{met}: {figure(float(f'{ratio:.3g}'))} times the {_steps(predicted.value)} predicted"
-    inside = predicted.low <= reached <= predicted.high
+    shown = _shown(predicted.value)
+    ratio = reached / shown if shown > 0 else math.inf
+    said = f"{met}: {figure(float(f'{ratio:.3g}'))} times the {figure(shown)} predicted"
+    inside = _shown(predicted.low) <= reached <= _shown(predicted.high)
     if inside and math.isfinite(predicted.high):
         return Verdict(f"{said}, inside the prediction's interval.", "good")
     if inside:
@@ -160,12 +165,6 @@ def _final(plan: Plan, summary: Mapping[str, Any]) -> str:
 def _skipped(summary: Mapping[str, Any]) -> str:
     count = summary["skipped_steps"]
     return f"{plural(count, 'step')} had a loss or gradient that is not finite" if count else "an error ended the run"
-
-
-def _ends(low: float, high: float) -> str:
-    return (
-        f"{figure(round(low) if math.isfinite(low) else low)} to {figure(round(high) if math.isfinite(high) else high)}"
-    )
 
 
 def of_run(run: Run) -> list[Line]:

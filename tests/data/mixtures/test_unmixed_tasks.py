@@ -180,7 +180,8 @@ def test_ratios_that_do_not_sum_to_one_are_divided_with_a_warning():
 
 def test_examples_of_several_tasks_or_none_are_no_batch():
     data = TaskData({"a": [1], "b": [3]})
-    for examples, tasks in (([data[0], data[1]], r"\['a', 'b'\]"), ([], r"\[\]")):
+    mixed = [(2, 1), ("b", 3)], r"\[2, 'b'\]"
+    for examples, tasks in (([data[0], data[1]], r"\['a', 'b'\]"), ([], r"\[\]"), mixed):
         with pytest.raises(InputError, match=f"a batch must be of one task, got {tasks}: take batches from Unmixed"):
             data.collate(examples)
 

@@ -195,7 +195,8 @@ class TaskData(Dataset[tuple[str, Any]]):
         """The task and its batch."""
         tasks = {task for task, _ in examples}
         if len(tasks) != 1:
-            raise InputError(f"a batch must be of one task, got {sorted(tasks)}: take batches from UnmixedTasks")
+            names = sorted(tasks, key=str)
+            raise InputError(f"a batch must be of one task, got {names}: take batches from UnmixedTasks")
         (task,) = tasks
         return task, self.collates.get(task, default_collate)([example for _, example in examples])
 

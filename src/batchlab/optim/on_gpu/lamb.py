@@ -46,7 +46,8 @@ def lamb_lists_(
     moved(ws)
     if not adapt:
         return None
-    sums = (yield Sum(summed(parts, cut))).contiguous()
+    sums = yield Sum(summed(parts, cut))
+    sums = sums.contiguous()
     ratios, (low, high) = torch.empty_like(sums[0]), clamp or (0.0, math.inf)
     limits = (k, low, high, math.inf if max_ratio is None else max_ratio)
     with torch.cuda.device_of(where):

@@ -32,7 +32,8 @@ def lars_lists_(
     """`lars_foreach_` of tensors that `takes` takes."""
     sums = ratios = rate  # not looked at without `adapt`
     if adapt:
-        sums = (yield Sum(squares(ws, gs))).contiguous()
+        sums = yield Sum(squares(ws, gs))
+        sums = sums.contiguous()
         ratios = torch.empty_like(sums[0])
     cut, (where, aligned) = blocks_of(ws, BLOCK), addresses(ws, gs, vs)
     how = PROGRAM | {"ALIGNED": aligned, "DECAYS": decays and adapt, "INSIDE": lr_in_momentum}
