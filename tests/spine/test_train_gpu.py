@@ -18,8 +18,8 @@ from batchlab.spine.folder import WEIGHTS_FILE
 from batchlab.spine.train import train
 from batchlab.workloads.digits import digits
 from tests.spine.forked import in_child
+from tests.spine.hard_run import lines, same, state
 from tests.spine.jobs import squared_error, toy_job, toy_plan
-from tests.spine.test_train import lines, same, state
 
 pytestmark = pytest.mark.gpu
 NOISE = Estimate(64.0, 50.0, 80.0, "given")

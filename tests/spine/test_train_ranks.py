@@ -13,8 +13,8 @@ from batchlab.core.run import Run
 from batchlab.spine.learner import Learner
 from batchlab.spine.train import train
 from tests.spine.forked import in_ranks
+from tests.spine.hard_run import lines, same, state
 from tests.spine.jobs import squared_error, toy_job, toy_plan
-from tests.spine.test_train import lines, same, state
 
 
 def _weights(learner):
