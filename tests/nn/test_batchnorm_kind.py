@@ -53,5 +53,13 @@ def test_bad_input():
         set_batchnorm_kind(network(), "group")
     with pytest.raises(InputError, match="^model must have no SyncBatchNorm of its own, got one at '1'$"):
         set_batchnorm_kind(nn.SyncBatchNorm.convert_sync_batchnorm(network()), "plain")
+    model = set_batchnorm_kind(network(), "sync", 2)
+    for bad in (0, 1.5):
+        with pytest.raises(InputError, match=f"^number must be an integer of at least 1, got {bad}$"):
+            set_batchnorm_kind(model, "split", bad)
+    model.append(nn.LazyBatchNorm1d())
+    with pytest.raises(InputError, match="got one at '6': send a batch through it first$"):
+        set_batchnorm_kind(model, "split", 2)
+    assert type(model[1]) is nn.SyncBatchNorm, "what is refused must have changed nothing"
     with pytest.raises(InputError, match="got one at '1': call convert_plain_batchnorm first$"):
         set_batchnorm_kind(convert_ghost_batchnorm(network(), 4), "split", 2)

@@ -320,6 +320,15 @@ def test_sizes_that_are_none(size):
             call()
 
 
+@pytest.mark.parametrize("settings", [{}, {"fused": True}, {"interleaved": True}, {"momentum": None}])
+def test_an_empty_batch_has_no_ghost(settings):
+    layer = GhostBatchNorm2d(3, 4, **settings)
+    x = torch.randn(0, 3, 2, 2, requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad.shape == x.shape and not layer.weight.grad.any() and layer.num_batches_tracked == 0
+    assert not layer.running_mean.any() and (layer.running_var == 1).all()
+
+
 def test_bad_input():
     with pytest.raises(InputError, match=r"^ragged must be one of \['own', 'merge', 'refuse'\], got 'drop'$"):
         GhostBatchNorm1d(3, 4, ragged="drop")
@@ -328,8 +337,6 @@ def test_bad_input():
         GhostBatchNorm1d(3, 1)(torch.randn(4, 3))
     with pytest.raises(InputError, match=f"^{one} 1 examples of 1 and ghosts of 4$"):
         GhostBatchNorm1d(3, 4)(torch.randn(1, 3))
-    with pytest.raises(InputError, match=f"^{one} 0 examples of 0 and ghosts of 4$"):
-        GhostBatchNorm1d(3, 4)(torch.randn(0, 3))
     with pytest.raises(ValueError, match="expected 4D input"):
         GhostBatchNorm2d(3, 4)(torch.randn(8, 3))
     run = torch.zeros(3)

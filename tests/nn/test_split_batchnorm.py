@@ -156,6 +156,39 @@ def test_bad_input():
         convert_split_batchnorm(GhostBatchNorm1d(3, 4), 2)
 
 
+def test_channels_are_told_as_the_users():
+    with pytest.raises(InputError, match=r"^weight must be of shape \(3,\), as the input has channels, got \(4,\)$"):
+        SplitBatchNorm2d(4, 2)(torch.randn(8, 3, 5, 5))
+
+
+def test_an_empty_batch_is_what_it_is_for_a_plain_layer():
+    layer, plain = SplitBatchNorm2d(4, 2), nn.BatchNorm2d(4)
+    x = torch.randn(0, 4, 5, 5)
+    assert layer(x).shape == plain(x).shape and torch.equal(layer.running_var, plain.running_var)
+
+
+def test_statistics_written_from_outside_stay_for_evaluation():
+    """As where a trainer averages those of all ranks."""
+    layer = SplitBatchNorm1d(2, 2)
+    layer(torch.randn(8, 2))
+    layer.running_mean.fill_(7.0), layer.running_var.fill_(3.0)
+    assert layer.eval().running_mean.tolist() == [7.0] * 2 and layer.running_var.tolist() == [3.0] * 2
+    other = SplitBatchNorm1d(2, 2)
+    other.load_state_dict(layer.state_dict())
+    assert other.eval().running_mean.tolist() == [7.0] * 2
+
+
+def test_statistics_may_be_tracked_from_later_on_or_no_longer():
+    x, layer, plain = torch.randn(8, 2), SplitBatchNorm1d(2, 2, momentum=None), nn.BatchNorm1d(2)
+    layer.track_running_stats = False
+    layer(x)
+    assert layer.num_batches_tracked == 0 and torch.equal(layer.running_mean, torch.zeros(2))
+    plain.load_state_dict(convert_plain_batchnorm(layer).state_dict())
+    never = SplitBatchNorm1d(2, 2, track_running_stats=False)
+    never.track_running_stats = True
+    assert torch.equal(never(x), SplitBatchNorm1d(2, 2)(x))
+
+
 def test_evaluation_has_what_activation_checkpointing_left_unmerged():
     layer = SplitBatchNorm2d(1, num_splits=2, momentum=None)
     for mean in range(10):

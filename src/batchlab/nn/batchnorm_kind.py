@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import nn
 
+from batchlab.core.checks import check_count
 from batchlab.core.errors import InputError
-from batchlab.nn.parts import PLAIN, convert_plain_batchnorm
-from batchlab.nn.split_batchnorm import convert_split_batchnorm
+from batchlab.nn.parts import PLAIN, check_kinds, convert_plain_batchnorm
+from batchlab.nn.split_batchnorm import SPLIT, convert_split_batchnorm
 
 KINDS = ("plain", "split", "sync")
 
@@ -28,6 +29,9 @@ def set_batchnorm_kind(model: nn.Module, kind: str, number: int = 1, process_gro
     """
     if kind not in KINDS:
         raise InputError(f"kind must be one of {list(KINDS)}, got {kind!r}")
+    check_count(number=number)
+    if kind == "split":
+        check_kinds(model, (*SPLIT, *SPLIT.values(), nn.SyncBatchNorm))
     for name, layer in model.named_modules():
         if isinstance(layer, nn.SyncBatchNorm) and not hasattr(layer, "_was"):
             raise InputError(f"model must have no SyncBatchNorm of its own, got one at {name!r}")

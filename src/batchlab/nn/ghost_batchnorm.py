@@ -24,7 +24,7 @@ from batchlab.core.checks import as_count, check_count
 from batchlab.core.errors import InputError
 from batchlab.nn.ghost_c import ghosts_in_c, may_be_c
 from batchlab.nn.ghost_cpu import ghosts_on_cpu, takes
-from batchlab.nn.parts import OfParts, change_kind, parts_at_once
+from batchlab.nn.parts import OfParts, change_kind, check_channels, parts_at_once
 
 Ragged = Literal["own", "merge", "refuse"]
 _RAGGED = get_args(Ragged)
@@ -57,7 +57,7 @@ def ghost_batch_norm(
     all ghosts, which needs num_batches_tracked, an integer tensor; that counts ghosts and is raised by k where given.
     ragged: of the B mod g examples that are left over, "own": they are a smaller ghost of their own, but with a single
     value a channel, which has no variance, they join the ghost before it; "merge": they always join it; "refuse":
-    `InputError`. A batch smaller than a ghost is one ghost for the first two.
+    `InputError`. A batch smaller than a ghost is one ghost for the first two; an empty one has none and stays empty.
     interleaved: among the full ghosts example i is in ghost i mod k, instead of ghosts in order. For shuffled batches
     it is the same in distribution, and inputs in PyTorch's plain layout are then not copied. Not for channels_last.
     loop: a call for each ghost, or one call for all; None takes the faster way by size and device, on a CPU one that
@@ -71,15 +71,17 @@ def ghost_batch_norm(
     """
     if not training:
         return F.batch_norm(input, running_mean, running_var, weight, bias, False, eps=eps)
-    _check_channels(input, weight, bias, running_mean, running_var)
+    check_channels(input, weight, bias, running_mean, running_var)
     if (running_mean is None) != (running_var is None):
         raise InputError("running_mean and running_var must both be given or both be None")
     if running_mean is not None and momentum is None and num_batches_tracked is None:
         raise InputError("momentum None needs num_batches_tracked, the ghosts that the running statistics hold")
     if type(ghost_size) is not int:
         ghost_size = as_count(ghost_size=ghost_size)
-    values = math.prod(input.shape[2:]) if input.numel() else 0
-    full, rest = ghosts(len(input), ghost_size, values, ragged)
+    if not input.numel():  # no ghost: an empty output and gradient, and statistics as they are
+        _check(ghost_size, ragged)
+        return F.batch_norm(input, running_mean, running_var, weight, bias, True, 0.0, eps)
+    full, rest = ghosts(len(input), ghost_size, math.prod(input.shape[2:]), ragged)
     k, tracked = full + (rest > 0), num_batches_tracked
     again = partial(_by_calls, full=full, ghost_size=ghost_size, rest=rest, eps=eps, interleaved=interleaved, loop=loop)
     if loop is None and not interleaved and k > 1 and takes(input, weight, bias, running_mean, running_var):
@@ -155,18 +157,6 @@ def ghosts(batch: int, ghost_size: int, values: int, ragged: Ragged = "own") -> 
             f"each ghost must have 2 values a channel, got {batch} examples of {values} and ghosts of {ghost_size}"
         )
     return full, rest
-
-
-def _check_channels(input: Tensor, *others: Tensor | None) -> None:
-    """Refuses what PyTorch's kernels would read beyond the end of. others: weight, bias, running_mean, running_var."""
-    if input.ndim < 2:
-        raise InputError(f"input must be (B, C, ...), got shape {tuple(input.shape)}")
-    channels = input.shape[1:2]
-    for place, given in enumerate(others):
-        if given is not None and given.shape != channels:
-            name = ("weight", "bias", "running_mean", "running_var")[place]
-            expected, found = tuple(channels), tuple(given.shape)
-            raise InputError(f"{name} must be of shape {expected}, as the input has channels, got {found}")
 
 
 def _check(ghost_size: int, ragged: Ragged) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TypeVar
 
 import torch
@@ -72,6 +72,18 @@ def is_batched(dy: Tensor) -> bool:
     return wrapped.is_legacy_batchedtensor(dy) or wrapped.is_functorch_wrapped_tensor(dy)
 
 
+def check_channels(input: Tensor, *others: Tensor | None) -> None:
+    """Refuses what PyTorch's kernels would read beyond the end of. others: weight, bias, running_mean, running_var."""
+    if input.ndim < 2:
+        raise InputError(f"input must be (B, C, ...), got shape {tuple(input.shape)}")
+    channels = input.shape[1:2]
+    for place, given in enumerate(others):
+        if given is not None and given.shape != channels:
+            name = ("weight", "bias", "running_mean", "running_var")[place]
+            expected, found = tuple(channels), tuple(given.shape)
+            raise InputError(f"{name} must be of shape {expected}, as the input has channels, got {found}")
+
+
 def change_kind(
     model: nn.Module, kinds: Mapping[type[nn.Module], type[Layer]], change: Callable[[Layer], None]
 ) -> nn.Module:
@@ -81,15 +93,20 @@ def change_kind(
     afterwards, and with layers that were of such a type already. Returns the model. Raises `InputError` for any other
     BatchNorm, before anything is changed.
     """
-    for name, layer in model.named_modules():
-        if isinstance(layer, _BatchNorm) and type(layer) not in (*kinds, *kinds.values()):
-            raise InputError(f"model must have no {type(layer).__name__}, got one at {name!r}: {_why(layer)}")
+    check_kinds(model, (*kinds, *kinds.values()))
     for layer in model.modules():
         if type(layer) in kinds:
             layer.__class__ = kinds[type(layer)]
         if type(layer) in kinds.values():
             change(layer)  # type: ignore[arg-type]
     return model
+
+
+def check_kinds(model: nn.Module, kinds: Collection[type[nn.Module]]) -> None:
+    """Refuses a model with a BatchNorm of another type."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, _BatchNorm) and type(layer) not in kinds:
+            raise InputError(f"model must have no {type(layer).__name__}, got one at {name!r}: {_why(layer)}")
 
 
 def _why(layer: nn.Module) -> str:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from batchlab.core.checks import check_count
 from batchlab.core.errors import InputError
-from batchlab.nn.parts import OfParts, change_kind, parts_at_once
+from batchlab.nn.parts import OfParts, change_kind, check_channels, parts_at_once
 
 
 def merge_statistics(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,6 +36,7 @@ def merge_statistics(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
 class _SplitBatchNorm(OfParts):
     split_mean: Tensor
     split_var: Tensor
+    _unmerged: bool = False  # whether a pass moved the parts' statistics and ended before it merged them
 
     def __init__(
         self,
@@ -61,8 +62,9 @@ class _SplitBatchNorm(OfParts):
 
     def _leave(self) -> None:
         del self.num_splits
-        if self.track_running_stats:
-            del self.split_mean, self.split_var
+        for name in ("split_mean", "split_var"):
+            self._buffers.pop(name, None)
+        self.__dict__.pop("_unmerged", None)
 
     def reset_running_stats(self) -> None:
         """All parts' too: `torch.optim.swa_utils.update_bn` calls it."""
@@ -74,7 +76,7 @@ class _SplitBatchNorm(OfParts):
     def train(self, mode: bool = True) -> Self:
         """As of all modules; what activation checkpointing left out of the merged statistics joins them."""
         super().train(mode)
-        if not mode and hasattr(self, "split_mean"):
+        if not mode and self._unmerged:
             self._merge()
         return self
 
@@ -83,28 +85,36 @@ class _SplitBatchNorm(OfParts):
         if not self.training:
             return super().forward(input)
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
+        check_channels(input, self.weight, self.bias, self.running_mean, self.running_var)
         k, n = self.num_splits, len(input)
+        if not input.numel():
+            return super().forward(input)
         if n % k or n // k * input[:1, :1].numel() < 2:
             raise InputError(f"each of {k} parts must have as many examples and 2 values a channel, got {n} examples")
         if k == 1:
             output: Tensor = super().forward(input)
         else:
-            mean, var = (self.split_mean, self.split_var) if self.track_running_stats else (None, None)
+            mean, var = (self.split_mean, self.split_var) if self._tracks() else (None, None)
             momentum = self._momentum()
+            self._unmerged = self._tracks()
             output = parts_at_once(input, k, mean, var, self.weight, self.bias, momentum, self.eps, interleaved=True)
         self._merge()
         return output
 
     def _momentum(self) -> float:
         """Of this update, which is counted."""
-        if self.num_batches_tracked is None:
+        if not self._tracks() or self.num_batches_tracked is None:
             return 0.0
         self.num_batches_tracked.add_(1)
         return 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
 
+    def _tracks(self) -> bool:
+        return self.track_running_stats and "split_mean" in self._buffers
+
     @torch.no_grad()
     def _merge(self) -> None:
-        if self.running_mean is None or self.running_var is None or not self.track_running_stats:
+        self._unmerged = False
+        if self.running_mean is None or self.running_var is None or not self._tracks():
             return
         if self.num_splits == 1:
             self.split_mean.copy_(self.running_mean)
@@ -121,6 +131,7 @@ class _SplitBatchNorm(OfParts):
                 given = state_dict.get(prefix + name)
                 if (given is None or len(given) != self.num_splits) and prefix + merged in state_dict:
                     state_dict[prefix + name] = state_dict[prefix + merged].repeat(self.num_splits, 1)
+            self._unmerged = False
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:
@@ -143,7 +154,8 @@ class SplitBatchNorm3d(_SplitBatchNorm, nn.BatchNorm3d):
     num_features, eps, momentum, affine, track_running_stats: as of `nn.BatchNorm3d`. num_splits: k, which must divide
     each batch on this device; 1 is `nn.BatchNorm3d` bit for bit in what it gives.
     running_mean, running_var: merged after each batch in training, so that an evaluation never sees old ones. They are
-    rank 0's under DDP. With momentum None each part keeps its plain mean over updates.
+    rank 0's under DDP. What else writes to them, to average them over ranks, say, holds until the next batch in
+    training. With momentum None each part keeps its plain mean over updates.
 
     State: `nn.BatchNorm3d`'s, with split_mean and split_var of shape (k, C). A state of a plain layer or of another
     number of parts loads, the merged statistics for each part; plain layers load this one's with `strict=False`.
@@ -156,7 +168,7 @@ class SplitBatchNorm3d(_SplitBatchNorm, nn.BatchNorm3d):
     """
 
 
-_SPLIT: dict[type[nn.Module], type[_SplitBatchNorm]] = {
+SPLIT: dict[type[nn.Module], type[_SplitBatchNorm]] = {
     nn.BatchNorm1d: SplitBatchNorm1d,
     nn.BatchNorm2d: SplitBatchNorm2d,
     nn.BatchNorm3d: SplitBatchNorm3d,
@@ -174,4 +186,4 @@ def convert_split_batchnorm(model: nn.Module, num_splits: int) -> nn.Module:
     2
     """
     check_count(num_splits=num_splits)
-    return change_kind(model, _SPLIT, lambda layer: layer.set_splits(num_splits))
+    return change_kind(model, SPLIT, lambda layer: layer.set_splits(num_splits))
