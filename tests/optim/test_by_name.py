@@ -188,6 +188,47 @@ def test_a_convolution_in_another_memory_order_resumes_from_a_state_in_this_one(
     torch.testing.assert_close(*ends, rtol=1e-6, atol=1e-6)
 
 
+LAST = {"memory_format": torch.channels_last}
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
+@pytest.mark.parametrize("when", ["in mid-run", "between runs", "back between runs", "the gradients alone"])
+def test_a_convolution_may_change_its_memory_order(name, when):
+    """The fused step, which goes through memory as it lies, is the plain one."""
+    ends = []
+    for options in ({}, {"foreach": False}):
+        net = nn.Conv2d(4, 8, 3, bias=False)
+        nn.init.constant_(net.weight, 1.0)
+        net = net.to(**LAST) if when == "back between runs" else net
+        optimizer = create(name, net, lr=0.1, **options)
+        for step in range(6):
+            if step == 3 and when != "the gradients alone":
+                net.to(memory_format=torch.contiguous_format if when.startswith("back") else torch.channels_last)
+            if step == 3 and when.endswith("runs"):
+                state = optimizer.state_dict()
+                optimizer = create(name, net, lr=0.1, **options)
+                optimizer.load_state_dict(state)
+            g = torch.randn(net.weight.shape, generator=torch.Generator().manual_seed(step))
+            net.weight.grad = g.to(**LAST) if when == "the gradients alone" else torch.empty_like(net.weight).copy_(g)
+            optimizer.step()
+        ends.append(net.weight.detach())
+    torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-6)
+
+
+def test_a_convolution_in_no_dense_order_leaves_the_fused_step():
+    ends = []
+    for options in ({}, {"foreach": False}):
+        net = nn.Conv2d(4, 8, 3, bias=False)
+        nn.init.constant_(net.weight, 1.0)
+        optimizer = create("adamw", net, lr=0.1, **options)
+        for step in range(2):
+            net.weight.grad = torch.randn(8, 4, 3, 3, generator=torch.Generator().manual_seed(step))
+            optimizer.step()
+            net.weight.data = net.weight.data.repeat(1, 2, 1, 1)[:, :4]
+        ends.append(net.weight.detach())
+    torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("name", "net", "hyperparameters", "message"),
     [
