@@ -20,7 +20,7 @@ NO_NUMBERS = ["64", None, (1, 2), [3.0], object(), torch.ones(2)]
 
 
 @pytest.mark.parametrize("check", [check_positive, check_not_negative, check_share, check_inside, check_count])
-@pytest.mark.parametrize("value", [*NO_NUMBERS, math.nan, -1, -math.inf])
+@pytest.mark.parametrize("value", [*NO_NUMBERS, math.nan, -1, -math.inf, True, False, np.True_, torch.tensor(True)])
 def test_what_is_no_number_is_refused_by_name(check, value):
     with pytest.raises(InputError, match="^size must .*, got "):
         check(size=value)

@@ -242,6 +242,13 @@ def test_a_convolution_in_no_dense_order_leaves_the_fused_step():
             r"sgd takes no hyperparameter 'alpha'; it takes \['dampening', ",
         ),
         ("adamw", nn.Tanh(), {}, "the model has no parameter that requires a gradient"),
+        (["sgd"], nn.Linear(2, 1), {}, r"optimizer must be one of \[.*\], got \['sgd'\]"),
+        ("lamb", nn.Linear(2, 1), {}, "lamb has no learning rate of its own: give it lr"),
+        ("sgd", nn.Linear(2, 1), {"lr": float("nan")}, "lr must be finite and >= 0, got nan"),
+        ("mkor", nn.Linear(2, 1), {"lr": float("nan")}, "lr must be finite and >= 0, got nan"),
+        ("vradam", nn.Linear(2, 1), {"lr": "0.1"}, "lr must be finite and >= 0, got '0.1'"),
+        ("small_fc_lopt", nn.Linear(2, 1), {"lr": "0.1"}, "lr must be finite and >= 0, got '0.1'"),
+        ("adamw", nn.Linear(2, 1), {"lr": True}, "lr must be finite and >= 0, got True"),
     ],
 )
 def test_bad_input_is_named(name, net, hyperparameters, message):
@@ -271,3 +278,8 @@ def _sharded_steps():
 
 def test_sharded_parameters_take_the_steps_of_whole_ones(tmp_path):
     assert in_ranks(2, tmp_path, _sharded_steps) == [0, 0]
+
+
+def test_groups_are_of_a_model():
+    with pytest.raises(InputError, match="^model must be a torch.nn.Module, got list: parameter groups are made of"):
+        groups([nn.Parameter(torch.ones(2))], 0.1)

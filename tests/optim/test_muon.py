@@ -207,6 +207,13 @@ def test_groups_of_a_model():
         muon_groups(untied, adamw=["lm_head"])
 
 
+def test_a_parametrized_embedding_is_one_and_the_head_may_be_told_by_a_text():
+    model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Embedding(20, 8)), nn.Linear(8, 8))
+    model.append(nn.Linear(8, 20))
+    hidden, outer, _ = [[name for name, _ in group["params"]] for group in muon_groups(model, adamw="2")]
+    assert hidden == ["1.weight"] and outer == ["0.parametrizations.weight.original", "2.weight"]
+
+
 def test_a_gradient_that_is_not_finite_moves_nothing():
     good, bad = nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(2, 2))
     for value in (float("nan"), float("inf")):
@@ -220,6 +227,13 @@ def test_a_gradient_that_is_not_finite_moves_nothing():
         assert [float(optimizer.state[each]["step"]) for each in (good, bad)] == [0, 0]
     Muon([good, bad], lr=0.1, check_finite=False).step()
     assert good.isfinite().all() and not bad.isfinite().any()
+
+
+def test_a_gradient_whose_sum_alone_is_not_finite_is_taken():
+    w = nn.Parameter(torch.randn(8, 8))
+    w.grad, before = torch.full((8, 8), 1e37), w.detach().clone()
+    Muon([w], lr=0.1).step()
+    assert w.isfinite().all() and not torch.equal(w, before)
 
 
 def test_a_vector_is_checked_too_and_a_refused_step_does_not_count():

@@ -13,7 +13,21 @@ import torch
 from torch import nn
 
 from batchlab.core.errors import InputError
-from batchlab.optim import CAME, LAMB, LARS, MARS, AdaGradNorm, AdEMAMix, Lion, MTAdamW, Muon, Signum
+from batchlab.optim import (
+    CAME,
+    LAMB,
+    LARS,
+    MARS,
+    VRLAMB,
+    AdaGradNorm,
+    AdEMAMix,
+    DMuon,
+    Lion,
+    MTAdamW,
+    Muon,
+    Signum,
+    VRAdam,
+)
 from batchlab.optim.shell import RuleOptimizer
 from batchlab.testing.optimizers import gradients_for, same, small_model, trained
 from tests.spine.forked import in_ranks
@@ -339,6 +353,79 @@ def test_states_of_optimizers_that_keep_less_are_refused_and_nothing_is_loaded(t
         mine.load_state_dict(other.state_dict())
     assert mine.param_groups[0]["lr"] == 0.2 and mine.state_dict()["state"][0] is before["state"][0]
     mine.step()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"betas": (1.5, 0.9)}, r"betas must be 2 numbers in \[0, 1\), got \(1.5, 0.9\)"),
+        ({"lr": -5.0}, "lr must be finite and >= 0, got -5.0"),
+        ({"maximize": "no"}, "maximize must be True or False, got 'no'"),
+    ],
+)
+def test_hyperparameters_that_are_refused_are_not_loaded_either(wrong, message):
+    w = torch.nn.Parameter(torch.ones(3, 3))
+    optimizer = LAMB([w], lr=0.2)
+    state = optimizer.state_dict()
+    state["param_groups"][0] |= wrong
+    with pytest.raises(InputError, match=message):
+        optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["lr"] == 0.2 and not optimizer.param_groups[0]["maximize"]
+
+
+@pytest.mark.parametrize("make", [LAMB, LARS, Lion, AdEMAMix, MARS, CAME, Muon])
+def test_a_state_of_other_shapes_is_not_loaded(make):
+    theirs, ours = [[torch.nn.Parameter(torch.ones(shape)) for shape in ((8, 4), other)] for other in ((4, 8), (8, 4))]
+    saved, optimizer = make(theirs, lr=0.1), make(ours, lr=0.1)
+    for p in theirs:
+        p.grad = torch.ones_like(p)
+    saved.step()
+    with pytest.raises(InputError, match=r"of parameter 1 of shape \(8, 4\) must have shape \(.*\), got \(.*\)"):
+        optimizer.load_state_dict(saved.state_dict())
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize(
+    ("make", "switch"),
+    [
+        (LARS, {"maximize": "no"}),
+        (LARS, {"exclude_vectors": "no"}),
+        (LAMB, {"bias_correction": 1}),
+        (Muon, {"nesterov": "no"}),
+        (Muon, {"check_finite": None}),
+        (Lion, {"fused": "yes"}),
+        (CAME, {"foreach": 0}),
+        (VRLAMB, {"maximize": "no"}),
+    ],
+)
+def test_a_switch_is_no_text(make, switch):
+    ((name, value),) = switch.items()
+    with pytest.raises(InputError, match=f"^{name} must be True(,| or) False.*, got {value!r}$"):
+        make([torch.nn.Parameter(torch.ones(2, 2))], lr=0.1, **switch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "make", [Lion, AdEMAMix, MARS, VRAdam, partial(Muon, use_muon="matrices"), DMuon, Signum], ids=str
+)
+def test_momenta_that_move_make_no_graphs(make):
+    """As `OneCycleLR` moves them: one for each size and kind of tensor, whatever the numbers."""
+    parameters = [torch.nn.Parameter(torch.randn(200, 100)), torch.nn.Parameter(torch.randn(20_000))]
+    optimizer = make(parameters, lr=0.01, fused=True)
+    torch._dynamo.utils.counters.clear()
+    for step in range(6):
+        (group,) = optimizer.param_groups
+        for name in ("betas", "adamw_betas"):
+            if name in group:
+                group[name] = (0.85 + step / 100, *group[name][1:])
+        if "momentum" in group:
+            group["momentum"] = 0.85 + step / 100
+        for add in [optimizer.add_group] * 2 if hasattr(optimizer, "add_group") else [bool]:
+            for p in parameters:
+                p.grad = torch.randn_like(p)
+            add()
+        optimizer.step()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
 
 
 def test_a_rate_with_a_dimension_is_refused():

@@ -1,5 +1,6 @@
 """State in 8 bits, by torchao: near the full state's steps, a quarter of its memory, and it goes through torch.save."""
 
+import copy
 import dataclasses
 import io
 
@@ -55,6 +56,29 @@ def test_eight_bits_go_through_torch_save():
         parameter.grad = torch.ones_like(parameter)
         each.step()
     assert torch.equal(w, again)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("how", ["load", "copy", "copy of the state"])
+def test_eight_bits_are_copied_and_loaded_for_any_parameters(dtype, how):
+    w = nn.Parameter(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).to(dtype))
+    optimizer = LAMB([w], lr=0.01, state_dtype="8bit")
+    w.grad = torch.ones_like(w)
+    optimizer.step()
+    if how == "copy":
+        other = copy.deepcopy(optimizer)
+    else:
+        state = optimizer.state_dict()
+        other = LAMB([nn.Parameter(w.detach().clone())], lr=0.01, state_dtype="8bit")
+        other.load_state_dict(copy.deepcopy(state) if how == "copy of the state" else state)
+    (again,) = other.param_groups[0]["params"]
+    before = optimizer.state[w]["exp_avg"].dequantize()
+    assert again is not w and torch.equal(other.state[again]["exp_avg"].dequantize(), before)
+    again.grad = torch.full_like(w, -2.0)
+    other.step()
+    assert hasattr(other.state[again]["exp_avg"], "codes") and (other.state[again]["exp_avg"].dequantize() < 0).all()
+    if how != "load":  # which as torch's may share what it is given
+        assert torch.equal(optimizer.state[w]["exp_avg"].dequantize(), before)
 
 
 @pytest.mark.parametrize("state_dtype", ["8bit", "bfloat16", torch.bfloat16])

@@ -11,7 +11,7 @@ from batchlab.core.errors import InputError
 
 
 def check_positive(**numbers: float) -> None:
-    """Each must be finite and > 0.
+    """Each must be finite and > 0; here as in all of these True is no number.
 
     >>> check_positive(batch_size=64, noise_scale=float("nan"))
     Traceback (most recent call last):
@@ -76,8 +76,7 @@ def is_whole(value: Any) -> bool:
     >>> is_whole(torch.tensor(3)), is_whole(torch.tensor(True)), is_whole(3.0)
     (True, False, False)
     """
-    truth = isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
-    return not truth and holds(lambda value: operator.index(value) is not None, value)
+    return not _is_truth(value) and holds(lambda value: operator.index(value) is not None, value)
 
 
 def is_count(value: Any, least: int = 1) -> bool:
@@ -93,7 +92,11 @@ def holds(condition: Callable[[Any], Any], value: Any) -> bool:
         return False
 
 
+def _is_truth(value: Any) -> bool:
+    return isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
+
+
 def _check(condition: Callable[[Any], Any], right: str, numbers: dict[str, Any]) -> None:
     for name, value in numbers.items():
-        if not holds(condition, value):
+        if _is_truth(value) or not holds(condition, value):
             raise InputError(f"{name} must {right}, got {value!r}")

@@ -130,7 +130,8 @@ class AdaGradNorm(RuleOptimizer):
 
     def numbers(self, leaf: Leaf, group: dict[str, Any]) -> Numbers:
         """Those of `adagrad_norm_`."""
-        return {"lr": group["lr"], "weight_decay": group["weight_decay"], "b": self._b[leaf.w.device]}
+        lr = group["lr"] if isinstance(group["lr"], Tensor) else float(group["lr"])
+        return {"lr": lr, "weight_decay": group["weight_decay"], "b": self._b[leaf.w.device]}
 
 
 def _square(g: Tensor) -> Tensor:

@@ -18,11 +18,12 @@ from torch import Tensor
 from batchlab.core.checks import check_count, check_rate
 from batchlab.optim.leaf import Leaf
 from batchlab.optim.moments import adam_numbers, bias_corrections, check_betas, scalar
-from batchlab.optim.rule import Form, Numbers
+from batchlab.optim.rule import Form, Numbers, weights_of_lerp
 from batchlab.optim.shell import RuleOptimizer
 from batchlab.optim.state_dtype import StateDtype
 
 
+@weights_of_lerp("share1")
 def ademamix_(
     w: Tensor,
     g: Tensor,
@@ -31,7 +32,7 @@ def ademamix_(
     v: Tensor,
     *,
     rate: Tensor,
-    share1: float,
+    share1: float | Tensor,
     keep2: Tensor,
     share2: float,
     share3: Tensor,

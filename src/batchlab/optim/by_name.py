@@ -71,6 +71,8 @@ def names() -> list[str]:
 
 def check_name(name: str) -> str:
     """`name` itself; `InputError` naming what exists where there is no such optimizer."""
+    if not isinstance(cast(Any, name), str):
+        raise InputError(f"optimizer must be one of {names()}, got {name!r}")
     if name in BY_HAND:
         raise InputError(f"optimizer {name!r} is not made by name alone: {BY_HAND[name]}")
     if name not in _OPTIMIZERS:
@@ -99,6 +101,7 @@ def groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
     Frozen parameters are left out; a shared parameter stands once. Names go with the parameters.
     """
+    _check_model(model, "parameter groups are made of a model's own names")
     check_rate(weight_decay=weight_decay)
     trained, gains = trained_of(model), gains_of(model)
     decayed = [pair for pair in trained if pair[1].ndim >= 2 and id(pair[1]) not in gains]
@@ -121,17 +124,18 @@ def create(name: str, model: nn.Module, **hyperparameters: Any) -> torch.optim.O
     ['bias']
     """
     make = _class(name)
-    if not isinstance(cast(Any, model), nn.Module):
-        kind = make.__name__ if isinstance(make, type) else "the class"
-        raise InputError(
-            f"model must be a torch.nn.Module, got {type(model).__name__}: {kind}(params, ...) takes parameters"
-        )
+    kind = make.__name__ if isinstance(make, type) else "the class"
+    _check_model(model, f"{kind}(params, ...) takes parameters")
     parameters = inspect.signature(make).parameters
     accepted = {key: value for key, value in parameters.items() if key not in ("params", "model")}
     open_ended = any(value.kind is value.VAR_KEYWORD for value in accepted.values())
     if (unknown := sorted(set(hyperparameters) - set(accepted))) and not open_ended:
         raise InputError(f"{name} takes no hyperparameter {unknown[0]!r}; it takes {sorted(accepted)}")
     settings = dict(_OPTIMIZERS[name].ours) | hyperparameters
+    if "lr" in settings:
+        check_rate(lr=settings["lr"])
+    elif (rate := accepted.get("lr")) is not None and rate.default is rate.empty:
+        raise InputError(f"{name} has no learning rate of its own: give it lr")
     decay = settings.pop("weight_decay", accepted["weight_decay"].default)
     parameter_groups = _split(name, model, decay)
     if not parameter_groups:
@@ -193,6 +197,11 @@ def step_alone(optimizer: torch.optim.Optimizer) -> None:
             parameter.grad = torch.zeros_like(parameter)
         cast(Any, optimizer).add_group()
     optimizer.step()
+
+
+def _check_model(model: Any, otherwise: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model must be a torch.nn.Module, got {type(model).__name__}: {otherwise}")
 
 
 def _class(name: str) -> Callable[..., Any]:

@@ -24,13 +24,14 @@ from batchlab.optim import on_cpu, on_gpu
 from batchlab.optim.lars import adapted
 from batchlab.optim.leaf import Leaf, check_not_in_zero, plain, total_norm
 from batchlab.optim.moments import adam_numbers, check_betas
-from batchlab.optim.rule import Form, Numbers, Rule, squares, squares_of_lists
+from batchlab.optim.rule import Form, Numbers, Rule, squares, squares_of_lists, weights_of_lerp
 from batchlab.optim.shell import RuleOptimizer
 from batchlab.optim.state_dtype import StateDtype
 
 _LONG_AGO = torch.tensor(math.inf, device="cpu")  # the first step, for an Adam that has nothing to correct any more
 
 
+@weights_of_lerp("share1")
 def lamb_(
     w: Tensor,
     g: Tensor,
@@ -38,7 +39,7 @@ def lamb_(
     v: Tensor,
     *,
     rate: Tensor,
-    share1: float,
+    share1: float | Tensor,
     keep2: Tensor,
     share2: float,
     eps: Tensor,

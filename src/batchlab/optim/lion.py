@@ -15,13 +15,16 @@ from torch import Tensor
 from batchlab.core.checks import check_rate
 from batchlab.optim.leaf import Leaf
 from batchlab.optim.moments import check_betas, rate_of
-from batchlab.optim.rule import Form, Numbers
+from batchlab.optim.rule import Form, Numbers, weights_of_lerp
 from batchlab.optim.shell import RuleOptimizer
 from batchlab.optim.signs import sign, signs
 from batchlab.optim.state_dtype import StateDtype
 
 
-def lion_(w: Tensor, g: Tensor, m: Tensor, *, rate: Tensor, share1: float, share2: float, keep: float) -> None:
+@weights_of_lerp("share1", "share2")
+def lion_(
+    w: Tensor, g: Tensor, m: Tensor, *, rate: Tensor, share1: float | Tensor, share2: float | Tensor, keep: float
+) -> None:
     """One step on one tensor. rate: η. share1, share2: 1 - β. keep: 1 - ηλ."""
     direction = sign(m.lerp(g, share1))
     m.lerp_(g, share2)

@@ -16,11 +16,12 @@ from torch import Tensor
 from batchlab.core.checks import check_rate
 from batchlab.optim.leaf import Leaf
 from batchlab.optim.moments import adam_numbers, check_betas
-from batchlab.optim.rule import Form, Numbers, Rule, squares, squares_of_lists
+from batchlab.optim.rule import Form, Numbers, Rule, squares, squares_of_lists, weights_of_lerp
 from batchlab.optim.shell import RuleOptimizer
 from batchlab.optim.state_dtype import StateDtype
 
 
+@weights_of_lerp("share1")
 def mars_(
     w: Tensor,
     g: Tensor,
@@ -29,7 +30,7 @@ def mars_(
     v: Tensor,
     *,
     rate: Tensor,
-    share1: float,
+    share1: float | Tensor,
     keep2: Tensor,
     share2: float,
     eps: Tensor,

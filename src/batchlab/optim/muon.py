@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
+from operator import attrgetter
 from typing import Any, Literal
 
 import torch
@@ -26,7 +27,7 @@ from batchlab.optim.lamb import lamb_, lamb_foreach_
 from batchlab.optim.leaf import Leaf
 from batchlab.optim.moments import adam_numbers, check_betas
 from batchlab.optim.newton_schulz import JORDAN, NewtonSchulz, orthogonalised, orthogonality_error
-from batchlab.optim.rule import Form, Numbers, Rule, Sum
+from batchlab.optim.rule import Form, Numbers, Rule, Sum, weights_of_lerp
 from batchlab.optim.shell import RuleOptimizer
 from batchlab.optim.state_dtype import StateDtype, state_like
 from batchlab.parallel.owners import Whole
@@ -42,7 +43,7 @@ def muon_(
     m: Tensor,
     *,
     lr: float,
-    momentum: float,
+    momentum: float | Tensor,
     nesterov: bool,
     momentum_form: MomentumForm,
     weight_decay: float,
@@ -57,7 +58,7 @@ def muon_(
         u = g.lerp(m, momentum) if nesterov else m
     else:
         m.mul_(momentum).add_(g)
-        u = g.add(m, alpha=momentum) if nesterov else m
+        u = g + momentum * m if nesterov else m
     (o,), errors = yield Whole([u.to(how.dtype)], shape, partial(updates, how=how, watch=watch), notes=int(watch))
     if weight_decay != 0:
         w.mul_(1 - lr * weight_decay)
@@ -230,15 +231,21 @@ class Muon(RuleOptimizer):
     def before(self, leaves: Sequence[tuple[dict[str, Any], list[Leaf]]]) -> bool | None:
         """Refuses gradients that are not finite: on all ranks, where one of them has such a one."""
         checked = [leaf for group, each in leaves for leaf in each if group["check_finite"]]
-        sums = sums_over(list(map(Sum, _telling([leaf.g for leaf in checked]))), [leaf.layout for leaf in checked])
+        sums = sums_over(list(map(Sum, _telling([leaf.g for leaf in checked]))), [*map(_layout, checked)])
         if sums and not torch.stack([each.to(sums[0]) for each in sums]).isfinite().all():
-            bad = next(leaf.name for leaf, each in zip(checked, sums, strict=True) if not each.isfinite())
+            self._refuse_not_finite(checked, leaves)
+        return super().before(leaves)
+
+    def _refuse_not_finite(self, checked: list[Leaf], leaves: Sequence[tuple[dict[str, Any], list[Leaf]]]) -> None:
+        """The first leaf that has such a gradient, if any: the sum of finite numbers may be none too."""
+        counts = sums_over([Sum(leaf.g.isfinite().logical_not().sum()) for leaf in checked], [*map(_layout, checked)])
+        bad = next((leaf.name for leaf, count in zip(checked, counts, strict=True) if count), None)
+        if bad is not None:
             self.uncount(leaves)
             raise InputError(
                 f"the gradient of {bad} is not finite: {type(self).__name__} took no step. Skip this batch, or scale "
                 "the loss down under float16"
             )
-        return super().before(leaves)
 
     def listed(self, leaf: Leaf, group: dict[str, Any]) -> bool:
         """As of all; but on CPUs of several threads what is made orthogonal goes together, of whatever size."""
@@ -321,7 +328,11 @@ class DMuon(Muon):
 
 
 def muon_groups(
-    model: nn.Module, *, weight_decay: float = 0.1, adamw: Sequence[str] | None = None, decay_vectors: bool = False
+    model: nn.Module,
+    *,
+    weight_decay: float = 0.1,
+    adamw: str | Sequence[str] | None = None,
+    decay_vectors: bool = False,
 ) -> list[dict[str, Any]]:
     """Groups for `Muon`: hidden matrices; embeddings and the head, with AdamW; biases and gains, without decay, of
     whatever shape (`gains_of`).
@@ -339,8 +350,8 @@ def muon_groups(
     check_rate(weight_decay=weight_decay)
     trained, gains = trained_of(model), gains_of(model)
     embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
-    left_out = {id(module.weight) for module in embeddings}
-    for prefix in adamw:
+    left_out = {id(p) for module in embeddings for p in module.parameters()}  # with those of a parametrization
+    for prefix in [adamw] if isinstance(adamw, str) else adamw:
         named = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if _within(name, prefix)}
         if not named:
             raise InputError(f"adamw names {prefix!r}, and the model has no such module or parameter")
@@ -365,6 +376,9 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 }
 
 
+_layout = attrgetter("layout")
+
+
 def _telling(gs: list[Tensor]) -> Sequence[Tensor]:
     """Of each tensor a number that is finite where all its elements are: on GPUs the largest, of all at once."""
     if gs and all(g.is_cuda and g.numel() for g in gs):
@@ -376,6 +390,7 @@ def _within(name: str, prefix: str) -> bool:
     return not prefix or name == prefix or name.startswith(prefix + ".")
 
 
+@weights_of_lerp("share1", "momentum")
 def _either(*tensors: Tensor, orthogonal: bool, **numbers: Any) -> Rule:
     return muon_(*tensors, **numbers) if orthogonal else lamb_(*tensors, **numbers)
 

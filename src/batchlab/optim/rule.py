@@ -11,17 +11,19 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
+from batchlab.optim.moments import scalar
 from batchlab.parallel.owners import Whole, at_owners
 from batchlab.parallel.sums import Layout, sums_over
 
 Rule = Generator[Any, Any, "dict[str, Tensor] | None"]
 Form = Callable[..., "Rule | None"]  # a rule that needs no sum is a plain function
 Numbers = dict[str, Any]
+Marked = TypeVar("Marked", bound=Form)
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,28 @@ def alone(form: Form, *tensors: Any, **numbers: Any) -> dict[str, Tensor] | None
         return cast("dict[str, Tensor] | None", end.value)
 
 
+def weights_of_lerp(*names: str) -> Callable[[Marked], Marked]:
+    """Marks numbers of a rule that it takes as tensors too, and that its compiled form must be given as such.
+
+    Other numbers may move from step to step; for each weight of a `lerp` the compiler would make another graph.
+    """
+
+    def mark(form: Marked) -> Marked:
+        cast(Any, form).as_tensors = names
+        return form
+
+    return mark
+
+
 def compiled(form: Form) -> Callable[..., dict[str, Tensor] | None]:
     """`alone` for one form, compiled: a graph for each of sizes of 1, to 4,096 and beyond, dtypes and flags."""
+    weights = getattr(form, "as_tensors", ())
+
+    def call(*tensors: Any, **numbers: Any) -> dict[str, Tensor] | None:
+        like = tensors[0] if isinstance(tensors[0], Tensor) else tensors[0][0]
+        given = {name: scalar(numbers[name], like.dtype, like.device) for name in weights if name in numbers}
+        found: dict[str, Tensor] | None = limited(*tensors, **numbers | given)
+        return found
 
     def run(*tensors: Any, **numbers: Any) -> dict[str, Tensor] | None:
         return alone(form, *tensors, **numbers)
@@ -84,15 +106,14 @@ def compiled(form: Form) -> Callable[..., dict[str, Tensor] | None]:
         {"recompile_limit": 64} if "recompile_limit" in inspect.signature(torch.compile).parameters else {}
     )
     graphs: Any = torch.compile(run, dynamic=True, fullgraph=True, **limit)
-    if limit:
-        return cast("Callable[..., dict[str, Tensor] | None]", graphs)
 
-    def limited(*tensors: Any, **numbers: Any) -> dict[str, Tensor] | None:
+    def limited(*tensors: Any, **numbers: Any) -> Any:
+        if limit:
+            return graphs(*tensors, **numbers)
         with torch._dynamo.config.patch(recompile_limit=64):
-            found: dict[str, Tensor] | None = graphs(*tensors, **numbers)
-        return found
+            return graphs(*tensors, **numbers)
 
-    return limited
+    return call
 
 
 def side_by_side(rules: Sequence[Rule], layouts: Sequence[Layout]) -> list[dict[str, Tensor] | None]:

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
@@ -82,6 +84,7 @@ class RuleOptimizer(torch.optim.Optimizer):
                 shape = tuple(lr.shape)
                 raise InputError(f"lr must be a number or a tensor without dimensions, got one of shape {shape}")
             group["state_dtype"] = checked_state_dtype(group["state_dtype"], own, allowed=self.LOW_BITS)
+            self._check_switches(group)
             self.check_group(group)
             first = sum(len(each["params"]) for each in self.param_groups[:-1])
             for name, parameter in zip(names_of(group, first), group["params"], strict=True):
@@ -90,6 +93,13 @@ class RuleOptimizer(torch.optim.Optimizer):
         except BaseException:
             self.param_groups.pop()
             raise
+
+    def _check_switches(self, group: Mapping[str, Any]) -> None:
+        """Refuses what would be taken as true because it is not empty, such as a text."""
+        for name, kind in _switches(cast(Any, type(self))).items():
+            if name in group and type(group[name]) is not bool and not (group[name] is None and kind != "bool"):
+                right = "True or False" if kind == "bool" else "True, False or None"
+                raise InputError(f"{name} must be {right}, got {group[name]!r}")
 
     def _prepare(self, group: Mapping[str, Any]) -> None:
         if group["fused"] and self.C_KERNELS and compiler():
@@ -316,8 +326,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         """As torch's, but that the state keeps the dtype it was saved in: torch would round it to the parameter's.
 
         Options that the saved groups lack, as those of torch.optim.AdamW do, are this optimizer's defaults.
-        `InputError` where the saved state lacks what this optimizer keeps, as that of torch's SGD does: nothing is
-        loaded then.
+        `InputError` where the saved state lacks what this optimizer keeps, as that of torch's SGD does, or is of other
+        shapes, and for hyperparameters out of range: nothing is loaded then.
         """
         before = {name: self.__dict__[name] for name in ("state", "param_groups")}
         seen: list[dict[str, Any]] = []
@@ -338,17 +348,29 @@ class RuleOptimizer(torch.optim.Optimizer):
         for group, first in self._numbered():
             own = type(self).__name__
             group["state_dtype"] = checked_state_dtype(group["state_dtype"], own, allowed=self.LOW_BITS)
-            self._prepare(group)
             self._check_state(group, first)
+            self._check_switches(group)
+            self.check_group(group)
+            self._prepare(group)
 
     def _check_state(self, group: dict[str, Any], first: int) -> None:
         for name, parameter in zip(names_of(group, first), group["params"], strict=True):
             state = self.state.get(parameter)
-            if state and (lacking := sorted({"step", *self.new_state(parameter, group)} - state.keys())):
+            if not state:
+                continue
+            own = self.new_state(parameter, group)
+            if lacking := sorted({"step", *own} - state.keys()):
                 raise InputError(
                     f"state_dict must be of {type(self).__name__}, but that of {name} holds {sorted(state)} and lacks "
                     f"{lacking}"
                 )
+            for what, value in own.items():
+                if isinstance(value, Tensor) and (given := getattr(state[what], "shape", None)) != value.shape:
+                    found = given if given is None else tuple(given)
+                    raise InputError(
+                        f"state_dict must be of these parameters, but {what} of {name} must have shape "
+                        f"{tuple(value.shape)}, got {found}"
+                    )
 
     def _take_dtypes(self, state_dict: Mapping[str, Any]) -> None:
         """Gives what was loaded the dtypes it was saved in."""
@@ -372,6 +394,14 @@ class RuleOptimizer(torch.optim.Optimizer):
                 group.setdefault(name, self.defaults[name])
         self._watched, self._noted, self._compiled = False, [], {}
         self._steady, self._kinds = {}, {}
+
+
+@cache
+def _switches(kind: type) -> dict[str, str]:
+    """The arguments of a class and its bases that are annotated as truths, "bool" or "bool | None", by name."""
+    signatures = [inspect.signature(each.__init__) for each in kind.__mro__ if issubclass(each, RuleOptimizer)]
+    given = [each for signature in signatures for each in signature.parameters.values()]
+    return {each.name: each.annotation for each in given if each.annotation in ("bool", "bool | None")}
 
 
 _ONE = torch.ones((), device="cpu")  # with alpha: a number would be made a tensor of for each step counter

@@ -9,6 +9,7 @@ in JSON has it.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, Literal, cast
 
 import torch
@@ -86,9 +87,21 @@ def _eight_bits(parameter: Tensor, part: Tensor, squares: bool) -> Tensor:
     )
 
 
+@cache
 def _torchao() -> Any:
+    """Its 8-bit tensor, which can be copied: torchao 0.18's cannot, so that no optimizer with one could either."""
     try:
         from torchao.optim.subclass_8bit import OptimState8bit
     except ImportError:
         raise InputError('state_dtype="8bit" needs torchao: pip install "batchlab[lowbit]"') from None
+    try:
+        OptimState8bit.zeros((BLOCK,), device=torch.device("cpu")).clone()
+    except NotImplementedError:
+        OptimState8bit.implements(torch.ops.aten.clone.default)(_clone)
     return OptimState8bit
+
+
+def _clone(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+    parts, attributes = args[0].__tensor_flatten__()
+    held = {name: getattr(args[0], name).clone() for name in parts}
+    return cast(Tensor, type(args[0]).__tensor_unflatten__(held, attributes))

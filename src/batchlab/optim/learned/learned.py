@@ -171,7 +171,7 @@ class LearnedOptimizer(RuleOptimizer):
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Refuses what is out of range."""
-        check_rate(**{name: float(group[name]) for name in ("lr", "exp_mult", "weight_decay")})
+        check_rate(**{name: group[name] for name in ("lr", "exp_mult", "weight_decay")})
         check_positive(step_mult=group["step_mult"])
         _check_decay(float(group["lr"]), group)
         if group["max_grad_norm"] is not None:

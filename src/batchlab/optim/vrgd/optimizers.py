@@ -10,7 +10,7 @@ its start, and that v is of ghat, follow from the text. A p that varies slowly t
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -23,7 +23,7 @@ from batchlab.optim.lamb import LAMB, lamb_, lamb_foreach_
 from batchlab.optim.lars import LARS
 from batchlab.optim.leaf import Leaf, names_of
 from batchlab.optim.moments import adam_numbers, check_betas
-from batchlab.optim.rule import Form, Numbers, Rule
+from batchlab.optim.rule import Form, Numbers, Rule, weights_of_lerp
 from batchlab.optim.shell import RuleOptimizer
 
 SecondMoment = Literal["scaled", "raw"]
@@ -77,7 +77,7 @@ class VRSGD(InGroups, torch.optim.SGD):
     ) -> None:
         if differentiable:
             raise InputError("VRSGD cannot be differentiated through: differentiable must be False")
-        check_rate(lr=float(lr), momentum=momentum, weight_decay=weight_decay)
+        check_rate(**{"lr": cast(Any, lr), "momentum": momentum, "weight_decay": weight_decay})
         self._own = {"gamma": gamma, "cap": cap}
         numbers: dict[str, Any] = {"lr": lr, "momentum": momentum, "dampening": dampening}
         options: dict[str, Any] = {"maximize": maximize, "foreach": foreach, "fused": fused}
@@ -89,7 +89,7 @@ class VRSGD(InGroups, torch.optim.SGD):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            check_rate(**{name: float(group[name]) for name in ("lr", "momentum", "weight_decay")})
+            check_rate(**{name: group[name] for name in ("lr", "momentum", "weight_decay")})
             first = sum(len(each["params"]) for each in self.param_groups[:-1])
             for name, parameter in zip(names_of(group, first), group["params"], strict=True):
                 if not parameter.is_floating_point():
@@ -134,6 +134,7 @@ class VRLARS(InGroups, LARS):
         self._start(groups, process_group)
 
 
+@weights_of_lerp("share1")
 def vr_lamb_(w: Tensor, g: Tensor, p: Tensor, b: Tensor, m: Tensor, v: Tensor, *, raw: bool, **numbers: Any) -> Rule:
     """`lamb_` with g = ghat. p, b: of which ghat = (p/b)·gbar. raw: v of gbar, whose part is then done here."""
     if raw:
@@ -237,7 +238,7 @@ class VRAdam(_Smoothed):
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Refuses what is out of range."""
-        check_rate(**{name: float(group[name]) for name in ("lr", "weight_decay", "eps")})
+        check_rate(**{name: group[name] for name in ("lr", "weight_decay", "eps")})
         check_betas(group["betas"])
         _check_second_moment(group)
 
