@@ -192,6 +192,13 @@ def test_a_defect_has_a_traceback_and_1(place):
     assert done.stderr.splitlines()[-1] == "batchlab: error: RuntimeError: the job is broken, from broken.py:1"
 
 
+def test_a_file_that_is_no_python_is_told_with_its_place(place):
+    (place / "half.py").write_text("import torch\ndef job(:\n")
+    done = batchlab("tune half.py:job", place)
+    assert done.returncode == 1 and done.stdout == "" and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1] == "batchlab: error: SyntaxError: invalid syntax, in half.py:2"
+
+
 RAISING = """
 import dataclasses
 

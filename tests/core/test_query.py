@@ -46,6 +46,14 @@ def test_overview_is_what_the_runs_say(tmp_path):
     assert (b["steps"], b["seconds"], b["predicted_steps"]) == (0, 0.0, math.inf)
 
 
+def test_a_prediction_is_the_summarys_where_there_is_one(tmp_path):
+    for name, told in (("a", None), ("b", 7.0)):
+        write(tmp_path / name, [1.0])
+        meta = json.loads((tmp_path / name / "run.json").read_text())
+        (tmp_path / name / "run.json").write_text(json.dumps(meta | {"summary": {"predicted_steps": told}}))
+    assert {row["run"]: row["predicted_steps"] for row in query(tmp_path)} == {"a": None, "b": 7.0}
+
+
 def test_non_finite_numbers_are_numbers(tmp_path):
     write(tmp_path / "a", [1.0, "nan", "inf"])
     rows = query(tmp_path, "SELECT loss, noise_high FROM steps ORDER BY step")

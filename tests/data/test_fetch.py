@@ -1,9 +1,11 @@
 from collections import namedtuple
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
+from batchlab.core.errors import InputError
 from batchlab.data.fetch import fetch, to_device
 
 
@@ -29,6 +31,22 @@ def test_a_batch_is_what_torchs_loader_makes():
         expected = next(iter(DataLoader(data, sampler=[4, 1, 3], batch_size=3)))
         got = fetch(data, [4, 1, 3])
         assert repr(got) == repr(expected)
+
+
+@pytest.mark.parametrize(
+    "examples", [[(torch.ones(1),), (torch.ones(2),)], [object(), object()], [[1, 2], [1]], [{"a": None}] * 2]
+)
+def test_examples_that_cannot_be_put_together_want_a_collate(examples):
+    with pytest.raises(InputError, match=r"^examples cannot be put together \(.*\): give a collate"):
+        fetch(examples, [0, 1])
+
+
+def test_an_error_of_memory_is_none_of_the_examples():
+    def collate(_):
+        raise RuntimeError("stack expects each tensor to be equal size")
+
+    with pytest.raises(RuntimeError, match="^stack expects"):
+        fetch([1, 2], [0, 1], collate)
 
 
 def test_many_are_asked_for_at_once_and_collated_by_the_job():

@@ -40,7 +40,7 @@ def facts(name="digits", metric="accuracy", **changes):
         "base_batch_size": 32,
         "base_learning_rate": 3e-3,
         "learning_rate_trials": tuple(
-            LearningRateTrial(10.0**e, math.nan if e > -1.2 else 0.2 + 0.5 * (e + 2.6) ** 2)
+            LearningRateTrial(10.0**e, math.inf if e > -1.2 else 0.2 + 0.5 * (e + 2.6) ** 2)
             for e in np.arange(-4.5, 0, 0.5)
         ),
         "reference": Reference(32, 3e-3, 160, 1.2, 150, ((10, 0.4), (150, 0.97))),

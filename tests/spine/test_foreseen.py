@@ -7,10 +7,11 @@ import pytest
 
 from batchlab.core.facts import Estimate
 from batchlab.core.job import Target
-from batchlab.core.plan import Reason
+from batchlab.core.plan import Plan, Reason
 from batchlab.core.run import Run
 from batchlab.spine.batch_control import make_controller
 from batchlab.spine.foreseen import MOVES, foreseen
+from batchlab.spine.headline import outcome, verdict
 from batchlab.spine.learner import Learner
 from batchlab.spine.plan import plan
 from batchlab.spine.train import train
@@ -129,11 +130,27 @@ def test_what_was_foreseen_of_the_planned_length_is_not_said_of_another(tmp_path
     assert run.plan.notes == ("kept",) and run.plan.reasons["steps"].value == 6
 
 
-def test_a_batch_size_that_was_given_since_has_no_prediction():
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"batch_size": 512, "accumulation": 8}, "batch size {batch_size}"),
+        ({"learning_rate": 0.5}, "a learning rate of {learning_rate:.4g}"),
+        ({"optimizer": "lamb"}, "adamw"),
+        ({"target": Target("loss", 0.01)}, "{target}"),
+        ({"optimizer": "lamb", "learning_rate": 0.5}, "a learning rate of {learning_rate:.4g} and adamw"),
+    ],
+)
+def test_what_was_given_since_has_no_prediction(change, said):
     planned = plan(hand_job(), hand_facts())
-    assert planned.prediction is not None and planned.planned_batch_size == planned.batch_size
-    other = dataclasses.replace(planned, batch_size=planned.batch_size * 2, accumulation=planned.accumulation * 2)
-    assert other.prediction is None and other.planned_batch_size == planned.batch_size
-    assert any(
-        f"the predicted steps are those of batch size {planned.batch_size:,}" in note for note in foreseen(other)
-    )
+    assert planned.prediction is not None and not planned.predicted_for
+    again = Plan.from_json(planned.to_json())
+    assert again.prediction == planned.prediction
+    other = dataclasses.replace(again, **change)
+    assert other.prediction is None and set(other.predicted_for) == set(change) - {"accumulation"}
+    said = said.format(**{name: getattr(planned, name) for name in ("batch_size", "learning_rate", "target")})
+    assert f"the predicted steps and time are for {said}, not for this run's" in foreseen(other)
+    summary = {"status": "reached", "steps": 9, "seconds": 1.0, "target_step": 9, "target_seconds": 1.0}
+    if other.target is not None:
+        assert verdict(other, summary).text.endswith(f"the prediction is for {said}, not for this run's.")
+        lines = {name: remark for name, _, remark in outcome(other, summary)}
+        assert lines["Predicted steps to target"].endswith(f"for {said}, not for this run's")

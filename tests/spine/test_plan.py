@@ -294,3 +294,11 @@ def test_a_model_that_normalises_over_the_batch_gets_as_much_as_fits_at_once():
         assert normalised.micro_batch == micro and normalised.accumulation == math.ceil(size / 32)
         assert "batch normalisation" in normalised.reasons["micro_batch"].rule
     assert "batch normalisation" not in plan(hand_job(), facts, batch_size=64).reasons["micro_batch"].rule
+
+
+def test_batch_normalisation_wants_two_examples_of_each_device():
+    facts = dataclasses.replace(hand_facts(noise_scale=exact(1.0)), batch_norm=True)
+    with pytest.raises(InputError, match=r"^batch_size must lie in 6\.\.4096, two examples for each device, as batch"):
+        plan(hand_job(), facts, devices=3, batch_size=5)
+    for goal in ("time", "cost", "balanced"):
+        assert min(row.batch_size for row in plan(hand_job(), facts, goal=goal).frontier) >= 2

@@ -12,7 +12,7 @@ from batchlab.core.facts import Estimate, NoisePoint
 from batchlab.core.job import Target
 from batchlab.core.plan import Reason
 from batchlab.core.query import query
-from batchlab.core.run import STEPS_FILE, summarize
+from batchlab.core.run import STEPS_FILE, Run, summarize
 from batchlab.spine import headline
 from batchlab.spine.report import STUDY_FOLDER, report, terminal_report
 from batchlab.spine.train import train
@@ -322,6 +322,30 @@ def test_a_batch_that_moves_is_held_against_no_prediction(tmp_path):
     names = {run: [trace.get("name") for trace in drawn[run]["data"]] for run in drawn}
     assert "predicted to meet it" in names[fixed] and "predicted to meet it" not in names[moving]
     assert {row["run"]: row["predicted_steps"] for row in query(tmp_path)} == {"m": None, "f": 120.0}
+
+
+def test_tokens_are_told_by_their_measured_mean_where_they_vary(tmp_path):
+    run = made.reached_run(tmp_path / "r")
+    meta = json.loads((run.path / "run.json").read_text())
+    meta["job"] |= {"unit": "token", "units_per_example": None}
+    meta["facts"] |= {"unit": "token", "units_per_example": 6.5}
+    (run.path / "run.json").write_text(json.dumps(meta))
+    assert headline.of_run(Run.open(run.path))[0][1] == "96 examples, 624 tokens"
+
+
+def test_a_rate_that_was_not_measured_has_no_chart(tmp_path):
+    run = made.reached_run(tmp_path / "r")
+    meta = json.loads((run.path / "run.json").read_text())
+    meta["facts"]["learning_rate_trials"] = [{"learning_rate": 0.05, "loss": "nan"}]
+    (run.path / "run.json").write_text(json.dumps(meta))
+    page = report(Run.open(run.path), tmp_path / "r.html")
+    assert "learning-rate-trials" not in figures(page)
+    assert "No trial was run: 0.003 is a common default, and was not measured." in words(page)
+
+
+def test_a_micro_batch_larger_than_the_batch_is_shown_as_it_is_run():
+    lines = headline.settings(made.plan(micro_batch=1000, accumulation=1))
+    assert lines[1][1] == "96 × 1"
 
 
 def test_settings_are_counted_in_tokens_too_where_the_unit_is_one():

@@ -12,6 +12,7 @@ from batchlab.core import files
 from batchlab.core.checkpoint import checkpoints
 from batchlab.core.errors import (
     CheckpointError,
+    InputError,
     Interrupted,
     StorageError,
 )
@@ -85,20 +86,22 @@ def test_kill_and_resume_is_bit_identical(tmp_path, uninterrupted, where, number
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_after_the_step_and_resumes_the_same(tmp_path, uninterrupted, number):
+    folder = tmp_path / "my run"
+
     def ask(line):
         if line["step"] == 7:
             signal.raise_signal(number)
 
     before = signal.getsignal(number)
     with pytest.raises(Interrupted) as caught:
-        train(hard_job(), HARD_PLAN, out=tmp_path / "r", callbacks=[ask], device="cpu")
+        train(hard_job(), HARD_PLAN, out=folder, callbacks=[ask], device="cpu")
     assert caught.value.signum == number and signal.getsignal(number) is before
-    assert f"or batchlab train JOB --out {tmp_path / 'r'} --resume" in str(caught.value)
-    run = Run.open(tmp_path / "r")
+    assert f"or batchlab train JOB --out '{folder}' --resume" in str(caught.value)
+    run = Run.open(folder)
     assert run.summary["status"] == "interrupted" and run.summary["steps"] == 7
     assert state(run.path)["learner"]["step"] == 7
-    train(hard_job(), HARD_PLAN, out=tmp_path / "r", resume=True, device="cpu")
-    assert lines(tmp_path / "r") == lines(uninterrupted) and same(state(tmp_path / "r"), state(uninterrupted))
+    train(hard_job(), HARD_PLAN, out=folder, resume=True, device="cpu")
+    assert lines(folder) == lines(uninterrupted) and same(state(folder), state(uninterrupted))
 
 
 def test_a_user_handler_is_called_and_put_back(tmp_path):
@@ -159,6 +162,15 @@ def test_a_full_disk_ends_the_run_and_keeps_what_was_written(tmp_path, monkeypat
             train(hard_job(), HARD_PLAN, out=folder, device="cpu")
     train(hard_job(), HARD_PLAN, out=folder, resume=True, device="cpu")
     assert lines(folder) == lines(uninterrupted) and same(state(folder), state(uninterrupted))
+
+
+def test_fewer_steps_than_were_made_are_refused_and_nothing_is_written(tmp_path):
+    folder = tmp_path / "r"
+    train(toy_job(), toy_plan(steps=6), out=folder, device="cpu")
+    before = (folder / "run.json").read_text()
+    with pytest.raises(InputError, match="^plan steps must be at least the 6 that the run has made already, got 4$"):
+        train(toy_job(), toy_plan(steps=4), out=folder, resume=True, device="cpu")
+    assert (folder / "run.json").read_text() == before
 
 
 def test_lines_that_are_gone_are_told_of_once(tmp_path):

@@ -163,6 +163,13 @@ def test_a_plan_for_other_devices_is_said_to_be(tmp_path):
     assert run.plan.notes == ("planned for 4 devices with 1 passes, run on 1 with 4: the predicted time does not hold",)
 
 
+def test_a_batch_too_small_for_batch_normalisation_is_refused_before_anything_is_written(tmp_path):
+    plan = toy_plan(batch_size=1, micro_batch=1, accumulation=1)
+    with pytest.raises(InputError, match="^plan batch_size 1 leaves a device 1, and batch normalisation needs 2 exam"):
+        train(hard_job(), plan, out=tmp_path / "r", device="cpu")
+    assert not (tmp_path / "r").exists()
+
+
 def test_integers_of_numpy_are_integers(tmp_path):
     plan = toy_plan(batch_size=np.int64(64), micro_batch=np.int32(64), steps=np.int64(2), learning_rate=np.float32(0.5))
     run = train(toy_job(), plan, out=tmp_path / "r", seed=np.int64(3), device="cpu")

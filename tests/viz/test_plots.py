@@ -135,7 +135,8 @@ def test_micro_batch_time_and_memory():
 
 
 def test_learning_rate_trials_set_diverged_runs_apart():
-    trials = [LearningRateTrial(0.1, math.nan), LearningRateTrial(0.01, 0.3), LearningRateTrial(0.001, 0.9)]
+    trials = [LearningRateTrial(0.1, math.inf), LearningRateTrial(0.01, 0.3), LearningRateTrial(0.001, 0.9)]
+    trials.append(LearningRateTrial(0.5, math.nan))  # was not run
     figure = plots.learning_rate_trials(trials, base=0.01, planned=0.02)
     assert points(figure, "trials") == [(0.001, 0.9), (0.01, 0.3)]
     assert list(trace(figure, "diverged").x) == [0.1]

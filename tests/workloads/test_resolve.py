@@ -165,6 +165,12 @@ def test_what_is_refused_of_a_users_file(user_file, name, options, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("call", ["sys.exit(0)", "sys.exit(3)", "sys.exit('done')", "raise SystemExit"])
+def test_a_file_that_ends_the_process_is_refused(user_file, call):
+    with pytest.raises(InputError, match=r"ends the process, by sys.exit\(.*__main__"):
+        load_job(f"{user_file(f'import sys; {call}', name='ends.py')}:job")
+
+
 def test_a_users_own_failure_comes_through_unchanged(user_file):
     with pytest.raises(KeyError, match="the user's own"):
         load_job(f"{user_file()}:breaks")

@@ -129,6 +129,9 @@ def _answer_error(error: SystemExit | Exception) -> int:
 def _answer_unforeseen(error: Exception) -> int:
     """The traceback; where it went through the user's own code, from there on, and a line that says where."""
     told = traceback.TracebackException.from_exception(error)
+    if isinstance(error, SyntaxError) and error.filename and _is_users(error.filename):
+        print("".join(told.format_exception_only()), end="", file=sys.stderr)
+        return _fail(f"{type(error).__name__}: {error.msg}, in {_from_here(error.filename)}:{error.lineno}", FAILURE)
     own = [place for place, frame in enumerate(told.stack) if _is_users(frame.filename)]
     if own:
         del told.stack[: own[0]]
@@ -136,11 +139,14 @@ def _answer_unforeseen(error: Exception) -> int:
     if not own:
         return FAILURE
     last, said = told.stack[own[-1] - own[0]], "".join(told.format_exception_only()).strip()
+    return _fail(f"{said}, from {_from_here(last.filename)}:{last.lineno}", FAILURE)
+
+
+def _from_here(file: str) -> str:
     try:
-        file = os.path.relpath(last.filename)
+        return os.path.relpath(file)
     except (OSError, ValueError):  # the working directory is gone, or on another drive
-        file = last.filename
-    return _fail(f"{said}, from {file}:{last.lineno}", FAILURE)
+        return file
 
 
 def _is_users(file: str) -> bool:

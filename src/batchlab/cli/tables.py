@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,7 +13,7 @@ from batchlab.core.plan import Plan
 from batchlab.measure.findings import Findings
 from batchlab.spine import headline
 from batchlab.spine.findings_chapters import lines
-from batchlab.spine.words import aim, duration, figure, interval, size
+from batchlab.spine.words import aim, duration, figure, interval, size, steps_said
 from batchlab.viz.table import terminal_table
 from batchlab.viz.text import visible
 
@@ -61,7 +60,7 @@ def frontier_table(plan: Plan) -> Table:
     """Predicted time against cost, the pick marked."""
     table = _grid("Batch size", "Devices", "Steps", "Time", "Device time", "", justify="right")
     for row in plan.frontier:
-        cells = [f"{row.batch_size:,}", str(row.devices), figure(math.ceil(row.steps)) if row.steps < math.inf else "-"]
+        cells = [f"{row.batch_size:,}", str(row.devices), steps_said(row.steps)]
         table.add_row(*cells, duration(row.time), duration(row.cost), "picked" if row.picked else "")
     return table
 

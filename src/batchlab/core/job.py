@@ -41,6 +41,9 @@ class Target:
         if not math.isfinite(self.value):
             raise InputError(f"target value must be finite, got {self.value!r}")
 
+    def __str__(self) -> str:
+        return f"{self.metric} of at {'most' if self.direction == 'min' else 'least'} {self.value:.10g}"
+
     def reached(self, measured: float) -> bool:
         """Whether `measured` is as good as the target."""
         return measured <= self.value if self.direction == "min" else measured >= self.value

@@ -177,15 +177,21 @@ class Plan(JsonNoun):
 
     @property
     def prediction(self) -> Estimate | None:
-        """`predicted_steps`, where they are this run's: they are those of a batch that stays, of the planned size."""
-        own = self.batch_schedule == "fixed" and self.batch_size == self.planned_batch_size
-        return self.predicted_steps if own else None
+        """`predicted_steps`, where they are this run's: they are those of a batch that stays, as it was planned."""
+        return self.predicted_steps if self.batch_schedule == "fixed" and not self.predicted_for else None
 
     @property
-    def planned_batch_size(self) -> int:
-        """The one that `predicted_steps` are of: another than `batch_size` where that was given another value since."""
+    def predicted_for(self) -> dict[str, Any]:
+        """What `predicted_steps` were predicted for and is another by now: the planned values, by name."""
         reason = self.reasons.get("predicted_steps")
-        return int(reason.inputs.get("batch_size", self.batch_size)) if reason else self.batch_size
+        planned = reason.inputs if reason else {}
+        now = self._predicting()
+        return {name: planned[name] for name in now if name in planned and not _same(planned[name], now[name])}
+
+    def _predicting(self) -> dict[str, Any]:
+        """What a prediction is for: its reason has these among its inputs."""
+        numbers = {"batch_size": self.batch_size, "learning_rate": self.learning_rate}
+        return numbers | {"optimizer": self.optimizer, "target": str(self.target)}
 
     def because(self, rule: str, source: str, **numbers: Any) -> Plan:
         """With other numbers, for a reason that is not the user's."""
@@ -203,7 +209,7 @@ class Plan(JsonNoun):
 
         Where an input is a number of the plan's, and is another by now, its value now stands beside it.
         """
-        numbers = self._numbers() | {"goal": self.goal}
+        numbers = self._numbers() | {"goal": self.goal} | self._predicting()
         return [
             (name, _short(reason.value), "; ".join([reason.rule, *_used(reason.inputs, numbers)]), reason.source)
             for name, reason in self.reasons.items()

@@ -64,8 +64,9 @@ SELECT
     run, name, plan->>'job' AS job, created, status, seed, device, world_size, git_commit, plan->>'goal' AS goal,
     plan->>'optimizer' AS optimizer, CAST(plan->>'batch_size' AS BIGINT) AS batch_size,
     CAST(plan->>'micro_batch' AS BIGINT) AS micro_batch, CAST(plan->>'learning_rate' AS DOUBLE) AS learning_rate,
-    CASE WHEN coalesce(plan->>'batch_schedule', 'fixed') = 'fixed'
-        THEN TRY_CAST(plan->'predicted_steps'->>'value' AS DOUBLE) END AS predicted_steps,
+    TRY_CAST(CASE WHEN json_exists(summary, '$.predicted_steps') THEN summary->>'predicted_steps'
+        WHEN coalesce(plan->>'batch_schedule', 'fixed') = 'fixed' THEN plan->'predicted_steps'->>'value'
+    END AS DOUBLE) AS predicted_steps,
     coalesce(steps, 0) AS steps, coalesce(examples, 0) AS examples, coalesce(seconds, 0.0) AS seconds,
     CAST(summary->>'target_step' AS BIGINT) AS target_step,
     CAST(summary->>'target_seconds' AS DOUBLE) AS target_seconds,

@@ -10,11 +10,16 @@ from typing import Any
 import torch
 from torch.utils.data import TensorDataset, default_collate
 
+from batchlab.core.errors import InputError
 from batchlab.core.job import MapDataset
+
+_UNEQUAL = ("equal size", "default_collate: batch must contain")  # what torch says of examples that are not alike
 
 
 def fetch(data: MapDataset, indices: list[int], collate: Callable[[list[Any]], Any] | None = None) -> Any:
     """The examples at `indices`, collated: `data.__getitems__` where it exists, else one by one.
+
+    Raises `InputError` where there is no `collate` and the examples are not of one size or kind.
 
     >>> fetch(TensorDataset(torch.arange(4)), [2, 0])
     [tensor([2, 0])]
@@ -24,7 +29,18 @@ def fetch(data: MapDataset, indices: list[int], collate: Callable[[list[Any]], A
         return [tensor[where] for tensor in data.tensors]
     many = getattr(data, "__getitems__", None)
     examples = many(indices) if many is not None else [data[index] for index in indices]
-    return (collate or default_collate)(examples)
+    return _collated(examples) if collate is None else collate(examples)
+
+
+def _collated(examples: list[Any]) -> Any:
+    try:
+        return default_collate(examples)
+    except (RuntimeError, TypeError) as error:
+        if not any(each in str(error) for each in _UNEQUAL):
+            raise
+        raise InputError(
+            f"examples cannot be put together ({error}): give a collate, as the job's or the task's"
+        ) from None
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

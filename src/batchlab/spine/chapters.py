@@ -13,7 +13,7 @@ from batchlab.core.plan import FrontierRow, Plan
 from batchlab.core.run import Run
 from batchlab.spine import headline
 from batchlab.spine.columns import Column, Columns, evenly, thin
-from batchlab.spine.words import duration, figure, interval, size
+from batchlab.spine.words import duration, figure, interval, size, steps_said
 from batchlab.viz import plots
 from batchlab.viz.blocks import Actions, Block, Bullets, Chart, Choice, Paragraph, Row, Section, Table, Tiles, Verdict
 from batchlab.viz.traces import Interval
@@ -34,7 +34,7 @@ AXES = (
 def what_to_do(run: Run) -> Section:
     """Settings, prediction beside outcome, verdict."""
     job = run.meta.get("job") or {}
-    lines = headline.settings(run.plan, str(job.get("unit", "example")), job.get("units_per_example"))
+    lines = headline.settings(run.plan, str(job.get("unit", "example")), headline.units_of_run(run))
     said = headline.verdict(run.plan, run.summary)
     tiles = Tiles(headline.outcome(run.plan, run.summary))
     blocks: list[Block] = [Actions(lines), tiles, Verdict(said.text, said.tone)]
@@ -79,7 +79,7 @@ def _frontier_table(rows: Sequence[FrontierRow]) -> Table:
         (
             f"{row.batch_size:,}{' (the plan)' if row.picked else ''}",
             str(row.devices),
-            figure(round(row.steps)),
+            steps_said(row.steps),
             duration(row.time),
             figure(float(f"{row.cost:.4g}")),
         )
@@ -228,7 +228,11 @@ def learning_rates(plan: Plan, facts: Facts | None) -> Section:
     if facts is None or not facts.learning_rate_trials:
         why = NO_FACTS if facts is None else "No trials were run."
         return Section("learning-rate", title, [Paragraph(why, quiet=True)])
-    trials = sorted(facts.learning_rate_trials, key=lambda trial: trial.learning_rate)
+    run = [trial for trial in facts.learning_rate_trials if not math.isnan(trial.loss)]
+    if not run:
+        why = f"No trial was run: {figure(facts.base_learning_rate)} is a common default, and was not measured."
+        return Section("learning-rate", title, [Paragraph(why, quiet=True)])
+    trials = sorted(run, key=lambda trial: trial.learning_rate)
     cells = [
         (figure(float(f"{t.learning_rate:.4g}")), figure(t.loss) if math.isfinite(t.loss) else "diverged")
         for t in trials
@@ -238,7 +242,7 @@ def learning_rates(plan: Plan, facts: Facts | None) -> Section:
         f"Short runs at batch size {facts.base_batch_size:,}",
         "The plan's own rate differs where its batch size does; the table of reasons names the rule.",
         plots.learning_rate_trials(trials, base=facts.base_learning_rate, planned=plan.learning_rate),
-        Table("Trials", ("Learning rate", "Training loss at the end"), cells),
+        Table("Trials", ("Learning rate", "Validation loss, mean along the run"), cells),
     )
     return Section("learning-rate", title, [chart])
 

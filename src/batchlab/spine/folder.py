@@ -73,6 +73,12 @@ class RunFolder:
         _check_same(begun.plan if state is None else from_plain(Plan, state["plan"]), learner.plan)
         if state is not None:
             learner.load_state_dict(state["learner"])
+            made = -(-learner.position // learner.plan.batch_size)
+            if made > learner.plan.steps:
+                raise InputError(
+                    f"plan steps must be at least the {made:,} that the run has made already, got "
+                    f"{learner.plan.steps:,}"
+                )
         elif begun.meta["seed"] != learner.seed:
             raise InputError(f"cannot resume with another seed: the run has {begun.meta['seed']}, got {learner.seed}")
         self._note_lacking(sum(line["step"] <= learner.step for line in begun.steps()), learner.step)

@@ -8,7 +8,7 @@ from batchlab.core.plan import Plan
 from batchlab.schedule.batches.controller import BatchController
 from batchlab.schedule.rates.by_examples import lr_factor
 from batchlab.spine.batch_control import expected_updates, fitted_patience, given_points, usual_patience
-from batchlab.spine.words import plural
+from batchlab.spine.words import of_what, plural
 
 MOVES = "the predicted steps and time are those of a batch that stays; this one moves"
 
@@ -19,9 +19,8 @@ def foreseen(plan: Plan, controller: BatchController | None = None) -> list[str]
     What a plan for a target predicts is the end that counts: a run that meets the target ends there.
     """
     said = [MOVES] if plan.batch_schedule != "fixed" and plan.predicted_steps is not None else []
-    if plan.predicted_steps is not None and plan.batch_size != plan.planned_batch_size:
-        told = f"the predicted steps are those of batch size {plan.planned_batch_size:,}"
-        said.append(f"{told}, and the time is that of its updates; this run has {plan.batch_size:,}")
+    if plan.predicted_steps is not None and plan.predicted_for:
+        said.append(f"the predicted steps and time are for {of_what(plan)}, not for this run's")
     return [*said, *warm_up(plan), *_falling(plan), *_points(plan, controller), *_patience(plan)]
 
 
@@ -30,7 +29,7 @@ def expected_examples(plan: Plan) -> int | None:
     predicted = plan.predicted_steps
     if plan.target is None or predicted is None or not predicted.defined:
         return None
-    if plan.batch_size != plan.planned_batch_size:
+    if plan.predicted_for:
         return None
     examples = max(1, round(predicted.value)) * plan.batch_size
     return examples if examples < plan.examples else None

@@ -9,11 +9,10 @@ from typing import Any, Literal, NamedTuple
 
 from batchlab.core.plan import Plan
 from batchlab.core.run import Run
-from batchlab.spine.words import aim, duration, figure, plural
+from batchlab.spine.words import aim, duration, figure, of_what, plural, shown_steps, steps_said
 
 Line = tuple[str, str, str]  # name, value, remark
 CLOSE = 1.25
-FEW = 20
 MOVES = {
     "fixed": "in each step",
     "adaptive": "follows the measured noise scale during the run",
@@ -52,9 +51,10 @@ def settings(plan: Plan, unit: str = "example", units_per_example: float | None 
     passes = f"{plan.accumulation:,} pass{'' if plan.accumulation == 1 else 'es'}"
     devices = plural(plan.world_size, "device")
     warm = f"warm-up over {plural(plan.warmup_examples, 'example')}, " if plan.warmup_examples else "no warm-up, "
+    most = math.ceil(plan.batch_size / plan.world_size)  # of a pass, whatever a plan by hand has
     return [
         ("Batch size", f"{plural(plan.batch_size, 'example')}{tokens}", batch),
-        ("Micro-batch", f"{plan.micro_batch:,} × {plan.accumulation:,}", f"{passes} per step on {devices}"),
+        ("Micro-batch", f"{min(plan.micro_batch, most):,} × {plan.accumulation:,}", f"{passes} per step on {devices}"),
         ("Learning rate", figure(plan.learning_rate), f"{plan.optimizer}; {warm}{ENDS[plan.schedule]}"),
     ]
 
@@ -67,11 +67,11 @@ def outcome(plan: Plan, summary: Mapping[str, Any]) -> list[Line]:
             ("Time", duration(summary["seconds"]), "evaluations left out"),
         ]
     predicted, reached = plan.prediction, summary["target_step"]
-    said = "unknown" if predicted is None else _steps(predicted.value)
+    said = "unknown" if predicted is None else steps_said(predicted.value)
     range_ = (
         _not_predicted(plan)
         if predicted is None
-        else f"{100 * predicted.coverage:.4g} % interval {_steps(predicted.low)} to {_steps(predicted.high)}"
+        else f"{100 * predicted.coverage:.4g} % interval {steps_said(predicted.low)} to {steps_said(predicted.high)}"
     )
     took = f"{reached:,}" if reached is not None else "not met"
     lines = [
@@ -89,20 +89,9 @@ def _not_predicted(plan: Plan) -> str:
     fixed = plan.predicted_steps
     if fixed is None or not fixed.defined:
         return "the plan predicted none"
-    if plan.batch_schedule == "fixed":
-        return f"{_steps(fixed.value)} at batch size {plan.planned_batch_size:,}, which is not this one's"
-    return f"{_steps(fixed.value)} for a batch that stays at {plan.planned_batch_size:,}; this one moves"
-
-
-def _steps(value: float) -> str:
-    return figure(_shown(value))
-
-
-def _shown(steps: float) -> float:
-    """Few of them with a decimal, more as whole ones: what is told of a prediction is so of the figures shown."""
-    if not math.isfinite(steps):
-        return steps
-    return float(f"{steps:.3g}") if steps < FEW else round(steps)
+    if plan.predicted_for:
+        return f"{steps_said(fixed.value)} for {of_what(plan)}, not for this run's"
+    return f"{steps_said(fixed.value)} for a batch that stays at {plan.batch_size:,}; this one moves"
 
 
 def verdict(plan: Plan, summary: Mapping[str, Any]) -> Verdict:
@@ -131,16 +120,16 @@ def _held(plan: Plan, reached: int) -> Verdict:
         return Verdict(f"{easy}: it is no test of the plan. Give the job a harder one, or the probe more time.", "open")
     met = f"Met the target, {aim(plan.target)}, after {plural(reached, 'step')}"
     predicted = plan.prediction
-    if predicted is None and plan.predicted_steps is not None and plan.batch_schedule == "fixed":
-        return Verdict(f"{met}; the prediction is another batch size's, {plan.planned_batch_size:,}.", "open")
+    if predicted is None and plan.predicted_steps is not None and plan.predicted_for:
+        return Verdict(f"{met}; the prediction is for {of_what(plan)}, not for this run's.", "open")
     if predicted is None and plan.predicted_steps is not None:
         return Verdict(f"{met}; its batch moves, so no prediction can be held against it.", "open")
     if predicted is None or not predicted.defined:
         return Verdict(f"{met}; there was no prediction to hold it against.", "open")
-    shown = _shown(predicted.value)
+    shown = shown_steps(predicted.value)
     ratio = reached / shown if shown > 0 else math.inf
     said = f"{met}: {figure(float(f'{ratio:.3g}'))} times the {figure(shown)} predicted"
-    inside = _shown(predicted.low) <= reached <= _shown(predicted.high)
+    inside = shown_steps(predicted.low) <= reached <= shown_steps(predicted.high)
     if inside and math.isfinite(predicted.high):
         return Verdict(f"{said}, inside the prediction's interval.", "good")
     if inside:
@@ -167,10 +156,17 @@ def _skipped(summary: Mapping[str, Any]) -> str:
     return f"{plural(count, 'step')} had a loss or gradient that is not finite" if count else "an error ended the run"
 
 
+def units_of_run(run: Run) -> float | None:
+    """How many units an example holds: as the job has it, else on average as it was measured; None where not known."""
+    given = (run.meta.get("job") or {}).get("units_per_example")
+    measured = (run.meta.get("facts") or {}).get("units_per_example")
+    return measured if given is None else given
+
+
 def of_run(run: Run) -> list[Line]:
     """The lines of the first part: settings and outcome."""
     job = run.meta.get("job") or {}
-    lines = settings(run.plan, str(job.get("unit", "example")), job.get("units_per_example"))
+    lines = settings(run.plan, str(job.get("unit", "example")), units_of_run(run))
     return [*lines, *sizes(run), *outcome(run.plan, run.summary)]
 
 

@@ -50,11 +50,12 @@ def plan(
         if not isinstance(value, noun):
             raise InputError(f"{name} must be a batchlab.{noun.__name__}, got {type(value).__name__}")
     _check(job, facts, devices, batch_size)
+    fewest = 2 if facts.batch_norm else 1  # examples of a device: see core.model.least_examples
     devices, batch_size = int(devices), None if batch_size is None else int(batch_size)  # NumPy's integers too
     if all_devices and devices > facts.train_examples:
         raise InputError(f"devices must be at most the data set's {facts.train_examples} examples, got {devices}")
     prediction = Prediction.of(facts)
-    rows = _rows(facts, prediction, devices, batch_size, least=devices if all_devices else 1)
+    rows = _rows(facts, prediction, devices, batch_size, least=fewest * (devices if all_devices else 1))
     if batch_size is None:
         choices = [row for row in rows if row.devices == devices] if all_devices else rows
         chosen = goals.pick(choices, aim, b_crit=prediction.b_crit)
@@ -66,6 +67,8 @@ def plan(
     length = _length(why, facts, prediction, chosen, layout)
     _courses(why, chosen, length)
     optimizer = planned_optimizer(why, facts, prediction, chosen, length["steps"])
+    what = {name: optimizer[name] for name in ("optimizer", "learning_rate")} | {"target": str(facts.target)}
+    why.add("predicted_steps", **what)
     why.keep("frontier", len(rows), "S(B)·t(B, n), and n times it, for each batch size and number of devices", OURS)
     made = Plan(
         job=job.name,
@@ -82,12 +85,13 @@ def plan(
 def _rows(
     facts: Facts, prediction: Prediction, devices: int, batch_size: int | None, *, least: int
 ) -> tuple[FrontierRow, ...]:
-    """The frontier. least: an example for each device that must be used, though the rules would have fewer."""
+    """The frontier. least: examples for the devices that must be used, though the rules would have fewer."""
     base = min(facts.base_batch_size, facts.train_examples)
     sizes = {base, batch_size or base}
     if prediction.noise_known:
         sizes |= set(size_grid(*size_range(prediction.b_crit, facts.train_examples)))
     sizes |= {least} if max(sizes) < least <= facts.train_examples else set()
+    sizes = {size for size in sizes if size >= least} or sizes
     counts = [count for count in device_grid(devices) if count <= max(sizes)]
     return frontier(facts, prediction, batch_sizes=sorted(sizes), devices=counts)
 
@@ -255,8 +259,14 @@ def _check(job: Job, facts: Facts, devices: int, batch_size: int | None) -> None
         if mine != theirs:
             raise InputError(f"facts were measured with the {name} {theirs!r}, this job has {mine!r}: probe it again")
     check_count(devices=devices, batch_size=1 if batch_size is None else batch_size)
-    if batch_size is not None and not devices <= batch_size <= facts.train_examples:
+    least = devices * (2 if facts.batch_norm else 1)
+    if batch_size is not None and not least <= batch_size <= facts.train_examples:
+        each = (
+            "two examples for each device, as batch normalisation needs,"
+            if facts.batch_norm
+            else "an example for each device"
+        )
         raise InputError(
-            f"batch_size must lie in {devices}..{facts.train_examples}, an example for each device and no more than "
+            f"batch_size must lie in {least}..{facts.train_examples}, {each} and no more than "
             f"the data set holds, got {batch_size}"
         )

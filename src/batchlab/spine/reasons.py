@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from batchlab.core.facts import Estimate
@@ -19,3 +20,8 @@ class Reasons:
         plain = list(value) if isinstance(value, tuple) else value.value if isinstance(value, Estimate) else value
         self.reasons[name] = Reason(rule, source, inputs, plain)
         return value
+
+    def add(self, name: str, **inputs: Any) -> None:
+        """More of what a number that is kept was made of; nothing where it is not kept."""
+        if kept := self.reasons.get(name):
+            self.reasons[name] = dataclasses.replace(kept, inputs=dict(kept.inputs) | inputs)

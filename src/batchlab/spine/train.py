@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
+import shlex
 import signal
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -131,7 +132,7 @@ def _run(
 def _going_on(folder: RunFolder, learner: Learner) -> str:
     """How a run that was stopped is gone on with, in Python and on the command line."""
     seed = f" --seed {learner.seed}" if learner.seed else ""
-    return f"train(..., resume=True), or batchlab train JOB --out {folder.path} --resume{seed}"
+    return f"train(..., resume=True), or batchlab train JOB --out {shlex.quote(str(folder.path))} --resume{seed}"
 
 
 def _end_if_asked(signals: StopSignals) -> None:

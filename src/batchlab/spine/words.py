@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from datetime import datetime
+from typing import Any
 
 from batchlab.core.facts import Estimate
 from batchlab.core.job import Target
+from batchlab.core.plan import Plan
+
+FEW = 20  # predicted steps
 
 
 def figure(value: float) -> str:
@@ -22,6 +27,22 @@ def figure(value: float) -> str:
     if value and not 1e-4 <= abs(value) < 1e12:
         return f"{value:.3e}"
     return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.4g}"
+
+
+def shown_steps(steps: float) -> float:
+    """Predicted ones as they are shown: fewer than 20 with a decimal, more as whole ones."""
+    if not math.isfinite(steps):
+        return steps
+    return float(f"{steps:.3g}") if steps < FEW else round(steps)
+
+
+def steps_said(steps: float) -> str:
+    """Predicted ones in words.
+
+    >>> steps_said(4.4712), steps_said(54.05), steps_said(float("inf"))
+    ('4.47', '54', 'unbounded')
+    """
+    return figure(shown_steps(steps))
 
 
 def duration(seconds: float) -> str:
@@ -73,6 +94,15 @@ def aim(target: Target) -> str:
     'accuracy of at least 0.97'
     """
     return f"{target.metric} of at {'most' if target.direction == 'min' else 'least'} {figure(target.value)}"
+
+
+def of_what(plan: Plan) -> str:
+    """What the predicted steps of a plan are for, of what has other values in the plan by now."""
+    words: dict[str, Callable[[Any], str]] = {
+        "batch_size": lambda size: f"batch size {size:,}",
+        "learning_rate": lambda rate: f"a learning rate of {figure(rate)}",
+    }
+    return " and ".join(words.get(name, str)(value) for name, value in plan.predicted_for.items())
 
 
 def plural(count: int, noun: str) -> str:

@@ -192,10 +192,10 @@ def micro_batch_memory(points: Sequence[MicroBatchTime], chosen: int | None = No
 def learning_rate_trials(
     trials: Sequence[LearningRateTrial], *, base: float | None = None, planned: float | None = None
 ) -> Any:
-    """Training loss at the end of short runs against learning rate, log x; runs that diverged along the top."""
-    figure = blank("learning rate", "loss after the trial", log_x=True)
+    """Validation loss along short runs against learning rate, log x; those that diverged along the top."""
+    figure = blank("learning rate", "validation loss, mean along the run", log_x=True)
     ended = sorted((t.learning_rate, t.loss) for t in trials if math.isfinite(t.loss))
-    diverged = [t.learning_rate for t in trials if not math.isfinite(t.loss)]
+    diverged = [t.learning_rate for t in trials if math.isinf(t.loss)]
     figure.add_trace(line([x for x, _ in ended], [y for _, y in ended], "trials", BLUE, markers=True))
     figure.layout.xaxis.update(decades([t.learning_rate for t in trials]))
     if diverged:

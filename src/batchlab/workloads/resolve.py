@@ -30,7 +30,7 @@ def load_job(spec: str, **options: Any) -> Job:
     spec: a bundled job ("digits"); a kind of job and the path of its data ("text:PATH"); or "FILE.py:NAME", where
     NAME is a `Job` or a function that returns one and needs no arguments. FILE is run as a module whose `__name__`
     is not "__main__", its own folder first on `sys.path`; relative paths in it are relative to the working directory.
-    An exception in it comes through unchanged.
+    An exception in it comes through unchanged, but for `sys.exit`, which is refused.
     options: keyword arguments of that job's function; one that is None counts as not given.
 
     Raises `InputError` where there is no such job, file, name or option.
@@ -106,6 +106,14 @@ def _run(file: Path) -> ModuleType:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
+    except SystemExit as error:
+        del sys.modules[name]
+        if type(error) is not SystemExit:  # a signal's
+            raise
+        raise InputError(
+            f"{file} ends the process, by sys.exit({error.code!r}), when it is run as a module: put what trains under "
+            "`if __name__ == '__main__':`"
+        ) from None
     except BaseException:
         del sys.modules[name]
         raise
