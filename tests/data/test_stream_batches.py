@@ -222,3 +222,19 @@ def test_a_size_set_anew_after_a_resume_drops_what_was_set_for_later():
     kept = StreamBatches(100, 4, endless=True)
     kept.load_state_dict(ahead.state_dict(1))
     assert [len(batch) for batch, _ in zip(kept, range(4))] == [4, 4, 8, 8]
+
+
+def test_an_epoch_that_was_cut_for_fewer_ranks_is_not_gone_back_to():
+    one = StreamBatches(13, 1, drop_last=True, rank=0, world_size=1)
+    list(one)
+    one.batch_size = 4
+    next(iter(one))
+    for rank in range(4):
+        batches = StreamBatches(13, 4, drop_last=True, rank=rank, world_size=4)
+        batches.load_state_dict(one.state_dict())
+        assert all(len(batch) == 1 for batch in batches)
+        batches.set_epoch(0)
+        with pytest.raises(
+            InputError, match="^epoch 0 was cut for fewer ranks, and a batch of it has 1 examples for 4"
+        ):
+            next(iter(batches))

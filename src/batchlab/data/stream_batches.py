@@ -122,7 +122,13 @@ class StreamBatches(BatchSampler):
         batch, end = self.start_of(epoch) + first, (epoch + 1) * self.n
         while (at := self.position(batch)) < end or self.endless:
             size = self._cut(batch).size
-            low, high = share_of(size if self.endless else min(size, end - at), self.rank, self.world_size)
+            whole = size if self.endless else min(size, end - at)
+            if whole < self.world_size:
+                raise InputError(
+                    f"epoch {epoch} was cut for fewer ranks, and a batch of it has {whole} examples for "
+                    f"{self.world_size}: go on in the present epoch"
+                )
+            low, high = share_of(whole, self.rank, self.world_size)
             yield self._stream.indices(at + low, high - low)
             batch += 1
 

@@ -227,3 +227,24 @@ def test_bad_input_names_the_bucket():
         made().load_state_dict(made("natural").state_dict())
     with pytest.raises(InputError, match="has odds for each sub-cycle"):
         bucket_odds([1, 2], "olmo_grow_p2")
+
+
+def test_buckets_may_be_left_out_of_a_plan():
+    pieces = decompose([100] * 40 + [6] * 64, 2, 6, randomize=False)
+    assert 0 in pieces.counts
+    with pytest.raises(InputError, match="^the bucket of length 8 must have at least 1 sequence, got 0: leave it out$"):
+        plan_decomposition(pieces.counts, pieces.lengths, tokens_per_step=64, cycles=2)
+    kept = [(count, length) for count, length in zip(pieces.counts, pieces.lengths, strict=True) if count]
+    plan = plan_decomposition(*map(list, zip(*kept, strict=True)), tokens_per_step=64, cycles=2)
+    sampler = DatasetDecomposition(pieces, plan)
+    batches = list(sampler)
+    for batch in batches:
+        of = {pieces.lengths[pieces.bucket_of(index)] for index in batch}
+        assert len(of) == 1 and len(batch) * of.pop() == 64
+    assert len({index for batch in batches for index in batch}) == sum(map(len, batches))
+    for bad, message in (
+        ((pieces, None), "plan must be a DecompositionPlan, got NoneType"),
+        (([1], plan), "pieces must be a Pieces, got list"),
+    ):
+        with pytest.raises(InputError, match=f"^{message}$"):
+            DatasetDecomposition(*bad)

@@ -87,7 +87,7 @@ def test_integers_of_other_libraries_do_not_overflow(integers):
         (dict(tokens_per_step=100), "tokens_per_step must be a multiple of the bucket of length 32, got 100"),
         (dict(tokens_per_step=0), "tokens_per_step must be an integer of at least 1, got 0"),
         (dict(cycles=46), "the bucket of length 32" + NONE.format(90, 2, 46)),
-        (dict(available=[1000, 0, 90]), "the bucket of length 16 must have at least 1 sequence, got 0"),
+        (dict(available=[1000, 0, 90]), "the bucket of length 16 must have at least 1 sequence, got 0: leave it out"),
         (dict(lengths=[8, 32, 16]), "lengths must be integers of at least 1, ascending, got [8, 32, 16]"),
         (dict(available=[1000]), "available must have one count for each of the lengths, got 1 and 3"),
         (dict(units=[8, 5, 2]), "units must be multiples of a batch: 4 sequences in the bucket of length 16, got 5"),

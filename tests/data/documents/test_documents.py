@@ -53,3 +53,30 @@ def test_tokens_that_do_not_fit_are_refused():
         Documents([1, 2], [2])
     with pytest.raises(InputError, match="documents must be of integers, got float64 at 1"):
         Documents.of([[1, 2], [0.5]])
+
+
+def test_tokens_of_any_size_stay_what_they_are():
+    large = np.array([2**53 + 1, 2**63 - 1])
+    for given in (large, large.astype(np.uint64), large.tolist()):
+        assert Documents.of([given], end=2**53 + 1).tokens.tolist() == [2**53 + 1, 2**63 - 1, 2**53 + 1]
+
+
+@pytest.mark.parametrize(
+    ("documents", "end", "message"),
+    [
+        ([[1]], 2.5, "end must be an integer of at least 0, got 2.5"),
+        ([[1]], True, "end must be an integer of at least 0, got True"),
+        ([[1]], "x", "end must be an integer of at least 0, got 'x'"),
+        ([[1], [[2]]], 0, r"documents must be rows of integers, got shape \(1, 1\) at 1"),
+        ([3], 0, r"documents must be rows of integers, got shape \(\) at 0"),
+        ([[[1], [2, 3]]], 0, "documents must be rows of integers, got rows of unequal length at 0"),
+        (
+            [np.array([2**63], dtype=np.uint64)],
+            0,
+            r"documents must be of integers below 2\^63, got 9223372036854775808 at 0",
+        ),
+    ],
+)
+def test_what_is_no_document_is_refused(documents, end, message):
+    with pytest.raises(InputError, match=f"^{message}$"):
+        Documents.of(documents, end=end)

@@ -328,10 +328,17 @@ def test_a_damaged_state_is_refused_and_changes_nothing():
     sampler = BucketBatchSampler(lengths_of(300), LengthBuckets([20, 400]), [5, 4])
     following(sampler, 3)
     state = sampler.state_dict()
-    for wrong in ({"since": None}, {"world_size": 10**6}, {"counts": [1, 2]}, {"sizes": [5, 5]}):
+    one = {"since": {"batch": 0, "epoch": 0, "used": [5]}}
+    over = {"since": {"batch": 0, "epoch": 0, "used": [10**6, 0]}}
+    for wrong in (one, over, {"since": None}, {"world_size": 10**6}, {"counts": [1, 2]}, {"sizes": [5, 5]}):
         with pytest.raises(InputError, match="state_dict must|world_size"):
             sampler.load_state_dict(state | wrong)
         assert sampler.state_dict() == state
+
+
+def test_data_sets_are_numbered_from_0():
+    with pytest.raises(InputError, match="^datasets must be numbered from 0 on, got 300000000 among 2 examples$"):
+        BucketBatchSampler([1, 2], LengthBuckets([2, 3]), [1, 1], datasets=[0, 300_000_000])
 
 
 def test_ragged_tables_are_refused_by_name():

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import json
 
@@ -239,3 +240,57 @@ def test_other_things_than_labels_places_and_indexes_are_refused():
 
 def test_purity_of_groups_that_come_once():
     assert purity(([0, 1] for _ in range(2)), [0, 0]) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("what", "change", "message"),
+    [
+        ("clusters", lambda c: c + 1000, "its clusters do not hold each of 101 examples once"),
+        ("clusters", lambda c: c * 0, "its clusters do not hold each of 101 examples once"),
+        ("leftover", lambda c: c * 0, "its clusters do not hold each of 101 examples once"),
+        ("windows", lambda c: c + 100, "its windows are not of 101 examples"),
+        ("windows", lambda c: c[:7], "its windows are not of 101 examples"),
+    ],
+)
+def test_a_damaged_index_is_refused(tmp_path, what, change, message):
+    query, target = torch.randn(2, 101, 8, generator=torch.Generator().manual_seed(0))
+    index = b3_batches(query, target, cluster_size=8, p=3, m=20)
+    path = dataclasses.replace(index, **{what: change(getattr(index, what))}).save(tmp_path / "index.safetensors")
+    with pytest.raises(InputError, match=f"is damaged: {message}$"):
+        B3Index.load(path)
+
+
+def test_seeds_and_methods_are_looked_at_before_the_scores(monkeypatch):
+    x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+    given = {"cluster_size": np.int64(8), "p": np.int64(2), "m": np.int64(10)}
+    for method in ("louvain", "auto"):
+        ends = [b3_batches(x, x, **given, seed=seed, method=method) for seed in (3, np.int64(3), torch.tensor(3))]
+        assert len({end.fingerprint() for end in ends}) == 1
+    monkeypatch.setattr("batchlab.data.mining.b3_batches.rank_windows", lambda *_, **__: pytest.fail("scored"))
+    for bad in ({"seed": "x"}, {"method": "kmeans"}):
+        with pytest.raises(InputError, match=f"^{next(iter(bad))} must be"):
+            b3_batches(x, x, **given | bad)
+
+
+def test_measures_refuse_what_is_no_place_or_score():
+    windows = np.array([[1], [0], [0], [1]])
+    for batch, message in (
+        ([-1, 0], "batches must hold places among the 4 examples of windows, from 0"),
+        ([0, 4], "batches must hold places among the 4 examples of windows, from 0"),
+        ([0.5, 1], "batches must hold places among the 4 examples of windows, from 0"),
+        ([0, 0, 0], "batches must hold an example once"),
+    ):
+        with pytest.raises(InputError, match=f"^{message}"):
+            hard_negative_rate([batch], windows)
+    assert hard_negative_rate([[], [0, 1]], windows) == 1.0
+    with pytest.raises(InputError, match="groups must hold one place each at least"):
+        purity([[]], [1, 2])
+    with pytest.raises(InputError, match="scores must be finite"):
+        loss_gap(torch.full((4, 4), torch.nan), [[0, 1], [2, 3]], 1)
+
+
+@pytest.mark.parametrize("labels", [[0.5] * 64, torch.full((64,), torch.nan), torch.zeros(64, dtype=torch.bfloat16)])
+def test_labels_are_integers(labels):
+    x = torch.randn(64, 4)
+    with pytest.raises(InputError, match="labels must be 64 integers, one for each example"):
+        b3_batches(x, x, cluster_size=8, p=2, m=10, labels=labels)

@@ -152,3 +152,12 @@ def test_a_state_of_other_weights_is_refused():
         Blend({"a": 10, "b": 5}, 4, weights={"a": 1, "b": 1}).load_state_dict(state)
     with pytest.raises(InputError, match="state_dict must have sources"):
         Blend({"b": 5, "a": 10}, 4).load_state_dict(state)
+
+
+def test_integers_of_other_libraries_do_not_overflow():
+    blend = Blend({"a": np.int32(2**31 - 1), "b": np.int32(5)}, 4)
+    assert blend.n == 2**31 + 4 and sum(each.examples for each in blend.report(np.int32(5))) == 20
+    assert len(blend.sources(np.int32(0), torch.tensor(3))) == 3
+    for bad in ("x", 2.5):
+        with pytest.raises(InputError, match=f"^batches must be an integer of at least 0, got {bad!r}$"):
+            blend.report(bad)

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -181,3 +182,20 @@ def test_what_cannot_be_cut():
         resample(torch.zeros(40, 40), (32, 32), (32, 32))
     with pytest.raises(InputError, match="^default must be an integer of at least 8, got 4$"):
         resample(torch.zeros(3, 8, 4, 4), (8, 4, 4), (4, 4, 4))
+
+
+def test_a_schedule_of_numpys_numbers_is_saved_as_pythons():
+    given = Multigrid(
+        np.array([8, 16, 16]),
+        np.int64(2),
+        np.array([0, 4]),
+        np.int64(6),
+        epoch_factor=np.float32(1.5),
+        gamma=np.float64(0.1),
+    )
+    plain = Multigrid((8, 16, 16), 2, [0, 4], 6)
+    ours, theirs = MultigridBatches(100, given), MultigridBatches(100, plain)
+    ours.load_state_dict(json.loads(json.dumps(theirs.state_dict())))
+    theirs.load_state_dict(json.loads(json.dumps(ours.state_dict())))
+    with pytest.raises(InputError, match="^multigrid must be a Multigrid, got str$"):
+        MultigridBatches(100, "x")

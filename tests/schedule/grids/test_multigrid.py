@@ -258,7 +258,7 @@ def test_bad_input():
         made(smallest=4)
     with pytest.raises(InputError, match=r"^factors must be one for each of 3 axes, got \(0.5, 0.5\)$"):
         made(long_cycle=[(0.5, 0.5)])
-    with pytest.raises(InputError, match="^factors must be finite and > 0, got 0$"):
+    with pytest.raises(InputError, match="^factors must be finite and > 0, got 0.0$"):
         made(short_cycle=[(None, 0, 1)])
     with pytest.raises(
         InputError, match=r"^shape \(4.0, 64.0, 64.0\) must not be so large that its batch rounds to 0, got 0.5 of"

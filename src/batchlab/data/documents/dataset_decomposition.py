@@ -29,7 +29,8 @@ class DatasetDecomposition(BatchSampler):
     step always has as many: do not move the learning rate with the number of sequences, and do not restart its
     schedule in a cycle. A piece's positions start at 0.
 
-    pieces: of `decompose`; indices are theirs, as in `PieceDataset`. plan: of `plan_decomposition`.
+    pieces: of `decompose`; indices are theirs, as in `PieceDataset`. plan: of `plan_decomposition`, for all of their
+    lengths or, where a bucket is too small, for some.
     curriculum: "grow_p2" (the paper's choice) and "grow_linear" begin a cycle with short pieces and end it with long
         ones; "natural", "uniform", or weights, see `bucket_odds`; "olmo_grow_p2" and "olmo_grow_linear" set the counts
         of each sub-cycle, see `sub_cycle_counts`.
@@ -63,7 +64,11 @@ class DatasetDecomposition(BatchSampler):
         world_size: int | None = None,
     ) -> None:
         super().__init__(seed, rank=rank, world_size=world_size)
-        if (pieces.lengths, pieces.counts) != (plan.lengths, plan.available):
+        for name, value, kind in (("pieces", pieces, Pieces), ("plan", plan, DecompositionPlan)):
+            if not isinstance(value, kind):
+                raise InputError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")
+        there = dict(zip(pieces.lengths, pieces.counts, strict=True))
+        if any(there.get(length) != count for length, count in zip(plan.lengths, plan.available, strict=True)):
             raise InputError(
                 f"plan must be of these pieces: they are {pieces.counts} of lengths {pieces.lengths}, "
                 f"it is for {plan.available} of {plan.lengths}"
@@ -79,8 +84,9 @@ class DatasetDecomposition(BatchSampler):
         self.pieces, self.planned, self.accumulation = pieces, plan, int(accumulation)
         self.curriculum = curriculum if isinstance(curriculum, str) else tuple(float(each) for each in curriculum)
         self.longest_first = bool(longest_first)
-        streams = [derive_seed(self.seed, "decomposition", bucket) for bucket in range(len(plan.lengths))]
-        self._streams = [SampleStream(count, each) for count, each in zip(pieces.counts, streams, strict=True)]
+        self._places = [pieces.lengths.index(length) for length in plan.lengths]  # of the plan's buckets among all
+        streams = [derive_seed(self.seed, "decomposition", place) for place in self._places]
+        self._streams = [SampleStream(count, each) for count, each in zip(plan.available, streams, strict=True)]
         self._cached: tuple[int, int, Ints, Ints] = (-1, -1, np.empty(0, np.int64), np.empty(0, np.int64))
 
     def epoch_length(self, epoch: int) -> int:
@@ -118,11 +124,11 @@ class DatasetDecomposition(BatchSampler):
     def _batch(self, epoch: int, cycle: int, bucket: int, number: int) -> Ints:
         """This rank's part of the batch of this number, of a bucket in a cycle."""
         plan = self.planned
-        in_cycle, available = plan.sequences_per_cycle[bucket], self.pieces.counts[bucket]
+        in_cycle, available = plan.sequences_per_cycle[bucket], plan.available[bucket]
         per_epoch = max(available, plan.cycles * in_cycle)  # a pass over the data, or more: then the stream runs on
         share = plan.batch[bucket] // self.world_size
         start = epoch * per_epoch + cycle * in_cycle + number * plan.batch[bucket] + self.rank * share
-        return self._streams[bucket].indices(start, share) + int(self.pieces.first[bucket])
+        return self._streams[bucket].indices(start, share) + int(self.pieces.first[self._places[bucket]])
 
     def _cycle(self, epoch: int, cycle: int) -> tuple[Ints, Ints]:
         """Of each batch of a cycle, its bucket and how many of that bucket come before it."""

@@ -185,7 +185,9 @@ def _batches(available: Sequence[int], lengths: Sequence[int], tokens_per_step: 
         raise InputError(f"lengths must be integers of at least 1, ascending, got {list(lengths)}")
     for length, count in zip(lengths, available, strict=True):
         if not is_count(count, 1):
-            raise InputError(f"the bucket of length {length} must have at least 1 sequence, got {count!r}")
+            raise InputError(
+                f"the bucket of length {length} must have at least 1 sequence, got {count!r}: leave it out"
+            )
     for length in reversed(lengths):
         if tokens_per_step % length:
             raise InputError(

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from batchlab.core.checks import as_count
 from batchlab.core.errors import InputError
 
 
@@ -42,12 +43,8 @@ class Documents:
     @classmethod
     def of(cls, documents: Sequence[ArrayLike], *, end: int | None = None) -> Documents:
         """The documents copied into one array of int64. end: the token appended to each."""
-        tail = [] if end is None else [end]
-        arrays = [np.asarray(document) for document in documents]
-        for at, array in enumerate(arrays):
-            if array.size and not _are_integers(array):
-                raise InputError(f"documents must be of integers, got {array.dtype} at {at}")
-        parts = [np.concatenate([array, tail]).astype(np.int64) for array in arrays]
+        tail = np.array([] if end is None else [as_count(0, end=end)], dtype=np.int64)
+        parts = [np.concatenate([_tokens(at, document), tail]) for at, document in enumerate(documents)]
         joined = np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
         return cls(torch.from_numpy(joined), [len(part) for part in parts])
 
@@ -63,6 +60,20 @@ class Documents:
         if isinstance(self.tokens, Tensor):
             return self.tokens[torch.from_numpy(places)].long()
         return torch.from_numpy(np.asarray(self.tokens[places]).astype(np.int64))
+
+
+def _tokens(at: int, document: ArrayLike) -> NDArray[np.int64]:
+    try:
+        array = np.asarray(document)
+    except ValueError:
+        raise InputError(f"documents must be rows of integers, got rows of unequal length at {at}") from None
+    if array.ndim != 1:
+        raise InputError(f"documents must be rows of integers, got shape {array.shape} at {at}")
+    if array.size and not _are_integers(array):
+        raise InputError(f"documents must be of integers, got {array.dtype} at {at}")
+    if array.dtype.kind == "u" and array.size and int(array.max()) >= 2**63:
+        raise InputError(f"documents must be of integers below 2^63, got {array.max()} at {at}")
+    return array.astype(np.int64)
 
 
 def _are_integers(tokens: Tensor | NDArray[Any]) -> bool:

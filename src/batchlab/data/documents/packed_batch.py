@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from batchlab.core.checks import is_whole
 from batchlab.core.errors import InputError
 from batchlab.data.documents.documents import Documents, check_within
 from batchlab.data.documents.pack import Packing
@@ -49,6 +50,8 @@ def packed_batch(
     >>> batch.position_ids.tolist(), batch.document_ids.tolist()
     ([[0, 1, 2, 0, 1, 0]], [[0, 0, 0, 1, 1, -1]])
     """
+    if not is_whole(pad):
+        raise InputError(f"pad must be an integer, got {pad!r}")
     rows = np.atleast_1d(np.asarray(sequences))
     rows = rows.astype(np.int64) if not rows.size else rows
     if (

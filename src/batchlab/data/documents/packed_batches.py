@@ -43,6 +43,8 @@ class PackedBatches(BatchSampler):
         world_size: int | None = None,
     ) -> None:
         super().__init__(seed, rank=rank, world_size=world_size)
+        if not isinstance(packing, Packing):
+            raise InputError(f"packing must be a Packing, as pack gives it, got {type(packing).__name__}")
         check_count(sequences=sequences)
         if sequences % self.world_size:
             raise InputError(f"sequences must be a multiple of world_size {self.world_size}, got {sequences}")

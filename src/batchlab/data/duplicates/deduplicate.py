@@ -21,7 +21,7 @@ from typing import Literal, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from batchlab.core.checks import check_count, check_inside
+from batchlab.core.checks import as_count, check_count, check_inside
 from batchlab.core.errors import InputError
 from batchlab.data.duplicates.duplicates import EXACT, KEPT, NEAR, SHORT, Deduplication, DeduplicationHeader
 from batchlab.data.duplicates.near_duplicates import bands_for, near_duplicates
@@ -82,8 +82,11 @@ def deduplicate(
     if scope not in ("global", "local"):
         raise InputError(f'scope must be "global" or "local", got {scope!r}')
     check_inside(threshold=threshold)
-    check_count(permutations=permutations)
-    check_count(0, min_characters=min_characters, seed=seed, workers=workers)
+    if not isinstance(texts, Iterable):
+        raise InputError(f"texts must be an iterable of documents, got {texts!r:.80}")
+    permutations, ngram, seed = as_count(permutations=permutations), as_count(ngram=ngram), as_count(0, seed=seed)
+    bands = None if bands is None else as_count(bands=bands)
+    check_count(0, min_characters=min_characters, workers=workers)
     if seed >= 2**64:
         raise InputError(f"seed must be below 2^64, got {seed}")
     shingle_hashes([], shingle, ngram)  # refuses what it cannot do before anything is read
@@ -100,14 +103,14 @@ def deduplicate(
         priority=tuple(priority if priority is not None else reader.names),
         threshold=float(threshold),
         shingle=shingle,
-        ngram=int(ngram),
-        permutations=int(permutations),
+        ngram=ngram,
+        permutations=permutations,
         bands=bands,
         rows=rows,
         exact=bool(exact),
         min_characters=int(min_characters),
         verify=bool(verify),
-        seed=int(seed),
+        seed=seed,
         normalisation=NORMALISATION,
         signature=algorithm,
     )

@@ -197,7 +197,10 @@ class BucketBatchSampler(BatchSampler):
         super().load_state_dict(state_dict)
         try:
             since = state_dict["since"]
-            self._since = _Since(since["batch"], since["epoch"], np.asarray(since["used"], dtype=self._counts.dtype))
+            used = np.asarray(since["used"], dtype=self._counts.dtype)
+            if used.shape != self._counts.shape or (used < 0).any() or (used > self._counts).any():
+                raise ValueError("used examples of other buckets")
+            self._since = _Since(since["batch"], since["epoch"], used)
             check_count(world_size=state_dict["world_size"])
             self.world_size = int(state_dict["world_size"])
             epoch, place = self.locate(self._taken)
@@ -236,6 +239,8 @@ def _with_datasets(
     if which.shape != bucket.shape or which.dtype.kind not in "iu" or which.min() < 0:
         raise InputError(f"datasets must be an integer >= 0 for each of {len(bucket)} examples, got {datasets!r}")
     kinds = int(which.max()) + 1
+    if kinds > max(len(bucket), 1):
+        raise InputError(f"datasets must be numbered from 0 on, got {kinds - 1} among {len(bucket)} examples")
     return np.where(bucket == REJECTED, REJECTED, which.astype(np.int64) * buckets + bucket), kinds
 
 

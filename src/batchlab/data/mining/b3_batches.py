@@ -26,13 +26,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from batchlab.core.checks import check_count
+from batchlab.core.checks import as_count, check_count
 from batchlab.core.errors import InputError
 from batchlab.core.files import existing, replace_atomic
 from batchlab.core.jsonio import JsonNoun
 from batchlab.core.random import derive_seed
 from batchlab.data.batch_sampler import BatchSampler, share_of
-from batchlab.data.mining.partition import Method, partition
+from batchlab.data.mining.partition import Method, check_method, partition
 from batchlab.data.mining.similarity_graph import BLOCK, inside_edges, mutual_graph, rank_windows
 from batchlab.data.stream import SampleStream
 
@@ -92,7 +92,14 @@ class B3Index:
         count, left = divmod(header.n, header.cluster_size)
         if clusters.shape != (count, header.cluster_size) or leftover.shape != (left,):
             raise InputError(f"{path} is damaged: its clusters do not fit n={header.n}, K={header.cluster_size}")
-        return B3Index(header, clusters, leftover, tensors.get("windows"))
+        if not np.array_equal(np.sort(np.concatenate([clusters.ravel(), leftover])), np.arange(header.n)):
+            raise InputError(f"{path} is damaged: its clusters do not hold each of {header.n} examples once")
+        windows = tensors.get("windows")
+        if windows is not None and (
+            windows.ndim != 2 or len(windows) != header.n or windows.min() < 0 or windows.max() >= header.n
+        ):
+            raise InputError(f"{path} is damaged: its windows are not of {header.n} examples")
+        return B3Index(header, clusters, leftover, windows)
 
     def fingerprint(self) -> str:
         """A hash of header and clusters."""
@@ -135,7 +142,8 @@ def b3_batches(
     ((12, 8), True)
     """
     p = (30 if labels is None else 0) if p is None else p
-    check_count(2, cluster_size=cluster_size)
+    cluster_size, seed = as_count(2, cluster_size=cluster_size), as_count(0, seed=seed)
+    check_method(method)
     if isinstance(query, Tensor) and len(query) < cluster_size:
         raise InputError(f"cluster_size must be at most the {len(query)} examples, got {cluster_size}")
     windows = rank_windows(query, target, p=p, m=m, labels=labels, block=block)
@@ -143,12 +151,12 @@ def b3_batches(
     found = partition(graph, cluster_size, method=method, seed=seed)
     header = B3Header(
         n=len(query),
-        cluster_size=int(cluster_size),
+        cluster_size=cluster_size,
         p=int(p),
         m=int(m),
         labelled=labels is not None,
         method=found.method,
-        seed=int(seed),
+        seed=seed,
         edges=graph.edges,
         inside=inside_edges(graph, found.clusters),
     )

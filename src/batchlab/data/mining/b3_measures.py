@@ -28,7 +28,9 @@ def hard_negative_rate(batches: Groups, windows: NDArray[np.int32]) -> float:
     hard = pairs = 0
     inside = np.zeros(len(windows), dtype=bool)
     for batch in batches:
-        members = np.asarray(batch)
+        members = _places(batch, len(windows), "batches", "examples of windows")
+        if len(np.unique(members)) < len(members):
+            raise InputError(f"batches must hold an example once, got {batch!r:.80}")
         inside[members] = True
         hard += int(inside[windows[members]].sum())
         inside[members] = False
@@ -45,14 +47,20 @@ def purity(groups: Groups, labels: Sequence[int] | NDArray[np.int64] | Tensor) -
     0.75
     """
     of = labels.numpy(force=True) if isinstance(labels, Tensor) else np.asarray(labels)
-    groups = list(groups)
-    for group in groups:
-        if not all(is_count(each, 0) and each < len(of) for each in np.asarray(group).reshape(-1)):
-            raise InputError(f"groups must hold places among the {len(of)} labels, from 0, got {group!r:.80}")
-    shares = [np.unique(of[np.asarray(group)], return_counts=True)[1].max() / len(group) for group in groups]
+    members = [_places(group, len(of), "groups", "labels") for group in groups]
+    if not all(map(len, members)):
+        raise InputError("groups must hold one place each at least, got an empty one")
+    shares = [np.unique(of[each], return_counts=True)[1].max() / len(each) for each in members]
     if not shares:
         raise InputError("groups must hold one group at least, got none")
     return math.fsum(shares) / len(shares)
+
+
+def _places(group: Sequence[int] | NDArray[np.int64], count: int, name: str, what: str) -> NDArray[np.int64]:
+    found = np.asarray(group).reshape(-1)
+    if not all(is_count(each, 0) and each < count for each in found):
+        raise InputError(f"{name} must hold places among the {count} {what}, from 0, got {group!r:.80}")
+    return found.astype(np.int64)
 
 
 class LossGap(NamedTuple):
@@ -80,6 +88,8 @@ def loss_gap(scores: Tensor, batches: Sequence[Sequence[int]], k: int, temperatu
         raise InputError("scores must be (N, N), and batches hold each of the N examples once")
     if k > min(map(len, batches)):
         raise InputError(f"k must be at most the smallest batch of {min(map(len, batches))}, got {k}")
+    if not scores.isfinite().all():
+        raise InputError("scores must be finite, got some that are not")
     logits = scores.double() / temperature
     everywhere = logits.logsumexp(1)
     hardest = logits.topk(k, dim=1).values.logsumexp(1)

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from batchlab.core.checks import check_count
+from batchlab.core.checks import as_count
 from batchlab.core.errors import BatchlabError, InputError
 from batchlab.data.mining.similarity_graph import Graph, inside_edges
 
@@ -41,10 +41,8 @@ def partition(graph: Graph, size: int, *, method: Method = "auto", seed: int = 0
     give the same clusters.
     Raises `InputError` where there are fewer than `size` nodes.
     """
-    check_count(size=size)
-    check_count(0, seed=seed)
-    if method not in ("auto", "metis", "louvain"):
-        raise InputError(f'method must be "auto", "metis" or "louvain", got {method!r}')
+    size, seed = as_count(size=size), as_count(0, seed=seed)
+    check_method(method)
     if graph.nodes < size:
         raise InputError(f"size must be at most the {graph.nodes} nodes, got {size}")
     metis = _pymetis(required=method == "metis") if method != "louvain" else None
@@ -58,6 +56,14 @@ def partition(graph: Graph, size: int, *, method: Method = "auto", seed: int = 0
         found = [_swapped(graph, *repaired(graph, _grown(graph, parts, size, seed), parts, size))]
     clusters, leftover = max(found, key=lambda each: inside_edges(graph, each[0]))
     return Partition(clusters, leftover, "louvain" if metis is None else "metis")
+
+
+def check_method(method: Method) -> None:
+    """Refuses one that is not known, or not installed."""
+    if method not in ("auto", "metis", "louvain"):
+        raise InputError(f'method must be "auto", "metis" or "louvain", got {method!r}')
+    if method == "metis":
+        _pymetis(required=True)
 
 
 def _metis(metis: Any, graph: Graph, parts: int, seed: int, recursive: bool) -> NDArray[np.int64]:

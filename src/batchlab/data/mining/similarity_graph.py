@@ -80,6 +80,8 @@ def rank_windows(
         raise InputError(f"labels must be {n} integers, one for each example, got {labels!r:.80}")
     if of.shape != (n,):
         raise InputError(f"labels must have shape ({n},), got {tuple(of.shape)}")
+    if of.is_floating_point() or of.is_complex():
+        raise InputError(f"labels must be {n} integers, one for each example, got {of.dtype}")
     most = int(np.unique(of.numpy(), return_counts=True)[1].max())
     if p + m > n - most:
         raise InputError(f"p + m must be at most the {n - most} targets of other labels, got p={p}, m={m}")

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from batchlab.core.checks import check_count, check_positive
+from batchlab.core.checks import as_count, check_count, check_positive
 from batchlab.core.errors import InputError
 from batchlab.core.jsonio import JsonNoun
 from batchlab.core.random import derive_seed
@@ -97,8 +97,9 @@ class Blend(StreamBatches):
             right = 'the examples of each source, as {"web": 1000, "books": 200}'
             raise InputError(f"sizes must give {right}, got {sizes!r}")
         check_count(**{f"sizes[{name!r}]": size for name, size in sizes.items()})
+        sizes = {name: int(size) for name, size in sizes.items()}
         super().__init__(sum(sizes.values()), batch_size, seed, endless=True, rank=rank, world_size=world_size)
-        self.sizes = {name: int(size) for name, size in sizes.items()}
+        self.sizes = sizes
         self.by = by
         self.tokens = _tokens(tokens, self.sizes, by)
         self.weights = _weights(weights, temperature, self.sizes if by == "examples" else self.tokens)
@@ -116,6 +117,7 @@ class Blend(StreamBatches):
 
     def report(self, batches: int | None = None) -> tuple[Drawn, ...]:
         """What was drawn of each source, over all ranks, in the run's first batches; by default in those handed out."""
+        batches = batches if batches is None else as_count(0, batches=batches)
         counts = self._order.before(self.position(batches)).tolist()
         drawn = dict(zip(self.sizes, counts, strict=True))
         spent = (
@@ -138,7 +140,7 @@ class Blend(StreamBatches):
 
     def sources(self, start: int, count: int) -> list[str]:
         """The names of the sources at `count` positions of the stream from `start` on."""
-        names = list(self.sizes)
+        names, start, count = list(self.sizes), as_count(0, start=start), as_count(0, count=count)
         return [names[which] for which in self._order.span(start, count)[0].tolist()]
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import cast
+
+import numpy as np
 
 from batchlab.core.checks import check_inside, check_not_negative, check_positive, check_share, is_count
 from batchlab.core.errors import InputError
@@ -47,7 +49,7 @@ def mixture_report(
 
     sources, tokens: of each document, its source and its length in tokens. weights: of each source in training, by
     tokens, normalised here; by default as the tokens are. budget: tokens of the run, for epochs. deduplication: of the
-    same documents in the same order: then only kept ones count.
+    same documents in the same order, whatever it was told of their sources: then only kept ones count.
 
     >>> of, lengths = ["web", "web", "books"], [300, 300, 200]
     >>> for each in mixture_report(of, lengths, weights={"web": 1, "books": 1}, budget=600):
@@ -55,8 +57,12 @@ def mixture_report(
     web 600 0.75 0.5 0.5
     books 200 0.25 0.5 1.5
     """
+    for what, given in (("sources", sources), ("tokens", tokens)):
+        if isinstance(given, str) or not isinstance(given, Iterable):
+            raise InputError(f"{what} must hold an entry for each document, got {given!r:.80}")
     documents: dict[str, int] = {}
     lengths: dict[str, int] = {}
+    names: list[str] = []
     kept = None if deduplication is None else (deduplication.verdict == KEPT).tolist()
     at, missing = -1, object()
     for at, (source, length) in enumerate(zip_longest(sources, tokens, fillvalue=missing)):
@@ -65,12 +71,24 @@ def mixture_report(
             raise InputError(f"sources and tokens must have one entry for each document: {shorter} end after {at}")
         if not is_count(length, 0):
             raise InputError(f"tokens must be integers of at least 0, got {length!r} at {at}")
-        name, counted = cast(str, source), kept is None or (at < len(kept) and kept[at])
+        if not isinstance(source, str):
+            raise InputError(f"sources must be texts, got {source!r} at {at}")
+        names += [source] if deduplication is not None else []
+        name, counted = source, kept is None or (at < len(kept) and kept[at])
         documents[name] = documents.get(name, 0) + counted
         lengths[name] = lengths.get(name, 0) + (int(cast(int, length)) if counted else 0)
     if deduplication is not None and at + 1 != len(deduplication):
         raise InputError(f"deduplication must be of the {at + 1} documents given, got one of {len(deduplication)}")
-    return _report(documents, lengths, weights, budget, {} if deduplication is None else deduplication.counts())
+    removed = {} if deduplication is None else _of_sources(deduplication, names).counts()
+    return _report(documents, lengths, weights, budget, removed)
+
+
+def _of_sources(deduplication: Deduplication, names: list[str]) -> Deduplication:
+    """The same with these sources of its documents, whatever it was told of them."""
+    sources = tuple(dict.fromkeys(names))
+    number = {name: at for at, name in enumerate(sources)}
+    source = np.array([number[name] for name in names], dtype=np.int32)
+    return replace(deduplication, sources=sources, source=source)
 
 
 def _report(
@@ -106,8 +124,9 @@ def _report(
 
 def _weights(weights: Mapping[str, float] | None, lengths: Mapping[str, int]) -> dict[str, float]:
     given: Mapping[str, float] = lengths if weights is None else weights
-    if given.keys() != lengths.keys():
-        raise InputError(f"weights must name the sources {sorted(lengths)}, got {sorted(given)}")
+    if not isinstance(given, Mapping) or given.keys() != lengths.keys():
+        found = sorted(given) if isinstance(given, Mapping) else repr(given)
+        raise InputError(f"weights must name the sources {sorted(lengths)}, got {found}")
     for name, weight in given.items():
         check_not_negative(**{f"weights[{name!r}]": weight})
     total = math.fsum(given.values())

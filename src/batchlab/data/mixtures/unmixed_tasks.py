@@ -113,8 +113,7 @@ class UnmixedTasks(BatchSampler):
 
     def task_at(self, step: int) -> str:
         """The task of the batch after `step` batches of the run: of all ranks."""
-        check_count(0, step=step)
-        return self._names[self._task(step)[0]]
+        return self._names[self._task(as_count(0, step=step))[0]]
 
     def pieces(self, task: str, examples: int | None = None) -> list[int]:
         """The sizes of a batch's micro-batches on this rank, for `torch.split`: all full but the last.
@@ -126,7 +125,7 @@ class UnmixedTasks(BatchSampler):
         if examples is None:
             low, high = share_of(self.batch_sizes[task], self.rank, self.world_size)
             examples = high - low
-        check_count(examples=examples)
+        examples = as_count(examples=examples)
         most = self.micro_batch_sizes[task]
         return [min(most, examples - start) for start in range(0, examples, most)]
 
@@ -171,6 +170,8 @@ class TaskData(Dataset[tuple[str, Any]]):
     def __init__(
         self, datasets: Mapping[str, Any], collates: Mapping[str, Callable[[list[Any]], Any]] | None = None
     ) -> None:
+        if not isinstance(datasets, Mapping):
+            raise InputError(f"datasets must give each task's data, as {{'caption': data}}, got {datasets!r:.80}")
         if not datasets:
             raise InputError("datasets must hold one task at least, got none")
         if unknown := sorted(set(collates or {}) - set(datasets)):

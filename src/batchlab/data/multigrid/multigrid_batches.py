@@ -48,6 +48,8 @@ class MultigridBatches(BatchSampler):
     ) -> None:
         super().__init__(seed, rank=rank, world_size=world_size)
         check_count(n=n)
+        if not isinstance(multigrid, Multigrid):
+            raise InputError(f"multigrid must be a Multigrid, got {type(multigrid).__name__}")
         self.n, self.multigrid, self.drop_last = int(n), multigrid, bool(drop_last)
         if multigrid.batch % self.world_size:
             raise InputError(f"batch must be a multiple of world_size {self.world_size}, got {multigrid.batch}")

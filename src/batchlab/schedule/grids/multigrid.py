@@ -33,6 +33,7 @@ from batchlab.schedule.grids.multigrid_cycles import (
 from batchlab.schedule.rates.counted import Counted
 
 EPOCH_FACTOR, EVALUATIONS = 1.5, 3
+_RATES = ("epoch_factor", "gamma", "warmup_epochs", "warmup_rate")
 
 
 @dataclass(frozen=True)
@@ -95,9 +96,11 @@ class Multigrid:
             short_cycle=short_cycle,
             epoch_factor=self.epoch_factor,
         )
-        given = {"sizes": tuple(map(int, self.sizes)), "steps": tuple(map(int, self.steps))}
-        found = {"long_cycle": long_cycle, "short_cycle": short_cycle, "entries": tuple(entries)}
-        for name, value in (given | found).items():
+        numbers: dict[str, Any] = {name: int(getattr(self, name)) for name in ("batch", "epochs", "smallest")}
+        numbers |= {name: float(getattr(self, name)) for name in _RATES}
+        numbers |= {"sizes": tuple(map(int, self.sizes)), "steps": tuple(map(int, self.steps))}
+        plain = {name: _floats(each) for name, each in (("long_cycle", long_cycle), ("short_cycle", short_cycle))}
+        for name, value in (numbers | plain | {"entries": tuple(entries)}).items():
             object.__setattr__(self, name, value)
         if self.length < 1:
             raise InputError(
@@ -108,7 +111,7 @@ class Multigrid:
                 if min(shape.sizes) < self.smallest:
                     raise InputError(f"no size must be below smallest {self.smallest}, got the shape {shape.sizes}")
         if not 0 <= self.warmup_epochs <= self.length:
-            raise InputError(f"warmup_epochs must be at most the {self.length} epochs, got {self.warmup_epochs!r}")
+            raise InputError(f"warmup_epochs must be at most the {self.length} epochs, got {self.warmup_epochs:g}")
 
     @property
     def length(self) -> int:
@@ -222,6 +225,11 @@ def _are_several(given: Any) -> bool:
     return not isinstance(given, str) and holds(lambda each: len(each) >= 0, given)
 
 
+def _floats(cycle: Sequence[Factors]) -> tuple[tuple[float | None, ...], ...]:
+    """Python's, which JSON has."""
+    return tuple(tuple(f if f is None else float(f) for f in factors) for factors in cycle)
+
+
 def _cycle(
     name: str,
     given: Sequence[Factors] | None,
@@ -233,4 +241,7 @@ def _cycle(
     for factors in () if given is None else given:
         if not _are_several(factors):
             raise InputError(f"{name} must hold a factor for each axis of each of its shapes, got {factors!r:.80}")
-    return tuple(tuple(factors) for factors in (published[len(sizes)] if given is None else given))
+    return tuple(
+        tuple(f if f is None else float(f) for f in factors)
+        for factors in (published[len(sizes)] if given is None else given)
+    )
