@@ -329,6 +329,21 @@ def test_an_empty_batch_has_no_ghost(settings):
     assert not layer.running_mean.any() and (layer.running_var == 1).all()
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_bias_may_be_updated_before_the_backward_pass(fused):
+    """As that of `nn.BatchNorm` may."""
+    x = torch.randn(32, 4, 5, 5, requires_grad=True)
+    ends = []
+    for moves in (False, True):
+        layer = GhostBatchNorm2d(4, 8, fused=fused)
+        y = layer(x)
+        if moves:
+            with torch.no_grad():
+                layer.bias.add_(1)
+        ends.append(torch.autograd.grad(y.square().sum(), (x, layer.weight, layer.bias)))
+    assert all(map(torch.equal, *ends))
+
+
 def test_bad_input():
     with pytest.raises(InputError, match=r"^ragged must be one of \['own', 'merge', 'refuse'\], got 'drop'$"):
         GhostBatchNorm1d(3, 4, ragged="drop")

@@ -66,13 +66,14 @@ class _GhostsInC(torch.autograd.Function):
             _shape(x.shape, is_channels_last(x), sizes), _threads(x), x.data_ptr(), _at(weight), _at(bias),
             y.data_ptr(), stats.data_ptr(), _at(running[0]), _at(running[1]), _doubles(momenta), eps,
         )  # fmt: skip
-        ctx.save_for_backward(x, weight, bias, stats)
+        ctx.save_for_backward(x, weight, stats)
+        ctx.bias = bias  # no gradient depends on its values: an update in place may come before the backward pass
         ctx.sizes, ctx.again = sizes, again
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, stats = ctx.saved_tensors
+        (x, weight, stats), bias = ctx.saved_tensors, ctx.bias
         needs = ctx.needs_input_grad[:3]
         if (twice := torch.is_grad_enabled()) or is_batched(dy) or not _as_they_were(x, dy, weight, stats):
             return *gradients_of(ctx.again, (x, weight, bias), needs, dy, twice=twice), *(None,) * 5

@@ -108,13 +108,14 @@ class _Ghosts(torch.autograd.Function):
                 two = _forward(_rows(xs, k), _rows(ys, k), weight, bias, running, own, eps, x.shape[1])
             stats += two
             at += k
-        ctx.save_for_backward(x, weight, bias, *stats)
+        ctx.save_for_backward(x, weight, *stats)
+        ctx.bias = bias  # no gradient depends on its values: an update in place may come before the backward pass
         ctx.cut, ctx.eps, ctx.again = cut, eps, again
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, *stats = ctx.saved_tensors
+        (x, weight, *stats), bias = ctx.saved_tensors, ctx.bias
         needs = ctx.needs_input_grad[:3]
         if (twice := torch.is_grad_enabled()) or is_batched(dy):
             return *gradients_of(ctx.again, (x, weight, bias), needs, dy, twice=twice), *(None,) * 5
