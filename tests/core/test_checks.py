@@ -12,6 +12,7 @@ from batchlab.core.checks import (
     check_not_negative,
     check_positive,
     check_share,
+    check_truth,
     is_count,
 )
 from batchlab.core.errors import InputError
@@ -55,3 +56,10 @@ def test_a_count_from_another_least():
     assert not is_count(0)
     with pytest.raises(InputError, match="^steps must be an integer of at least 4, got 3$"):
         check_count(4, steps=3)
+
+
+@pytest.mark.parametrize("value", ["no", 0, 1, None, torch.tensor([True, False])])
+def test_what_is_no_truth_is_refused_by_name(value):
+    with pytest.raises(InputError, match="^exact must be True or False, got "):
+        check_truth(exact=value)
+    check_truth(exact=True, other=np.False_, third=torch.tensor(True))

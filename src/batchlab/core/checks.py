@@ -69,6 +69,13 @@ def as_count(least: int = 1, /, **count: Any) -> int:
     return operator.index(value)
 
 
+def check_truth(**values: bool) -> None:
+    """Each must be True or False, of any library: a text such as "no" would be taken as true."""
+    for name, value in values.items():
+        if not _is_truth(value) or not holds(lambda value: bool(value) in (True, False), value):
+            raise InputError(f"{name} must be True or False, got {value!r}")
+
+
 def is_whole(value: Any) -> bool:
     """Whether it is an integer, of any library; True is none.
 

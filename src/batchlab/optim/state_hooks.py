@@ -9,6 +9,13 @@ from typing import Any, TypeVar
 Optimizer = TypeVar("Optimizer")
 
 
+def attributes_of_a_copy(optimizer: Any) -> dict[str, Any]:
+    """All attributes but what belongs to the one that is copied: hooks, as torch has it, and a scheduler's `step`."""
+    return {
+        name: value for name, value in vars(optimizer).items() if name != "step" and not name.startswith("_optimizer_")
+    }
+
+
 def saves(save: Callable[[Optimizer], dict[str, Any]]) -> Callable[[Optimizer], dict[str, Any]]:
     """A `state_dict` between the hooks that were registered on the wrapper itself."""
 

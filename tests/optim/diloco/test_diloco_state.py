@@ -2,11 +2,13 @@
 
 import copy
 import io
+import pickle  # noqa: TID251 - as users' trainers do
 
 import pytest
 import torch
 from torch import nn
 
+from batchlab.core.errors import InputError
 from batchlab.optim.diloco.diloco import DiLoCo, pseudo_gradient
 from tests.optim.diloco.diloco_fixture import INNER, backward, batch, network, train, weights
 
@@ -132,3 +134,21 @@ def test_a_deep_copy_is_an_optimizer_of_its_own():
     train(model, optimizer, 5, start=4)
     train(twin_model, twin, 5, start=4)
     assert torch.equal(weights(model), weights(twin_model))
+
+
+def test_a_copy_steps_itself_though_a_scheduler_drives_the_first():
+    model = nn.Linear(2, 1)
+    optimizer = DiLoCo(torch.optim.SGD(model.parameters(), lr=0.1), inner_steps=5, outer_lr=0.7)
+    torch.optim.lr_scheduler.StepLR(optimizer, 5)
+    other_model, other = copy.deepcopy((model, optimizer))
+    before, here = model.weight.detach().clone(), other_model.weight.detach().clone()
+    other_model.weight.grad = torch.ones_like(other_model.weight)
+    other.step()
+    assert (other.steps, optimizer.steps) == (1, 0)
+    assert torch.equal(model.weight, before) and not torch.equal(other_model.weight, here)
+    assert pickle.loads(pickle.dumps(other)).steps == 1
+
+
+def test_nesterov_is_no_text():
+    with pytest.raises(InputError, match="^nesterov must be True or False, got 'no'$"):
+        DiLoCo(torch.optim.SGD(nn.Linear(2, 1).parameters(), lr=0.1), inner_steps=5, outer_lr=0.7, nesterov="no")

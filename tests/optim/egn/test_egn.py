@@ -1,5 +1,7 @@
 """EGN's step against the d x d system it stands for, however the batch is cut; its state."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -196,3 +198,13 @@ def test_a_rate_of_zero_leaves_the_weights():
     optimizer = EGN(model, lr=0.0, line_search="armijo", adaptive_damping="trust_region")
     delta, _ = taken(model, optimizer, x, y)
     assert not delta.any() and optimizer.param_groups[0]["damping"] == 1.0 and optimizer.last.ratio is None
+
+
+def test_a_copy_steps_itself_though_a_scheduler_drives_the_first():
+    model = nn.Linear(3, 1)
+    optimizer = EGN(model, "mse")
+    torch.optim.lr_scheduler.StepLR(optimizer, 5)
+    other_model, other = copy.deepcopy((model, optimizer))
+    before = model.weight.detach().clone()
+    other.step(torch.randn(4, 3), torch.randn(4, 1))
+    assert torch.equal(model.weight, before) and not torch.equal(other_model.weight, before)

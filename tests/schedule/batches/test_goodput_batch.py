@@ -157,3 +157,19 @@ def test_a_state_of_something_else_is_refused_and_changes_nothing(wrong):
     with pytest.raises(InputError, match="times must be pairs of a size and its seconds, before a size"):
         control.load_state_dict(before | wrong)
     assert control.state_dict() == before
+
+
+def test_it_explores_where_one_step_rounds_down_to_the_present_size():
+    batch = GoodputBatch(64, maximum=1024, patience=7, multiple_of=64, explore=1.5)
+    noise = Estimate(1e4, 1e4, 1e4, "given")
+    for step in range(200):
+        size = batch.batch_size
+        batch.next_batch(step, StepFacts(step + 1, size, noise_scale=noise, seconds=0.5 + 0.002 * size))
+    assert batch.batch_size == 1024 and min(batch.times()) == 64
+
+
+@pytest.mark.parametrize("wrong", [0.0, -1.0, float("nan"), float("inf")])
+def test_times_that_are_none_are_not_loaded(wrong):
+    batch = GoodputBatch(64, maximum=1024)
+    with pytest.raises(InputError, match="times"):
+        batch.load_state_dict(batch.state_dict() | {"times": [[64, [wrong] * 6]]})

@@ -92,6 +92,8 @@ def test_a_wrong_name_is_refused_in_warm_up_too():
         ("power", {"knee_share": 0.1, "exponent": "-0.5"}, "exponent must be finite, got '-0.5'"),
         ("power", {}, r'the schedule "power" needs schedule_settings\["knee_share"\]'),
         ("power", {"knee_share": 0.0}, r"knee_share must be finite and > 0, got 0"),
+        ("one_cycle", {"half_share": "0.45"}, r"half_share must lie in \(0, 1\), got '0.45'"),
+        ("one_cycle", {"momentum": "x"}, r"momentum must be \(high, low\) with 0 <= low <= high < 1, got 'x'"),
         ("one_cycle", {"ratio": 1.0}, r"ratio, the peak over the base, must be > 1, got 1.0"),
     ],
 )

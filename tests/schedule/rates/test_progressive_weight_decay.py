@@ -1,5 +1,6 @@
 """PTWD: the phases by tokens, AdamW by hand, what decay does per token, and the optimizers that are refused."""
 
+import copy
 import json
 import math
 
@@ -235,3 +236,22 @@ def test_a_rate_at_which_weights_would_change_sign_is_refused_before_the_update(
         optimizer.step()
     assert w.item() == 0.5
     assert json.loads(json.dumps(schedule.state_dict(), allow_nan=False)) == schedule.state_dict()
+
+
+def test_a_copy_keeps_its_guard_and_its_account():
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+    schedule = ProgressiveWeightDecay(optimizer, [(100, 0.5)], batch=10)
+    other = copy.deepcopy(schedule)
+    for each in (schedule, other):
+        for _ in range(2):
+            each.optimizer.step()
+            each.step()
+    assert other.report() == schedule.report() and other.report()[0].updates == 2
+    other.optimizer.param_groups[0]["lr"] = 4.0
+    with pytest.raises(InputError):
+        other.optimizer.step()
+
+
+def test_no_phase_is_refused():
+    with pytest.raises(InputError, match="^weight_decays must hold one phase's at least, got none$"):
+        equal_phases(2, ())

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -139,3 +140,24 @@ def test_bad_settings_of_the_class_are_named_and_nothing_is_written(wrong, messa
     with pytest.raises(InputError, match=message):
         RegimeAdaptation(optimizer, **({"batch": 8, "examples": 10, "milestones": (1, 3)} | wrong))
     assert optimizer.param_groups[0]["lr"] == 0.02
+
+
+def test_fractions_are_the_decimals_that_were_written():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    settings = {"batch": 100, "examples": 1000, "ref_batch": 100, "lr_rule": "none"}
+    schedule = RegimeAdaptation(optimizer, epochs=1.1, milestones=(0.1,), **settings)
+    assert schedule.ends == 1100
+    schedule.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.01)
+    for tenths in range(1, 1000):
+        made = RegimeAdaptation(optimizer, epochs=tenths / 10, milestones=(), **settings)
+        assert made.ends == 100 * tenths
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, np.array, list])
+def test_milestones_and_gammas_of_any_kind(kind):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    made = RegimeAdaptation(optimizer, batch=8, examples=80, milestones=kind([1.0, 2.0]), gamma=kind([0.5, 0.25]))
+    assert made.milestones == (1.0, 2.0) and list(map(float, made.gammas)) == [0.5, 0.25]
+    with pytest.raises(InputError, match="^keep_updates must be True or False, got 'no'$"):
+        RegimeAdaptation(optimizer, batch=8, examples=80, milestones=(), keep_updates="no")

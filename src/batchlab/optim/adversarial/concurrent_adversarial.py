@@ -128,6 +128,8 @@ class ConcurrentAdversarial:
         if executor not in EXECUTORS:
             raise InputError(f"executor must be one of {', '.join(EXECUTORS)}, got {executor!r}")
         _check_model(model)
+        if not callable(loss_fn):
+            raise InputError(f"loss_fn must be a function (model, batch) -> scalar, got {loss_fn!r}")
         self.model, self.loss_fn, self.tau, self.norm, self.input_key = model, loss_fn, tau, norm, input_key
         self.rho, self.weights, self.clip = rho, weights, clip
         self._checked: tuple[tuple[Any, ...], list[int]] = ((None, None, None), [])

@@ -19,13 +19,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from batchlab.core.checks import check_count, check_positive, holds, is_count
+from batchlab.core.checks import check_count, check_positive, check_truth, holds, is_count
 from batchlab.core.errors import BatchlabError, InputError, NonFiniteError
 from batchlab.optim.by_name import in_groups
 from batchlab.optim.diloco.outer import CommonWeights, check_real, check_state, named_parameters, part_of, wide
 from batchlab.optim.diloco.replicas import Replicas, clip_, floating, in_buckets, over_shards
 from batchlab.optim.leaf import checkpoint_calls
-from batchlab.optim.state_hooks import loads, saves
+from batchlab.optim.state_hooks import attributes_of_a_copy, loads, saves
 from batchlab.parallel.agree import device_of
 
 COUNTS = ("position", "rounds", "steps", "bytes_sent")
@@ -126,6 +126,7 @@ class DiLoCo(torch.optim.Optimizer):
         check_positive(outer_lr=outer_lr, **({} if clip_norm is None else {"clip_norm": clip_norm}))
         if not isinstance(inner, torch.optim.Optimizer) or isinstance(inner, DiLoCo):
             raise InputError(f"inner must be the torch.optim.Optimizer of one replica, got {type(inner).__name__}")
+        check_truth(nesterov=nesterov)
         if not holds(lambda momentum: 0 <= momentum < 1, outer_momentum):
             raise InputError(f"outer_momentum must lie in [0, 1), got {outer_momentum!r}")
         if any(group.get("differentiable") for group in inner.param_groups):
@@ -172,7 +173,7 @@ class DiLoCo(torch.optim.Optimizer):
         self._replicas = replicas
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__.copy()
+        return attributes_of_a_copy(self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As the inner optimizer's, on every replica at one step: the new weights begin as the group's first rank's."""

@@ -37,6 +37,7 @@ from batchlab.optim.egn.kernel import (
 from batchlab.optim.egn.loss import SQUARED, Loss, terms_of
 from batchlab.optim.egn.search import SEARCHES, first_share, gain_ratio, next_damping, search
 from batchlab.optim.leaf import asks_for_state
+from batchlab.optim.state_hooks import attributes_of_a_copy
 from batchlab.parallel.shards import is_spread
 
 MEMORY_BYTES = 2**30
@@ -200,7 +201,7 @@ class EGN(torch.optim.Optimizer):
                 self.state[p].update(direction=torch.zeros_like(p), step=torch.tensor(0.0))
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__.copy()  # with the model, which a copy of both together shares
+        return attributes_of_a_copy(self)  # with the model, which a copy of both together shares
 
     def _move(self, batch: _Batch, plain: dict[str, Tensor], moved: Tensor, damping: float, momentum: float) -> None:
         """Momentum, search, weights, λ, in that order; moved: J times the plain direction."""

@@ -91,6 +91,8 @@ def load_weights(source: str | Path | Mapping[str, Any] | OptimizerWeights | Non
     A file's metadata may give `step_mult` and `exp_mult`. Shifts of decays that are missing are PyLO's own. Raises
     `InputError` that says which shapes are right.
     """
+    if not isinstance(source, str | Path | Mapping | OptimizerWeights | None):
+        raise InputError(f"weights must be a file, a dict of arrays or OptimizerWeights, got {source!r:.80}")
     if isinstance(source, OptimizerWeights):
         _check(source.layers, source.deltas)
         return source

@@ -66,8 +66,9 @@ def falcon2_doubling(double_at: Sequence[int], *, multiple_of: int = 1) -> Batch
     >>> falcon2_doubling([10**11, 2 * 10**11, 4 * 10**11, 8 * 10**11]).at(10**12)
     32768
     """
-    if len(double_at) != 4:
-        raise InputError(f"double_at must hold four points, got {len(double_at)}")
+    if not holds(lambda points: len(points) == 4, double_at):
+        found = len(double_at) if isinstance(double_at, Sequence) else repr(double_at)
+        raise InputError(f"double_at must hold four points, got {found}")
     return BatchDoubling(2048, double_at, multiple_of=multiple_of)
 
 

@@ -16,7 +16,7 @@ from typing import Any, final
 
 import torch.distributed as dist
 
-from batchlab.core.checks import as_count, check_count, holds, is_count
+from batchlab.core.checks import as_count, check_count, check_truth, holds, is_count
 from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate
 from batchlab.measure.noise.batch_tests import Moments, Placement, place_batch
@@ -51,6 +51,8 @@ class StepFacts:
     def __post_init__(self) -> None:
         object.__setattr__(self, "seen", as_count(0, seen=self.seen))
         object.__setattr__(self, "batch", as_count(batch=self.batch))
+        check_truth(skipped=self.skipped)
+        object.__setattr__(self, "skipped", bool(self.skipped))
         for name in ("loss", "seconds"):
             value = getattr(self, name)
             if value is not None:

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 from batchlab.core.checks import check_positive
+from batchlab.core.errors import InputError
 from batchlab.schedule.batches.controller import ANY_SIZE, BatchController, StepFacts
 
 
@@ -56,6 +57,8 @@ class DecayByBatch(BatchController):
     ) -> None:
         super().__init__(batch_size, maximum=maximum, deadband=deadband, growth=growth, patience=patience, **limits)
         check_positive(exponent=exponent)
+        if not callable(share):
+            raise InputError(f"share must be a function of the examples seen, got {share!r}")
         if headroom is not None:
             check_positive(headroom=headroom)
         self.needs = frozenset() if headroom is None else frozenset({"noise_scale"})

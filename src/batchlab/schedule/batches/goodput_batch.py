@@ -106,7 +106,7 @@ class GoodputBatch(BatchController):
         if high / low < self.explore:
             up, down = high * self.deadband <= self.maximum, low / self.deadband >= self._lowest
             if up and (noise >= self.batch_size or not down):
-                return min(high * self.explore, self.maximum)
+                return min(max(high * self.explore, high + self.multiple_of), self.maximum)
             if down:
                 return low / self.explore
         if low == high:
@@ -135,6 +135,7 @@ class GoodputBatch(BatchController):
         before = state["before"]
         try:
             found = {as_count(times=size): [float(t) for t in times] for size, times in state["times"]}
+            check_positive(times=1.0, **{f"times[{size}]": t for size, times in found.items() for t in times})
             self._before = None if before is None else as_count(before=before)
         except (TypeError, ValueError) as error:  # InputError is one
             raise InputError(f"times must be pairs of a size and its seconds, before a size: {error}") from error

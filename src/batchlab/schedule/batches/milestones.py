@@ -57,6 +57,8 @@ class Milestones(ScheduledBatch):
     ) -> Milestones:
         """{seen: factor}: each multiplies the size before it, and the product must be a whole number."""
         check_count(start=start)
+        if not isinstance(factors, Mapping):
+            raise InputError(f"factors must be {{seen: factor}}, got {factors!r}")
         size, sizes = float(start), {}
         for point, factor in factors.items():
             check_positive(factors=factor)

@@ -10,11 +10,18 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from batchlab.core.checks import check_not_negative, check_positive, check_share, holds
+from batchlab.core.checks import check_inside, check_not_negative, check_positive, check_share, holds
 from batchlab.core.errors import InputError
 from batchlab.measure.course.learning_rate import ONE_CYCLE
 from batchlab.schedule.rates.cooled import check_shape
-from batchlab.schedule.rates.one_cycle import CYCLE_SHARE, FINAL_RATIO, MOMENTUM, cycle_momentum, cycle_rate
+from batchlab.schedule.rates.one_cycle import (
+    CYCLE_SHARE,
+    FINAL_RATIO,
+    MOMENTUM,
+    check_cycle,
+    cycle_momentum,
+    cycle_rate,
+)
 from batchlab.schedule.rates.power import B
 from batchlab.schedule.rates.wsd import wsd_share
 
@@ -106,6 +113,9 @@ def schedule_settings(schedule: str, settings: Mapping[str, Any] | None = None) 
         check_positive(knee_share=found["knee_share"])
         if not holds(math.isfinite, found["exponent"]):
             raise InputError(f"exponent must be finite, got {found['exponent']!r}")
+    if schedule == "one_cycle":
+        check_inside(half_share=found["half_share"])
+        check_cycle(found["ratio"], found["final_ratio"], found["shape"], found["momentum"])
     if "decay_share" in found:
         check_share(decay_share=found["decay_share"])
         check_shape(found["shape"], found["floor"])

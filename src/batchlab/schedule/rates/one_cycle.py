@@ -19,7 +19,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from batchlab.core.checks import check_count, check_not_negative, check_positive, holds
+from batchlab.core.checks import check_count, check_not_negative, check_positive, check_truth, holds
 from batchlab.core.errors import InputError
 from batchlab.measure.course.learning_rate import ONE_CYCLE, set_momentum
 from batchlab.schedule.rates.counted import Counted
@@ -99,6 +99,13 @@ def _check(seen: float, half: float, total: float, ratio: float, final_ratio: fl
         raise InputError(f"shape must be one of {list(get_args(Shape))}, got {shape!r}")
 
 
+def check_cycle(ratio: float, final_ratio: float, shape: str, momentum: tuple[float, float] | None) -> None:
+    """Refuses what `OneCycle` would."""
+    _check(0, 1, 2, ratio, final_ratio, shape)
+    if momentum is not None:
+        _momenta(momentum)
+
+
 class OneCycle(Counted):
     """One cycle of the learning rate and, against it, of the momentum or Adam's β₁; counted in examples or tokens.
 
@@ -133,6 +140,7 @@ class OneCycle(Counted):
         shape: Shape = "paper",
         artefact: bool = False,
     ) -> None:
+        check_truth(artefact=artefact)
         check_count(2, total=total)
         half = max(1, round(CYCLE_SHARE * total / 2)) if half is None else half
         check_count(half=half)

@@ -50,7 +50,9 @@ def equal_phases(tokens: int, weight_decays: Sequence[float] = PTWD) -> tuple[Ph
     >>> equal_phases(100)
     (Phase(tokens=33, weight_decay=0.0), Phase(tokens=33, weight_decay=0.5), Phase(tokens=34, weight_decay=0.1))
     """
-    check_count(max(1, len(weight_decays)), tokens=tokens)
+    if not len(weight_decays):
+        raise InputError("weight_decays must hold one phase's at least, got none")
+    check_count(len(weight_decays), tokens=tokens)
     ends = [tokens * i // len(weight_decays) for i in range(len(weight_decays) + 1)]
     return _checked(Phase(b - a, each) for a, b, each in zip(ends, ends[1:], weight_decays, strict=False))
 
@@ -138,6 +140,10 @@ class ProgressiveWeightDecay(Counting):
                 "no parameter group decays: give those that should wd_scale=1.0, or a weight_decay other than 0"
             )
         optimizer.register_step_pre_hook(self._before_step)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.optimizer.register_step_pre_hook(self._before_step)  # which no optimizer's copy keeps
 
     @property
     def phase(self) -> int:

@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from batchlab.core.checks import check_count, check_positive, holds, is_count
+from batchlab.core.checks import check_count, check_positive, check_truth, holds, is_count
 from batchlab.core.errors import InputError
 from batchlab.rules.learning_rate import rescale
 from batchlab.schedule.rates.counted import Counted, taken
@@ -91,8 +91,13 @@ def adapt_regime(
 
 
 def _times(kappa: Fraction, epochs: float) -> float:
-    exact = kappa * Fraction(epochs)
+    exact = kappa * _exact(epochs)
     return int(exact) if exact.denominator == 1 else float(exact)
+
+
+def _exact(epochs: float) -> Fraction:
+    """As the decimal that was written: 0.1 is a tenth, not the nearest binary number, which lies above it."""
+    return Fraction(repr(float(epochs)))
 
 
 def _check(batch: int, ref_batch: int, milestones: Sequence[float], lr_rule: str) -> None:
@@ -145,10 +150,13 @@ class RegimeAdaptation(Counted):
     ) -> None:
         _check(batch, ref_batch, milestones, lr_rule)
         check_count(examples=examples)
-        gammas = list(gamma) if isinstance(gamma, Sequence) else [gamma] * len(milestones)
+        check_truth(keep_updates=keep_updates)
+        milestones = tuple(map(float, milestones))
+        each: Any = gamma if holds(lambda several: list(several) is not None, gamma) else [gamma] * len(milestones)
+        gammas: list[float] = list(each)
         if len(gammas) != len(milestones) or not holds(all_finite, gammas):
             raise InputError(f"gamma must be > 0, one number or one for each of {len(milestones)}, got {gamma!r}")
-        self.milestones, self.gammas = tuple(milestones), gammas
+        self.milestones, self.gammas = milestones, gammas
         self.examples, self.epochs, self.keep_updates = operator.index(examples), epochs, keep_updates
         self.ref_batch = operator.index(ref_batch)
         self.lr_rule: LrRule = lr_rule
@@ -178,15 +186,13 @@ class RegimeAdaptation(Counted):
         """The examples at which the epochs are over, at the present batch."""
         if self.epochs is None:
             return None
-        left = Fraction(self.epochs) * self.examples - self._place
+        left = _exact(self.epochs) * self.examples - self._place
         return self._since + math.ceil(left / self._pace())
 
     def rate(self, seen: int, base_lr: float) -> float:
         """The group's rate, moved to the batch, times the gammas of the milestones that are passed."""
         place = self._place_at(seen)
-        passed = [
-            g for at, g in zip(self.milestones, self.gammas, strict=True) if place >= Fraction(at) * self.examples
-        ]
+        passed = [g for at, g in zip(self.milestones, self.gammas, strict=True) if place >= _exact(at) * self.examples]
         return base_lr * rescale(1.0, self.ref_batch, self._batch, rule=self.lr_rule) * math.prod(passed)
 
     def _pace(self) -> Fraction:
