@@ -52,6 +52,13 @@ def test_a_prediction_is_the_summarys_where_there_is_one(tmp_path):
         meta = json.loads((tmp_path / name / "run.json").read_text())
         (tmp_path / name / "run.json").write_text(json.dumps(meta | {"summary": {"predicted_steps": told}}))
     assert {row["run"]: row["predicted_steps"] for row in query(tmp_path)} == {"a": None, "b": 7.0}
+    for name, planned in (("c", 64), ("d", 32)):
+        write(tmp_path / name, [1.0], status="running")
+        meta = json.loads((tmp_path / name / "run.json").read_text())
+        meta["plan"]["reasons"] = {"predicted_steps": {"inputs": {"batch_size": planned, "optimizer": "adamw"}}}
+        (tmp_path / name / "run.json").write_text(json.dumps(meta))
+    told = {row["run"]: row["predicted_steps"] for row in query(tmp_path)}
+    assert told["c"] == math.inf and told["d"] is None
 
 
 def test_non_finite_numbers_are_numbers(tmp_path):

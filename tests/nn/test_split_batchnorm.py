@@ -194,4 +194,8 @@ def test_evaluation_has_what_activation_checkpointing_left_unmerged():
     for mean in range(10):
         x = torch.full((8, 1, 2, 2), float(mean)) + torch.linspace(-0.1, 0.1, 32).view(8, 1, 2, 2)
         checkpoint(layer, x.requires_grad_(), use_reentrant=False).square().sum().backward()
-    assert layer.eval().running_mean.item() == pytest.approx(4.5, abs=1e-5)
+    other = copy.deepcopy(layer)
+    assert layer.eval().running_mean.item() == other.eval().running_mean.item() == pytest.approx(4.5, abs=1e-5)
+    checkpoint(layer.train(), x, use_reentrant=False).square().sum().backward()
+    layer.running_mean.fill_(7.0)
+    assert layer.eval().running_mean.item() == 7.0

@@ -1,6 +1,8 @@
 """Optimizers by name: torch's own and batchlab's, with groups that suit them."""
 
+import copy
 import inspect
+import pickle  # noqa: TID251 - as users' trainers do
 
 import pytest
 import torch
@@ -192,7 +194,9 @@ LAST = {"memory_format": torch.channels_last}
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
-@pytest.mark.parametrize("when", ["in mid-run", "between runs", "back between runs", "the gradients alone"])
+@pytest.mark.parametrize(
+    "when", ["in mid-run", "in a copy", "in one unpickled", "between runs", "back between runs", "the gradients alone"]
+)
 def test_a_convolution_may_change_its_memory_order(name, when):
     """The fused step, which goes through memory as it lies, is the plain one."""
     ends = []
@@ -202,6 +206,10 @@ def test_a_convolution_may_change_its_memory_order(name, when):
         net = net.to(**LAST) if when == "back between runs" else net
         optimizer = create(name, net, lr=0.1, **options)
         for step in range(6):
+            if step == 3 and when == "in a copy":
+                net, optimizer = copy.deepcopy((net, optimizer))
+            if step == 3 and when == "in one unpickled":
+                net, optimizer = pickle.loads(pickle.dumps((net, optimizer)))
             if step == 3 and when != "the gradients alone":
                 net.to(memory_format=torch.contiguous_format if when.startswith("back") else torch.channels_last)
             if step == 3 and when.endswith("runs"):

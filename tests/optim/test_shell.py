@@ -8,6 +8,7 @@ import warnings
 import weakref
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -359,7 +360,7 @@ def test_states_of_optimizers_that_keep_less_are_refused_and_nothing_is_loaded(t
     ("wrong", "message"),
     [
         ({"betas": (1.5, 0.9)}, r"betas must be 2 numbers in \[0, 1\), got \(1.5, 0.9\)"),
-        ({"lr": -5.0}, "lr must be finite and >= 0, got -5.0"),
+        ({"lr": math.nan}, "lr must be finite and >= 0, got nan"),
         ({"maximize": "no"}, "maximize must be True or False, got 'no'"),
     ],
 )
@@ -390,11 +391,11 @@ def test_a_state_of_other_shapes_is_not_loaded(make):
     [
         (LARS, {"maximize": "no"}),
         (LARS, {"exclude_vectors": "no"}),
-        (LAMB, {"bias_correction": 1}),
+        (LAMB, {"bias_correction": 2}),
         (Muon, {"nesterov": "no"}),
         (Muon, {"check_finite": None}),
         (Lion, {"fused": "yes"}),
-        (CAME, {"foreach": 0}),
+        (CAME, {"foreach": "off"}),
         (VRLAMB, {"maximize": "no"}),
     ],
 )
@@ -402,6 +403,27 @@ def test_a_switch_is_no_text(make, switch):
     ((name, value),) = switch.items()
     with pytest.raises(InputError, match=f"^{name} must be True(,| or) False.*, got {value!r}$"):
         make([torch.nn.Parameter(torch.ones(2, 2))], lr=0.1, **switch)
+
+
+@pytest.mark.parametrize("value", [np.True_, 1, torch.tensor(True)])
+def test_a_switch_of_another_library_is_one(value):
+    optimizer = Muon([torch.nn.Parameter(torch.ones(2, 2))], lr=0.1, nesterov=value, maximize=value)
+    assert optimizer.param_groups[0]["nesterov"] is True and optimizer.param_groups[0]["maximize"] is True
+
+
+def test_a_rate_that_a_scheduler_left_below_0_is_loaded():
+    ends = []
+    for _ in range(2):
+        w = torch.nn.Parameter(torch.ones(3))
+        optimizer = LAMB([w], lr=0.1)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1 - epoch / 3)
+        for _ in range(5):
+            w.grad = torch.ones(3)
+            optimizer.step()
+            schedule.step()
+        ends.append(optimizer)
+    ends[1].load_state_dict(ends[0].state_dict())
+    assert ends[1].param_groups[0]["lr"] < 0
 
 
 @pytest.mark.slow

@@ -296,9 +296,12 @@ def test_a_model_that_normalises_over_the_batch_gets_as_much_as_fits_at_once():
     assert "batch normalisation" not in plan(hand_job(), facts, batch_size=64).reasons["micro_batch"].rule
 
 
-def test_batch_normalisation_wants_two_examples_of_each_device():
+@pytest.mark.parametrize("goal", ["time", "cost", "balanced"])
+@pytest.mark.parametrize("devices", [1, 2, 4, 8])
+@pytest.mark.parametrize("all_devices", [False, True])
+def test_batch_normalisation_has_two_examples_of_each_device(goal, devices, all_devices):
     facts = dataclasses.replace(hand_facts(noise_scale=exact(1.0)), batch_norm=True)
-    with pytest.raises(InputError, match=r"^batch_size must lie in 6\.\.4096, two examples for each device, as batch"):
-        plan(hand_job(), facts, devices=3, batch_size=5)
-    for goal in ("time", "cost", "balanced"):
-        assert min(row.batch_size for row in plan(hand_job(), facts, goal=goal).frontier) >= 2
+    made = plan(hand_job(), facts, devices=devices, goal=goal, all_devices=all_devices)
+    assert all(row.batch_size >= 2 * row.devices for row in made.frontier)
+    assert made.batch_size >= 2 * made.world_size and (made.world_size == devices or not all_devices)
+    assert plan(hand_job(), facts, devices=devices, batch_size=devices).batch_size == devices  # what is asked for

@@ -168,9 +168,19 @@ def test_fewer_steps_than_were_made_are_refused_and_nothing_is_written(tmp_path)
     folder = tmp_path / "r"
     train(toy_job(), toy_plan(steps=6), out=folder, device="cpu")
     before = (folder / "run.json").read_text()
-    with pytest.raises(InputError, match="^plan steps must be at least the 6 that the run has made already, got 4$"):
+    with pytest.raises(
+        InputError, match="^plan steps must be at least 6, for the run has seen 384 examples alr.*got 4$"
+    ):
         train(toy_job(), toy_plan(steps=4), out=folder, resume=True, device="cpu")
     assert (folder / "run.json").read_text() == before
+
+
+def test_a_finished_run_whose_last_batch_reached_beyond_is_resumed_as_it_is(tmp_path):
+    settings = {"batch_settings": {"end": 16, "over": 10, "increment": 4}, "checkpoint_every": 1}
+    plan = toy_plan(batch_size=4, micro_batch=4, accumulation=1, steps=5, batch_schedule="ramp", **settings)
+    first = train(toy_job(), plan, out=tmp_path / "r", device="cpu")
+    again = train(toy_job(), plan, out=tmp_path / "r", resume=True, device="cpu")
+    assert again.summary == first.summary and list(again.steps())[-1]["position"] > plan.examples
 
 
 def test_lines_that_are_gone_are_told_of_once(tmp_path):

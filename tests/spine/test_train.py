@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from batchlab.core.checkpoint import checkpoints, load_checkpoint
 from batchlab.core.errors import (
@@ -19,7 +20,7 @@ from batchlab.core.errors import (
     NonFiniteError,
     RunLockedError,
 )
-from batchlab.core.job import Target
+from batchlab.core.job import Job, Target
 from batchlab.core.run import Run
 from batchlab.core.store import RunWriter
 from batchlab.spine.train import train
@@ -165,9 +166,17 @@ def test_a_plan_for_other_devices_is_said_to_be(tmp_path):
 
 def test_a_batch_too_small_for_batch_normalisation_is_refused_before_anything_is_written(tmp_path):
     plan = toy_plan(batch_size=1, micro_batch=1, accumulation=1)
-    with pytest.raises(InputError, match="^plan batch_size 1 leaves a device 1, and batch normalisation needs 2 exam"):
+    with pytest.raises(InputError, match="^plan batch_size 1 leaves a pass of one example, whose batch norm"):
         train(hard_job(), plan, out=tmp_path / "r", device="cpu")
     assert not (tmp_path / "r").exists()
+
+
+def test_one_example_of_several_places_is_enough_for_batch_normalisation(tmp_path):
+    image = torch.randn(32, 3, 4, 4)
+    model = lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))  # noqa: E731
+    job = Job("conv", model, lambda m, x: m(x[0]).square().mean(), TensorDataset(image), TensorDataset(image[:4]))
+    plan = dataclasses.replace(toy_plan(batch_size=1, micro_batch=1, accumulation=1, steps=3), job="conv", target=None)
+    assert train(job, plan, out=tmp_path / "r", device="cpu").summary["steps"] == 3
 
 
 def test_integers_of_numpy_are_integers(tmp_path):

@@ -169,6 +169,8 @@ def test_what_is_refused_of_a_users_file(user_file, name, options, message):
 def test_a_file_that_ends_the_process_is_refused(user_file, call):
     with pytest.raises(InputError, match=r"ends the process, by sys.exit\(.*__main__"):
         load_job(f"{user_file(f'import sys; {call}', name='ends.py')}:job")
+    with pytest.raises(InputError, match=r"ends.py:ends ends the process, by sys.exit\(.*\), and returns no job"):
+        load_job(f"{user_file(f'import sys{chr(10)}def ends(): {call}', name='ends.py')}:ends")
 
 
 def test_a_users_own_failure_comes_through_unchanged(user_file):

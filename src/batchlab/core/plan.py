@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -186,7 +187,10 @@ class Plan(JsonNoun):
         reason = self.reasons.get("predicted_steps")
         planned = reason.inputs if reason else {}
         now = self._predicting()
-        return {name: planned[name] for name in now if name in planned and not _same(planned[name], now[name])}
+        other = {name: planned[name] for name in now if name in planned and not _same(planned[name], now[name])}
+        if "learning_rate" in other and math.isclose(other["learning_rate"], self.learning_rate, rel_tol=5e-4):
+            del other["learning_rate"]  # typed as it is shown
+        return other
 
     def _predicting(self) -> dict[str, Any]:
         """What a prediction is for: its reason has these among its inputs."""

@@ -55,6 +55,8 @@ WITH files AS (
             device: 'VARCHAR', git_commit: 'VARCHAR', plan: 'JSON', summary: 'JSON'
         }
     )
+), told AS (
+    SELECT *, plan->'reasons'->'predicted_steps'->'inputs' AS planned FROM files
 ), taken AS (
     SELECT run, max(step) AS steps, max(position) AS examples, sum(seconds) AS seconds,
            count(*) FILTER (skipped) AS skipped_steps
@@ -65,13 +67,15 @@ SELECT
     plan->>'optimizer' AS optimizer, CAST(plan->>'batch_size' AS BIGINT) AS batch_size,
     CAST(plan->>'micro_batch' AS BIGINT) AS micro_batch, CAST(plan->>'learning_rate' AS DOUBLE) AS learning_rate,
     TRY_CAST(CASE WHEN json_exists(summary, '$.predicted_steps') THEN summary->>'predicted_steps'
-        WHEN coalesce(plan->>'batch_schedule', 'fixed') = 'fixed' THEN plan->'predicted_steps'->>'value'
+        WHEN coalesce(plan->>'batch_schedule', 'fixed') = 'fixed'
+            AND coalesce(planned->>'batch_size' = plan->>'batch_size', true)
+            AND coalesce(planned->>'optimizer' = plan->>'optimizer', true) THEN plan->'predicted_steps'->>'value'
     END AS DOUBLE) AS predicted_steps,
     coalesce(steps, 0) AS steps, coalesce(examples, 0) AS examples, coalesce(seconds, 0.0) AS seconds,
     CAST(summary->>'target_step' AS BIGINT) AS target_step,
     CAST(summary->>'target_seconds' AS DOUBLE) AS target_seconds,
     coalesce(skipped_steps, 0) AS skipped_steps
-FROM files LEFT JOIN taken USING (run)
+FROM told LEFT JOIN taken USING (run)
 """
 
 

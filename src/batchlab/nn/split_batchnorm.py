@@ -36,7 +36,7 @@ def merge_statistics(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
 class _SplitBatchNorm(OfParts):
     split_mean: Tensor
     split_var: Tensor
-    _unmerged: bool = False  # whether a pass moved the parts' statistics and ended before it merged them
+    _unmerged: int | None = None  # the merged statistics' version, where a pass ended before it merged the parts'
 
     def __init__(
         self,
@@ -76,9 +76,17 @@ class _SplitBatchNorm(OfParts):
     def train(self, mode: bool = True) -> Self:
         """As of all modules; what activation checkpointing left out of the merged statistics joins them."""
         super().train(mode)
-        if not mode and self._unmerged:
+        if not mode and self._unmerged is not None and self._unmerged == self._written():
             self._merge()
         return self
+
+    def _written(self) -> int:
+        return 0 if self.running_mean is None else self.running_mean._version
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self._unmerged is not None:  # a copy's tensors begin to count anew
+            self._unmerged = self._written()
 
     def forward(self, input: Tensor) -> Tensor:
         """Of the input's shape: by the parts' statistics in training, as `nn.BatchNorm` in evaluation."""
@@ -96,7 +104,8 @@ class _SplitBatchNorm(OfParts):
         else:
             mean, var = (self.split_mean, self.split_var) if self._tracks() else (None, None)
             momentum = self._momentum()
-            self._unmerged = self._tracks()
+            if self._tracks() and not torch.compiler.is_compiling():
+                self._unmerged = self._written()
             output = parts_at_once(input, k, mean, var, self.weight, self.bias, momentum, self.eps, interleaved=True)
         self._merge()
         return output
@@ -113,7 +122,7 @@ class _SplitBatchNorm(OfParts):
 
     @torch.no_grad()
     def _merge(self) -> None:
-        self._unmerged = False
+        self._unmerged = None
         if self.running_mean is None or self.running_var is None or not self._tracks():
             return
         if self.num_splits == 1:
@@ -131,7 +140,7 @@ class _SplitBatchNorm(OfParts):
                 given = state_dict.get(prefix + name)
                 if (given is None or len(given) != self.num_splits) and prefix + merged in state_dict:
                     state_dict[prefix + name] = state_dict[prefix + merged].repeat(self.num_splits, 1)
-            self._unmerged = False
+            self._unmerged = None
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from batchlab.core.checks import check_rate
 from batchlab.core.errors import InputError
 from batchlab.optim.gains import gains_of, trained_of
-from batchlab.optim.memory_order import keep_order
+from batchlab.optim.memory_order import IN_ORDER
 from batchlab.parallel.shards import is_spread
 
 ADAM_LIKE = frozenset({"adam", "adamw", "rmsprop"})
@@ -145,15 +145,12 @@ def create(name: str, model: nn.Module, **hyperparameters: Any) -> torch.optim.O
         if not settings["fused"]:
             del settings["fused"]
     try:
-        watched = {"model": model} if _OPTIMIZERS[name].watches else {}
-        made = cast(torch.optim.Optimizer, make(parameter_groups, **watched, **settings))
+        watched: dict[str, Any] = {"model": model} if _OPTIMIZERS[name].watches else {}
+        return cast(torch.optim.Optimizer, IN_ORDER.get(make, make)(parameter_groups, **watched, **settings))
     except InputError:
         raise
     except (ValueError, TypeError) as error:
         raise InputError(f"{name} refuses its hyperparameters: {error}") from None
-    if is_torchs(name) and "fused" in accepted:
-        made.register_step_pre_hook(keep_order)  # not only where fused: a state that is loaded may say so
-    return made
 
 
 def group_as_saved(optimizer: torch.optim.Optimizer, saved: Sequence[Mapping[str, Any]]) -> None:
@@ -222,7 +219,7 @@ def _fused_is_faster(name: str, parameter_groups: list[dict[str, Any]]) -> bool:
     """On CPU and CUDA torch's fused step is the fastest of its three where it exists: for floating-point parameters.
 
     For parameters that are spread over ranks torch (2.13) has Adam's alone. On CPUs it goes through memory as it lies,
-    in the order of rows here; `keep_order` sees to what comes later.
+    in the order of rows here; `memory_order` sees to what comes later.
     """
     parameters = [p for group in parameter_groups for _, p in group["params"]]
     if name not in _FUSED_WHERE_SPREAD and any(map(is_spread, parameters)):

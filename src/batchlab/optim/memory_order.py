@@ -1,4 +1,4 @@
-"""The memory order of what torch's fused steps on CPUs go through as it lies, whatever its strides."""
+"""torch's SGD, Adam and AdamW, whose fused steps on CPUs go through memory as it lies, with that in one order."""
 
 from __future__ import annotations
 
@@ -10,6 +10,38 @@ from torch import Tensor
 from batchlab.parallel.shards import is_spread
 
 _LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+class _InOrder(torch.optim.Optimizer):
+    """One that keeps the order before each step, and whose copies do: torch's copies have no hooks."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.register_step_pre_hook(keep_order)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if keep_order not in self._optimizer_step_pre_hooks.values():
+            self.register_step_pre_hook(keep_order)
+
+
+class SGD(_InOrder, torch.optim.SGD):
+    """torch's."""
+
+
+class Adam(_InOrder, torch.optim.Adam):
+    """torch's."""
+
+
+class AdamW(_InOrder, torch.optim.AdamW):
+    """torch's."""
+
+
+IN_ORDER: dict[Any, type[torch.optim.Optimizer]] = {
+    torch.optim.SGD: SGD,
+    torch.optim.Adam: Adam,
+    torch.optim.AdamW: AdamW,
+}
 
 
 def keep_order(optimizer: torch.optim.Optimizer, *_: Any) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from batchlab.core.c_library import compiler
+from batchlab.core.checks import holds
 from batchlab.core.errors import InputError
 from batchlab.optim import on_cpu
 from batchlab.optim.buckets import buckets
@@ -84,7 +85,7 @@ class RuleOptimizer(torch.optim.Optimizer):
                 shape = tuple(lr.shape)
                 raise InputError(f"lr must be a number or a tensor without dimensions, got one of shape {shape}")
             group["state_dtype"] = checked_state_dtype(group["state_dtype"], own, allowed=self.LOW_BITS)
-            self._check_switches(group)
+            self._settle_switches(group)
             self.check_group(group)
             first = sum(len(each["params"]) for each in self.param_groups[:-1])
             for name, parameter in zip(names_of(group, first), group["params"], strict=True):
@@ -94,12 +95,16 @@ class RuleOptimizer(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
 
-    def _check_switches(self, group: Mapping[str, Any]) -> None:
-        """Refuses what would be taken as true because it is not empty, such as a text."""
+    def _settle_switches(self, group: dict[str, Any]) -> None:
+        """Makes truths Python's; refuses what would be taken as true because it is not empty, such as a text."""
         for name, kind in _switches(cast(Any, type(self))).items():
-            if name in group and type(group[name]) is not bool and not (group[name] is None and kind != "bool"):
+            value = group.get(name)
+            if name not in group or (value is None and kind != "bool"):
+                continue
+            if not holds(lambda value: value == 0 or value == 1, value):
                 right = "True or False" if kind == "bool" else "True, False or None"
-                raise InputError(f"{name} must be {right}, got {group[name]!r}")
+                raise InputError(f"{name} must be {right}, got {value!r}")
+            group[name] = bool(value)
 
     def _prepare(self, group: Mapping[str, Any]) -> None:
         if group["fused"] and self.C_KERNELS and compiler():
@@ -349,8 +354,8 @@ class RuleOptimizer(torch.optim.Optimizer):
             own = type(self).__name__
             group["state_dtype"] = checked_state_dtype(group["state_dtype"], own, allowed=self.LOW_BITS)
             self._check_state(group, first)
-            self._check_switches(group)
-            self.check_group(group)
+            self._settle_switches(group)
+            self.check_group(group | _without_sign(group))
             self._prepare(group)
 
     def _check_state(self, group: dict[str, Any], first: int) -> None:
@@ -394,6 +399,14 @@ class RuleOptimizer(torch.optim.Optimizer):
                 group.setdefault(name, self.defaults[name])
         self._watched, self._noted, self._compiled = False, [], {}
         self._steady, self._kinds = {}, {}
+        for group in self.param_groups:  # before anyone copies an 8-bit state again
+            checked_state_dtype(group.get("state_dtype"), type(self).__name__, allowed=True)
+
+
+def _without_sign(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved group's rate for its check: schedulers that run on past their end leave it below 0."""
+    lr = group.get("lr")
+    return {} if lr is None or not holds(lambda lr: lr < 0, lr) else {"lr": -lr}
 
 
 @cache

@@ -87,11 +87,6 @@ class BatchGradient:
         self._read = read
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._least = least_examples(model)
-        if (share := plan.batch_size // self.world) < self._least:
-            raise InputError(
-                f"plan batch_size {plan.batch_size} leaves a device {share}, and batch normalisation needs "
-                f"{self._least} examples to train on: take a larger one"
-            )
         self._forward = self._wrapped(_Loss(job, model))
 
     def _grouping(self, optimizer: torch.optim.Optimizer) -> Any:

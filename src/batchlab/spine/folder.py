@@ -70,14 +70,15 @@ class RunFolder:
         if state is None and problems:
             raise CheckpointError(f"no whole checkpoint is left: {problems[0]}")
         begun = Run.open(self.path)
-        _check_same(begun.plan if state is None else from_plain(Plan, state["plan"]), learner.plan)
+        before = begun.plan if state is None else from_plain(Plan, state["plan"])
+        _check_same(before, learner.plan)
         if state is not None:
             learner.load_state_dict(state["learner"])
-            made = -(-learner.position // learner.plan.batch_size)
-            if made > learner.plan.steps:
+            least = min(before.steps, -(-learner.position // learner.plan.batch_size))  # a batch may reach beyond
+            if learner.plan.steps < least:
                 raise InputError(
-                    f"plan steps must be at least the {made:,} that the run has made already, got "
-                    f"{learner.plan.steps:,}"
+                    f"plan steps must be at least {least:,}, for the run has seen {learner.position:,} examples "
+                    f"already, got {learner.plan.steps:,}"
                 )
         elif begun.meta["seed"] != learner.seed:
             raise InputError(f"cannot resume with another seed: the run has {begun.meta['seed']}, got {learner.seed}")

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from batchlab.core.device import pick_device
 from batchlab.core.errors import InputError
 from batchlab.core.facts import Estimate
 from batchlab.core.job import Job
-from batchlab.core.model import make_model
+from batchlab.core.model import least_examples, make_model
 from batchlab.core.modes import evaluating
 from batchlab.core.plan import Plan
 from batchlab.core.random import derive_seed, reseed
@@ -212,6 +213,21 @@ class Learner:
         with evaluating(self.model), torch.no_grad():
             batch = to_device(fetch(self.job.train, piece, self.job.collate), self.device)
             return float(scalar(self.job.loss(self.model, batch)))
+
+    def lacks_variance(self) -> bool:
+        """Whether a pass of the first update has one example, and batch normalisation one value a channel of it."""
+        piece = min(self.gradient.pieces(self.position, max(self.batch_size, self.world)), key=len)
+        if len(piece) > 1 or least_examples(self.model) == 1:
+            return False
+        batch = to_device(fetch(self.job.train, piece, self.job.collate), self.device)
+        try:
+            with torch.no_grad():
+                self.job.loss(copy.deepcopy(self.model), batch)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            return True
+        return False
 
     def evaluate(self) -> dict[str, float]:
         """Means over the units of the validation data: "loss" and the job's metrics, the same on every rank."""

@@ -55,7 +55,7 @@ def plan(
     if all_devices and devices > facts.train_examples:
         raise InputError(f"devices must be at most the data set's {facts.train_examples} examples, got {devices}")
     prediction = Prediction.of(facts)
-    rows = _rows(facts, prediction, devices, batch_size, least=fewest * (devices if all_devices else 1))
+    rows = _rows(facts, prediction, devices, batch_size, fewest=fewest, all_devices=all_devices)
     if batch_size is None:
         choices = [row for row in rows if row.devices == devices] if all_devices else rows
         chosen = goals.pick(choices, aim, b_crit=prediction.b_crit)
@@ -83,17 +83,19 @@ def plan(
 
 
 def _rows(
-    facts: Facts, prediction: Prediction, devices: int, batch_size: int | None, *, least: int
+    facts: Facts, prediction: Prediction, devices: int, batch_size: int | None, *, fewest: int, all_devices: bool
 ) -> tuple[FrontierRow, ...]:
-    """The frontier. least: examples for the devices that must be used, though the rules would have fewer."""
-    base = min(facts.base_batch_size, facts.train_examples)
+    """The frontier. fewest: examples of a device. all_devices: so many for each, though the rules would have fewer."""
+    base, least = min(facts.base_batch_size, facts.train_examples), fewest * (devices if all_devices else 1)
     sizes = {base, batch_size or base}
     if prediction.noise_known:
         sizes |= set(size_grid(*size_range(prediction.b_crit, facts.train_examples)))
     sizes |= {least} if max(sizes) < least <= facts.train_examples else set()
-    sizes = {size for size in sizes if size >= least} or sizes
     counts = [count for count in device_grid(devices) if count <= max(sizes)]
-    return frontier(facts, prediction, batch_sizes=sorted(sizes), devices=counts)
+    rows = frontier(facts, prediction, batch_sizes=sorted(sizes), devices=counts)
+    given = batch_size, devices
+    enough = [r for r in rows if r.batch_size >= fewest * r.devices or (r.batch_size, r.devices) == given]
+    return tuple(enough) or rows
 
 
 def _size(
@@ -259,14 +261,8 @@ def _check(job: Job, facts: Facts, devices: int, batch_size: int | None) -> None
         if mine != theirs:
             raise InputError(f"facts were measured with the {name} {theirs!r}, this job has {mine!r}: probe it again")
     check_count(devices=devices, batch_size=1 if batch_size is None else batch_size)
-    least = devices * (2 if facts.batch_norm else 1)
-    if batch_size is not None and not least <= batch_size <= facts.train_examples:
-        each = (
-            "two examples for each device, as batch normalisation needs,"
-            if facts.batch_norm
-            else "an example for each device"
-        )
+    if batch_size is not None and not devices <= batch_size <= facts.train_examples:
         raise InputError(
-            f"batch_size must lie in {least}..{facts.train_examples}, {each} and no more than "
+            f"batch_size must lie in {devices}..{facts.train_examples}, an example for each device and no more than "
             f"the data set holds, got {batch_size}"
         )

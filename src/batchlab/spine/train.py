@@ -236,6 +236,12 @@ def _first_look(learner: Learner) -> dict[str, float]:
         raise InputError(
             f"job loss is {loss} on the first micro-batch, before any update: check the data and the model"
         )
+    if agree_max(int(learner.lacks_variance())):
+        size = learner.batch_size
+        raise InputError(
+            f"plan batch_size {size} leaves a pass of one example, whose batch normalisation has no variance: take a "
+            "larger one"
+        )
     values = learner.evaluate()
     _status(values, learner.plan)
     return values

@@ -144,7 +144,12 @@ def _as_job(label: str, found: Any, options: dict[str, Any]) -> Job:
     needed = [p.name for p in inspect.signature(found).parameters.values() if p.default is p.empty]
     if missing := [p for p in needed if p not in options]:
         raise InputError(f"{label} must need no arguments, but needs {', '.join(missing)}")
-    job = found(**options)
+    try:
+        job = found(**options)
+    except SystemExit as error:
+        if type(error) is not SystemExit:  # a signal's
+            raise
+        raise InputError(f"{label} ends the process, by sys.exit({error.code!r}), and returns no job") from None
     if not isinstance(job, Job):
         raise InputError(f"{label} must return a batchlab.Job, got {_kind(job)}")
     return job

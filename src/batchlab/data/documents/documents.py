@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from batchlab.core.checks import as_count
+from batchlab.core.checks import is_whole
 from batchlab.core.errors import InputError
 
 
@@ -43,7 +44,9 @@ class Documents:
     @classmethod
     def of(cls, documents: Sequence[ArrayLike], *, end: int | None = None) -> Documents:
         """The documents copied into one array of int64. end: the token appended to each."""
-        tail = np.array([] if end is None else [as_count(0, end=end)], dtype=np.int64)
+        if end is not None and not is_whole(end):
+            raise InputError(f"end must be an integer, got {end!r}")
+        tail = np.array([] if end is None else [operator.index(end)], dtype=np.int64)
         parts = [np.concatenate([_tokens(at, document), tail]) for at, document in enumerate(documents)]
         joined = np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
         return cls(torch.from_numpy(joined), [len(part) for part in parts])

@@ -19,6 +19,8 @@ from batchlab.data.batch_sampler import BatchSampler
 from batchlab.data.lengths.length_buckets import REJECTED, LengthBuckets
 from batchlab.data.stream import SampleStream
 
+_MOST_GROUPS = 10**7  # buckets times data sets, of 40 bytes and more each
+
 
 class BucketBatchSampler(BatchSampler):
     """Each batch from one bucket, of that bucket's size; buckets come in random order, in proportion to their batches.
@@ -239,8 +241,8 @@ def _with_datasets(
     if which.shape != bucket.shape or which.dtype.kind not in "iu" or which.min() < 0:
         raise InputError(f"datasets must be an integer >= 0 for each of {len(bucket)} examples, got {datasets!r}")
     kinds = int(which.max()) + 1
-    if kinds > max(len(bucket), 1):
-        raise InputError(f"datasets must be numbered from 0 on, got {kinds - 1} among {len(bucket)} examples")
+    if kinds * buckets > _MOST_GROUPS:
+        raise InputError(f"datasets must be numbered from 0 on, got {kinds - 1}: memory grows with the largest number")
     return np.where(bucket == REJECTED, REJECTED, which.astype(np.int64) * buckets + bucket), kinds
 
 
